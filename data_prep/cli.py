@@ -1,0 +1,208 @@
+"""The command line of data preparation: tokenize, annotate, train-tokenizer, stats, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeAlias
+
+from data_prep.errors import UserError
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_PROGRAM = "prepare_data.py"
+_TEXT_INPUTS = ".txt (one document each) or .jsonl (one document a line), plain or .gz, .bz2, .xz, .zst"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns 0, 2 after a user's mistake (told in one sentence), or 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Turn text into tokens with separator classes, and look after such datasets."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_tokenize(commands)
+    _add_annotate(commands)
+    _add_train_tokenizer(commands)
+    _add_stats(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _command(commands: _Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {_PROGRAM} {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_text_inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help=_TEXT_INPUTS)
+    command.add_argument("--field", default="text", help="field of .jsonl lines that holds the text (default: text)")
+    command.add_argument("--strict", action="store_true", help="stop at a document that is not UTF-8 (else: skip it)")
+    command.add_argument("--unwrap", action="store_true", help="join the hard-wrapped lines of books")
+    command.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+    command.add_argument("--overwrite", action="store_true", help="replace existing output")
+
+
+def _add_tokenize(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "tokenize",
+        "Tokenise text into PREFIX.bin and .idx (megatron-core's format) with the separator side-car.",
+        "books/*.jsonl.zst --unwrap --tokenizer tokenizer.json --output data/books",
+    )
+    _add_text_inputs(command)
+    command.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without a suffix")
+    command.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json or SentencePiece .model")
+    command.set_defaults(run=_run_tokenize)
+
+
+def _run_tokenize(arguments: argparse.Namespace) -> None:
+    from data_prep.tokenize import tokenize_files
+
+    start = time.perf_counter()
+    header, corpus = tokenize_files(
+        arguments.inputs,
+        arguments.output,
+        arguments.tokenizer,
+        text_field=arguments.field,
+        unwrap=arguments.unwrap,
+        strict=arguments.strict,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    seconds = time.perf_counter() - start
+    print(
+        f"{arguments.output}: {header.tokens:,} tokens in {header.documents:,} documents, "
+        f"{header.bytes / header.tokens:.3f} bytes per token, {seconds:.1f} s ({header.tokens / seconds:,.0f} tokens/s)"
+    )
+    if corpus.skipped or corpus.empty:
+        print(f"skipped {corpus.skipped:,} documents that are not UTF-8 and {corpus.empty:,} without text")
+
+
+def _add_annotate(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "annotate",
+        "Write the separator side-car of an existing megatron-core dataset (PREFIX.bin and .idx).",
+        "data/pile_text_document --tokenizer 20B_tokenizer.json",
+    )
+    command.add_argument("prefix", metavar="PREFIX", help="path of the dataset without a suffix")
+    command.add_argument("--tokenizer", required=True, metavar="FILE", help="the tokenizer the dataset was made with")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing side-car")
+    command.set_defaults(run=_run_annotate)
+
+
+def _run_annotate(arguments: argparse.Namespace) -> None:
+    from data_prep.annotate import annotate
+
+    header = annotate(arguments.prefix, arguments.tokenizer, overwrite=arguments.overwrite)
+    separators = sum(entry.count for entry in header.classes)
+    print(f"{arguments.prefix}: {separators:,} separators of any class among {header.tokens:,} tokens")
+
+
+def _add_train_tokenizer(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "train-tokenizer",
+        "Train a lossless SentencePiece tokenizer: decoding what it encoded gives back every text exactly.",
+        "books/*.txt --vocab-size 16000 --output books.model",
+    )
+    _add_text_inputs(command)
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, 256 bytes included")
+    command.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
+    command.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: bpe)")
+    command.add_argument(
+        "--sentences", type=int, default=1_000_000, metavar="N", help="lines held in memory, sampled (default: 1000000)"
+    )
+    command.set_defaults(run=_run_train_tokenizer)
+
+
+def _run_train_tokenizer(arguments: argparse.Namespace) -> None:
+    from data_prep.readers import Corpus
+    from data_prep.tokenize import usable_cores
+    from data_prep.train_tokenizer import train_tokenizer
+
+    corpus = Corpus([Path(path) for path in arguments.inputs], arguments.field, arguments.strict, arguments.unwrap)
+    train_tokenizer(
+        (document.text for document in corpus),
+        arguments.output,
+        vocab_size=arguments.vocab_size,
+        model_type=arguments.type,
+        sentences=arguments.sentences,
+        workers=arguments.workers or usable_cores(),
+        overwrite=arguments.overwrite,
+    )
+    print(f"{arguments.output}: {arguments.vocab_size:,} entries")
+
+
+def _add_stats(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "stats",
+        "Show density and distances of the separators, and the share of the causal triangle that they make visible.",
+        "data/books --separators paper --window 128 --length 4096",
+    )
+    command.add_argument("prefix", metavar="PREFIX", help="path of the dataset without a suffix")
+    command.add_argument("--initial", type=int, default=3, metavar="A", help="initial tokens (default: 3)")
+    command.add_argument(
+        "--window", type=int, default=64, metavar="N", help="neighbours, itself included (default: 64)"
+    )
+    command.add_argument("--length", type=int, default=2048, metavar="S", help="tokens of a sequence (default: 2048)")
+    command.add_argument(
+        "--separators", default="paper", help="paper, all, or class names with commas (default: paper)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_run_stats)
+
+
+def _run_stats(arguments: argparse.Namespace) -> None:
+    from data_prep.stats import format_statistics, statistics
+
+    result = statistics(
+        arguments.prefix,
+        separators=arguments.separators,
+        initial=arguments.initial,
+        window=arguments.window,
+        length=arguments.length,
+    )
+    print(json.dumps(asdict(result), ensure_ascii=False) if arguments.json else format_statistics(result))
+
+
+def _add_verify(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "verify",
+        "Check a dataset against its header: lengths, hashes, tokenizer, token range, separator classes.",
+        "data/books --tokenizer tokenizer.json",
+    )
+    command.add_argument("prefix", metavar="PREFIX", help="path of the dataset without a suffix")
+    command.add_argument("--tokenizer", metavar="FILE", help="also check that the dataset was made with this tokenizer")
+    command.set_defaults(run=_run_verify)
+
+
+def _run_verify(arguments: argparse.Namespace) -> None:
+    from data_prep.verify import verify
+
+    header = verify(arguments.prefix, arguments.tokenizer)
+    print(f"{arguments.prefix}: {header.tokens:,} tokens in {header.documents:,} documents are as their header says")

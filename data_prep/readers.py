@@ -1,0 +1,181 @@
+"""Documents from text files: .txt (one document a file) and .jsonl (one a line), plain or compressed, in a stream."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.errors import UserError
+from data_prep.unwrap import unwrap_lines
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, where it came from (`file` or `file:line`), and how many input bytes were read up to its end."""
+
+    text: str
+    source: str
+    position: int
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@dataclass
+class Corpus:
+    """The documents of `inputs`, in order.
+
+    `text_field` names the text in .jsonl lines. A document that is not UTF-8 is named on stderr, skipped and counted,
+    or, when `strict`, an error. `unwrap` joins the hard-wrapped lines of books. `skipped` and `empty` count as the
+    corpus is read.
+    """
+
+    inputs: Sequence[Path]
+    text_field: str = "text"
+    strict: bool = False
+    unwrap: bool = False
+    report: Callable[[str], None] = _to_stderr
+    skipped: int = 0
+    empty: int = 0
+
+    def __post_init__(self) -> None:
+        for path in self.inputs:
+            if not path.is_file():
+                raise UserError(f"There is no file {path}: give .txt or .jsonl files.")
+            if _kind(path) not in (".txt", ".jsonl"):
+                raise UserError(f"{path} is neither .txt nor .jsonl (plain or with {', '.join(COMPRESSIONS)}).")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all input files as they lie on disk."""
+        return sum(path.stat().st_size for path in self.inputs)
+
+    def __iter__(self) -> Iterator[Document]:
+        """Documents with text; raises UserError naming file and line for input that cannot be read."""
+        before = 0
+        for path in self.inputs:
+            with open(path, "rb") as raw:
+                try:
+                    for source, text in self._texts(path, raw):
+                        yield Document(unwrap_lines(text) if self.unwrap else text, source, before + raw.tell())
+                except (OSError, EOFError) as error:
+                    raise UserError(f"{path} is damaged or cut short ({error}): copy it again.") from None
+            before += path.stat().st_size
+
+    def _texts(self, path: Path, raw: IO[bytes]) -> Iterator[tuple[str, str]]:
+        stream = _decompressed(path, raw)
+        if _kind(path) == ".jsonl":
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield from self._kept(self._json_text(line, f"{path}:{number}"), f"{path}:{number}")
+        else:
+            yield from self._kept(self._decoded(stream.read(), str(path)), str(path))
+
+    def _kept(self, text: str | None, source: str) -> Iterator[tuple[str, str]]:
+        if text:
+            yield source, text
+        elif text == "":
+            self.empty += 1
+
+    def _json_text(self, line: bytes, source: str) -> str | None:
+        decoded = self._decoded(line, source)
+        if decoded is None:
+            return None
+        try:
+            entry = json.loads(decoded)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source} is not JSON ({error}).") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get(self.text_field), str):
+            found = f"it has {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "it is no object"
+            raise UserError(f"{source} has no text field {self.text_field!r} ({found}): name it with --field.")
+        text: str = entry[self.text_field]
+        # JSON can spell half a surrogate pair, which no UTF-8 text holds.
+        return text if text.isascii() else self._decoded(text.encode("utf8", "surrogatepass"), source)
+
+    def _decoded(self, data: bytes, source: str) -> str | None:
+        try:
+            return data.decode("utf8")
+        except UnicodeDecodeError as error:
+            if self.strict:
+                raise UserError(f"{source} is not UTF-8 (byte {error.start}): convert it, or leave --strict.") from None
+            self.skipped += 1
+            self.report(f"skipped {source}: not UTF-8 (byte {error.start})")
+            return None
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    start = _DECOMPRESSORS.get(path.suffix)
+    return io.BufferedReader(_Decompressed(raw, start), _CHUNK) if start else raw
+
+
+def _zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    ".zst": _zstd,
+}
+
+
+class _Decompressed(io.RawIOBase):
+    """Concatenated compressed streams as one; raises EOFError when the last is cut short.
+
+    The standard readers decompress 8 KB at a time. Each call gives up the interpreter's lock and waits to get it back
+    from the encoding threads, which made reading the slowest part; zstandard's reader does not notice a cut.
+    """
+
+    def __init__(self, raw: IO[bytes], start: Callable[[], Any]) -> None:
+        self._raw = raw
+        self._start = start
+        self._stream = start()
+        self._begun = False
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(_CHUNK)
+            if not self._input:
+                if self._begun and not self._stream.eof:
+                    raise EOFError("its compressed stream has no end")
+                return 0
+            self._output = memoryview(self._decompress())
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+    def _decompress(self) -> bytes:
+        if self._stream.eof:
+            self._stream = self._start()
+        self._begun = True
+        try:
+            output: bytes = self._stream.decompress(self._input)
+        except Exception as error:  # each library has its own class, zstandard's needs the library to name it
+            raise OSError(str(error)) from None
+        self._input = self._stream.unused_data
+        return output

@@ -1,0 +1,243 @@
+"""Tokenizers behind one interface: Hugging Face `tokenizer.json` and SentencePiece `.model` files.
+
+Only the libraries `tokenizers` and `sentencepiece` are used, each imported when a file of its kind is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+SPACE_MARK = "\u2581"
+
+# A newline followed by a visible ASCII character. Everything in front of the newline is tokenised the same with and
+# without it (see `_cuts_before_newlines`), so a document may be cut there.
+_CUT = re.compile(r"\n(?=[!-~])")
+_PIECE_CHARACTERS = 8192
+
+
+class Tokenizer(ABC):
+    """A vocabulary and its encoder, loaded by `load_tokenizer`.
+
+    Attributes: `path` of the file; `kind` ("huggingface" or "sentencepiece"); `sha256` of the file's bytes;
+    `vocab_size`, the highest id plus one; `eod`, the id written after each document.
+    """
+
+    kind: str
+
+    def __init__(self, path: Path, content: bytes, vocab_size: int, eod: int) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size = vocab_size
+        self.eod = eod
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the copy kept beside the data: `.tokenizer.json` or `.tokenizer.model`."""
+        return ".tokenizer.json" if self.kind == "huggingface" else ".tokenizer.model"
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; no special tokens are added and none is recognised inside the text."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; special tokens are written by name where the library has a name for them."""
+
+    @abstractmethod
+    def token_bytes(self) -> list[bytes | None]:
+        """Byte string of each vocabulary entry, [vocab_size]; None for special and unused entries."""
+
+    def split(self, text: str) -> list[str]:
+        """Pieces of `text` whose ids, concatenated, are the ids of `text`; [text] where that is not certain."""
+        return [text]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the library `tokenizers`."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf8"))
+            self._definition: dict[str, Any] = json.loads(content)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells out "<|endoftext|>" must not end there.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        eod = next((vocabulary[name] for name in EOD_NAMES if name in vocabulary), None)
+        if eod is None:
+            raise UserError(f"{path} has no end-of-document token: one of {', '.join(EOD_NAMES)} is needed.")
+        super().__init__(path, content, max(vocabulary.values()) + 1, eod)
+        self._can_cut = _cuts_before_newlines(self._definition)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """See `Tokenizer.token_bytes`."""
+        entry_bytes = _byte_level_bytes if _uses_byte_level(self._definition) else _piece_bytes
+        table: list[bytes | None] = [None] * self.vocab_size
+        for entry, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            table[index] = entry_bytes(entry)
+        for index, added in self._tokenizer.get_added_tokens_decoder().items():
+            table[index] = None if added.special else added.content.encode("utf8")
+        return table
+
+    def split(self, text: str) -> list[str]:
+        """See `Tokenizer.split`."""
+        if not self._can_cut or len(text) < 2 * _PIECE_CHARACTERS:
+            return [text]
+        pieces, start = [], 0
+        while cut := _CUT.search(text, start + _PIECE_CHARACTERS):
+            pieces.append(text[start : cut.start()])
+            start = cut.start()
+        pieces.append(text[start:])
+        return pieces
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception as error:  # the library raises RuntimeError or OSError by version
+            raise UserError(f"{path} is not a SentencePiece model ({error}).") from None
+        if self._model.eos_id() < 0:
+            raise UserError(f"{path} has no end-of-sentence piece to end documents with: train it with an eos_id.")
+        super().__init__(path, content, self._model.get_piece_size(), self._model.eos_id())
+        self._mark_ids = self._space_mark_ids()
+
+    def _space_mark_ids(self) -> list[int] | None:
+        """Byte pieces of U+2581, which SentencePiece reads as a space; None where the model rewrites text anyway."""
+        names = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode("utf8")]
+        ids = [self._model.piece_to_id(name) for name in names]
+        sample = " a  b "
+        keeps_text = self._model.normalize(sample) == sample.replace(" ", SPACE_MARK)
+        return ids if keeps_text and all(self._model.is_byte(index) for index in ids) else None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+            return self._model.encode(texts, num_threads=1)
+        return [self._encode_with_marks(text, self._mark_ids) for text in texts]
+
+    def _encode_with_marks(self, text: str, mark_ids: list[int]) -> list[int]:
+        first, *rest = self._model.encode(text.split(SPACE_MARK), num_threads=1)
+        return first + [index for ids in rest for index in (*mark_ids, *ids)]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._model.decode(ids)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """See `Tokenizer.token_bytes`."""
+        model = self._model
+        return [
+            None
+            if model.is_control(index) or model.is_unknown(index) or model.is_unused(index)
+            else _piece_bytes(model.id_to_piece(index))
+            for index in range(self.vocab_size)
+        ]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer file; a `.json` is Hugging Face's format, anything else SentencePiece's.
+
+    Raises UserError when the file is missing, cannot be read as its format, or has no end-of-document token.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
+    return HuggingFaceTokenizer(path, content) if path.suffix == ".json" else SentencePieceTokenizer(path, content)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character to byte of byte-level BPE: printable Latin-1 stands for itself, the rest is moved to U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_bytes(entry: str) -> bytes:
+    try:
+        return bytes(_BYTE_ALPHABET[character] for character in entry)
+    except KeyError:  # an entry outside the alphabet stands for its own text
+        return entry.encode("utf8")
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_MARK, " ").encode("utf8")
+
+
+def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as a flat list of its steps."""
+    if part is None:
+        return []
+    nested = part.get("pretokenizers") or part.get("normalizers") or part.get("decoders")
+    return [step for inner in nested for step in _components(inner)] if nested else [part]
+
+
+def _uses_byte_level(definition: dict[str, Any]) -> bool:
+    steps = [*_components(definition.get("pre_tokenizer")), *_components(definition.get("decoder"))]
+    return any(step["type"] == "ByteLevel" for step in steps)
+
+
+def _cuts_before_newlines(definition: dict[str, Any]) -> bool:
+    """Whether cutting text before a newline that a visible ASCII character follows cannot change its ids.
+
+    True for GPT-2's byte-level splitting pattern, which tries ` ?letters`, ` ?digits`, ` ?others`,
+    `\\s+(?!\\S)`, `\\s+`: a whitespace run in front of a visible character is split before its last character
+    (the look-ahead makes the longer match give it back), and a last character that is a newline joins nothing. So
+    the cut lies between two pre-tokens already, both halves are split as before, and BPE never crosses pre-tokens.
+    NFC composes nothing with a newline; added tokens must neither contain one nor swallow whitespace around them.
+    """
+    check: list[Callable[[], bool]] = [
+        lambda: all(step["type"] == "NFC" for step in _components(definition.get("normalizer"))),
+        lambda: (
+            [
+                (step["type"], step["add_prefix_space"], step.get("use_regex", True))
+                for step in _components(definition.get("pre_tokenizer"))
+            ]
+            == [("ByteLevel", False, True)]
+        ),
+        lambda: definition["model"].get("type", "BPE") == "BPE" and not definition["model"].get("dropout"),
+        lambda: (
+            not any(
+                "\n" in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+                for token in definition.get("added_tokens", [])
+            )
+        ),
+    ]
+    return all(condition() for condition in check)

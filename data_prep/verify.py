@@ -1,0 +1,72 @@
+"""Proving that a dataset is what its header says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.annotate import check_token_range
+from data_prep.errors import UserError
+from data_prep.files import hash_file
+from data_prep.indexed import open_indexed, token_chunks
+from data_prep.separators import classify
+from data_prep.sidecar import SidecarHeader, open_classes, read_header, token_lengths, with_suffix
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+
+
+def verify(prefix: str | Path, tokenizer: str | Path | None = None) -> SidecarHeader:
+    """Check lengths, hashes, tokenizer, token range and every separator class; returns the header.
+
+    `tokenizer` is compared with the one in the header. Raises UserError naming the first mismatch.
+    """
+    prefix = Path(prefix)
+    header = read_header(prefix)
+    for suffix, info in header.files.items():
+        path = with_suffix(prefix, suffix)
+        if hash_file(path) != info:
+            raise UserError(f"{path} was changed after it was written (its SHA-256 differs): copy or make it again.")
+    loaded = _checked_tokenizer(prefix, header, tokenizer)
+    _check_tables(prefix, header, loaded)
+    _check_tokens(prefix, header, loaded)
+    return header
+
+
+def _checked_tokenizer(prefix: Path, header: SidecarHeader, tokenizer: str | Path | None) -> Tokenizer:
+    copy = load_tokenizer(prefix.parent / header.tokenizer.file)
+    given = copy if tokenizer is None else load_tokenizer(tokenizer)
+    for loaded in (copy, given):
+        if loaded.sha256 != header.tokenizer.sha256:
+            raise UserError(
+                f"{loaded.path} is not the tokenizer {prefix} was made with "
+                f"(SHA-256 {loaded.sha256[:12]}... instead of {header.tokenizer.sha256[:12]}...)."
+            )
+    return given
+
+
+def _check_tables(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> None:
+    token_bytes = tokenizer.token_bytes()
+    class_of_token = np.zeros(tokenizer.vocab_size, dtype=np.uint8)
+    for entry in header.classes:
+        class_of_token[entry.ids] = entry.number
+    if not np.array_equal(class_of_token, classify(token_bytes)):
+        raise UserError(f"{prefix}.sep.json has another class table than its tokenizer gives: annotate it again.")
+    if header.token_bytes != token_lengths(token_bytes, tokenizer.eod).tolist():
+        raise UserError(f"{prefix}.sep.json has other byte lengths than its tokenizer gives: annotate it again.")
+
+
+def _check_tokens(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> None:
+    data, classes = open_indexed(prefix), open_classes(prefix)
+    if (len(data.tokens), data.documents, len(classes)) != (header.tokens, header.documents, header.tokens):
+        raise UserError(
+            f"{prefix} holds {len(data.tokens):,} tokens, {data.documents:,} documents and {len(classes):,} classes "
+            f"where its header says {header.tokens:,} tokens and {header.documents:,} documents."
+        )
+    class_of_token, counts = classify(tokenizer.token_bytes()), np.zeros(256, dtype=np.int64)
+    for chunk, stored in zip(token_chunks(data.tokens), token_chunks(classes), strict=True):
+        check_token_range(chunk, tokenizer.vocab_size, prefix)
+        if not np.array_equal(class_of_token[chunk], stored):
+            raise UserError(f"{prefix}.sep.bin does not hold the classes of its tokens: annotate it again.")
+        counts += np.bincount(stored, minlength=256)
+    if any(counts[entry.number] != entry.count for entry in header.classes):
+        raise UserError(f"{prefix}.sep.json counts its separators wrongly: annotate it again.")

@@ -1,0 +1,189 @@
+"""Separator attention for CPU: query blocks over gathered keys, with a backward pass of its own.
+
+A block of queries attends the special keys before its window and its local band; other keys are never touched.
+Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens, D head dimension, C gathered special
+keys, R queries of a block, L keys of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sep_attention.layout import QueryBlock, RowLayout, block_layouts
+from sep_attention.plan import AttentionPlan
+
+BLOCK = 128
+
+
+class _Scratch:
+    """Memory for one block's matrices, written anew by every block: fresh megabytes per block would cost page faults
+    that take longer than the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.memory: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; of two under one name only the latest is valid."""
+        size = shape[0] * shape[1] * shape[2]
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = torch.empty(size + size // 4, dtype=self.dtype)
+        return self.memory[name][:size].view(shape)
+
+
+class _Row:
+    """One sequence in the dtype of the computation; queries [N, G, S, D], keys and values [N, S, D]."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layout: RowLayout, scale: float, scratch: _Scratch
+    ) -> None:
+        self.heads = (k.shape[0], q.shape[0] // k.shape[0])
+        self.layout, self.scale, self.scratch = layout, scale, scratch
+        self.queries = q.to(scratch.dtype).unflatten(0, self.heads)
+        self.sink = None if sink is None else sink.to(scratch.dtype).view(*self.heads, 1)
+        self.keys, self.values = k.to(scratch.dtype), v.to(scratch.dtype)
+        self.far_keys, self.far_values = (x.index_select(1, layout.gathered) for x in (self.keys, self.values))
+        # The sink is the logit of a null key: a last column whose key and value are zero.
+        self.null = [] if sink is None else [torch.zeros(self.heads[0], 1, k.shape[-1], dtype=scratch.dtype)]
+
+    def rows(self, tensor: Tensor, block: QueryBlock) -> Tensor:
+        """Rows of [N, G, S, D] that belong to a block, as [N, G * R, D]."""
+        return tensor[:, :, block.start : block.end].reshape(self.heads[0], -1, tensor.shape[-1])
+
+    def read(self, name: str, far: Tensor, near: Tensor, block: QueryBlock) -> Tensor:
+        """The block's keys or values, [N, L, D]."""
+        parts = [*parts_of(block, far, near), *self.null]
+        length = sum(part.shape[1] for part in parts)
+        return torch.cat(parts, 1, out=self.scratch.matrix(name, near.shape[0], length, near.shape[2]))
+
+    def weights(self, queries: Tensor, keys: Tensor, block: QueryBlock) -> Tensor:
+        """Softmax of the block's masked scores, [N, G * R, L]."""
+        shape = (*queries.shape[:2], keys.shape[1])
+        scores = self.scratch.matrix("scores", *shape)
+        scores.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=self.scale)
+        shaped = scores.view(*self.heads, block.end - block.start, -1)
+        for column, bias in block.biases:
+            shaped[..., column : column + bias.shape[1]].add_(bias)
+        if self.sink is not None:
+            shaped[..., -1] += self.sink
+        return torch.softmax(scores, -1, out=self.scratch.matrix("weights", *shape))
+
+    def forward(self, out: Tensor) -> None:
+        """Fills out [N, G, S, D]."""
+        for block in self.layout.blocks:
+            queries = self.rows(self.queries, block)
+            weights = self.weights(queries, self.read("keys", self.far_keys, self.keys, block), block)
+            values = self.read("values", self.far_values, self.values, block)
+            result = torch.bmm(weights, values, out=self.scratch.matrix("result", *queries.shape))
+            out[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
+
+    def backward(self, upstream: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor | None:
+        """Fills grad_q [N, G, S, D] and grad_k, grad_v [N, S, D]; returns the gradient of the sink, [H]."""
+        upstream = upstream.to(self.scratch.dtype)
+        near_k, near_v = self.accumulator(grad_k), self.accumulator(grad_v)
+        far_k, far_v = torch.zeros_like(self.far_keys), torch.zeros_like(self.far_values)
+        grad_sink = None if self.sink is None else torch.zeros_like(self.sink)
+        for block in self.layout.blocks:
+            queries, above = self.rows(self.queries, block), self.rows(upstream, block)
+            keys = self.read("keys", self.far_keys, self.keys, block)
+            values = self.read("values", self.far_values, self.values, block)
+            weights = self.weights(queries, keys, block)
+            slopes = self.slopes(above, values, weights)
+            column = 0
+            targets = zip(parts_of(block, far_k, near_k), parts_of(block, far_v, near_v), strict=True)
+            for part_k, part_v in targets:
+                columns = slice(column, column := column + part_k.shape[1])
+                part_v.baddbmm_(weights[..., columns].transpose(1, 2), above)
+                part_k.baddbmm_(slopes[..., columns].transpose(1, 2), queries, alpha=self.scale)
+            if grad_sink is not None:
+                grad_sink += slopes[..., -1].view(*self.heads, -1).sum(-1, keepdim=True)
+            result = self.scratch.matrix("result", *queries.shape).baddbmm_(slopes, keys, beta=0, alpha=self.scale)
+            grad_q[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
+        for near, far, target in ((near_k, far_k, grad_k), (near_v, far_v, grad_v)):
+            # Every special key was gathered once: no duplicate index, so the sum has one fixed order.
+            near.index_add_(1, self.layout.gathered, far)
+            if near is not target:
+                target.copy_(near)
+        return None if grad_sink is None else grad_sink.flatten()
+
+    def slopes(self, above: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+        """Gradient of the scores, [N, G * R, L]."""
+        of_weights = torch.bmm(above, values.transpose(1, 2), out=self.scratch.matrix("scores", *weights.shape))
+        slopes = self.scratch.matrix("slopes", *weights.shape)
+        return torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=slopes)
+
+    def accumulator(self, target: Tensor) -> Tensor:
+        """Zeros to sum a gradient in: the target itself unless its dtype is too narrow."""
+        if target.dtype == self.scratch.dtype:
+            return target.zero_()
+        return torch.zeros(target.shape, dtype=self.scratch.dtype)
+
+
+def parts_of(block: QueryBlock, far: Tensor, near: Tensor) -> Iterator[Tensor]:
+    """Views of gathered [N, C, D] and whole [N, S, D] keys (values, gradients) that a block reads, in column order."""
+    for first, last in block.far:
+        yield far[:, first:last]
+    yield near[:, block.local : block.end]
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """An empty tensor of that shape whose axes lie in memory in the same order, without gaps."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dense = tensor.new_empty([tensor.shape[axis] for axis in order])
+    return dense.permute([order.index(axis) for axis in range(tensor.dim())])
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layouts: list[RowLayout], scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, sink)
+        ctx.layouts, ctx.scale = layouts, scale
+        out, scratch = _like(q), _Scratch(_wide(q.dtype))
+        for index, layout in enumerate(layouts):
+            row = _Row(q[index], k[index], v[index], sink, layout, scale, scratch)
+            row.forward(out[index].unflatten(0, row.heads))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink = ctx.saved_tensors
+        grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
+        scratch = _Scratch(_wide(q.dtype))
+        of_sink = []
+        for index, layout in enumerate(ctx.layouts):
+            row = _Row(q[index], k[index], v[index], sink, layout, ctx.scale, scratch)
+            upstream, target = (x[index].unflatten(0, row.heads) for x in (grads[0], grad_q))
+            of_sink.append(row.backward(upstream, target, grad_k[index], grad_v[index]))
+        grad_sink = None if sink is None else torch.stack(of_sink).sum(0).to(sink.dtype)
+        return grad_q, grad_k, grad_v, grad_sink, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@torch.compiler.disable
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    window: int,
+    horizons: Sequence[int] | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """q [B, H, S, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, S, D] laid out like q.
+
+    Half types are computed in float32. Deterministic. Only q, k, v and sink are saved for the backward pass, which
+    recomputes the softmax block by block. Under torch.compile it runs as it is, between two graphs.
+    """
+    layouts = block_layouts(plan, window, horizons, BLOCK)
+    return _Blocked.apply(q, k, v, sink, layouts, q.shape[-1] ** -0.5 if scale is None else scale)

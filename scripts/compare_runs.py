@@ -1,0 +1,9 @@
+"""Compare training runs: loss against FLOPs, against seconds and against tokens.
+
+python scripts/compare_runs.py runs/demo_dense runs/demo_sep --output runs/comparison
+"""
+
+from sepllm_train.compare import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,12 @@
+"""Prepare data: tokenize, annotate, train-tokenizer, stats, verify.
+
+python scripts/prepare_data.py --help
+python scripts/prepare_data.py tokenize books/*.txt --tokenizer tokenizer.json --output data/books
+"""
+
+import sys
+
+from data_prep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

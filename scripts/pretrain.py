@@ -1,0 +1,10 @@
+"""Pretrain a GPT with separator attention.
+
+torchrun --standalone scripts/pretrain.py +experiment=demo_sep
+torchrun --nproc-per-node=8 scripts/pretrain.py +experiment=pythia160m_sep
+"""
+
+from sepllm_train.pretrain import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pretraining of GPTs with separator attention on megatron-core."""

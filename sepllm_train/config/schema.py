@@ -1,0 +1,282 @@
+"""The configuration of a run: one dataclass per group of `configs/`.
+
+Every value is checked where it is set (`__post_init__`); what needs two groups is checked in `validate.py`.
+Errors name the key as it is typed on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.errors import UserError
+
+PATTERNS = ("dense", "sep", "streaming", "fixed")
+BACKENDS = ("auto", "triton", "blocked", "reference", "dense", "flex")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless `value` is one of `choices`."""
+    require(value in choices, f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+
+
+def positive(group: str, values: Any, *keys: str) -> None:
+    """Raise UserError unless each named attribute of `values` is at least 1 (None is left to its default)."""
+    for key in keys:
+        value = getattr(values, key)
+        require(value is None or value >= 1, f"{group}.{key}={value} must be at least 1.")
+
+
+@dataclass
+class ModelConfig:
+    """Shape and block of the transformer. Sizes are counts of features; `ffn` is the width after the gate."""
+
+    name: str = "custom"
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    # Key/value heads; None = one per query head.
+    kv_heads: int | None = None
+    ffn: int = 3072
+    parallel_residual: bool = True
+    norm: str = "layernorm"
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu"
+    bias: bool = True
+    rotary_fraction: float = 0.25
+    rotary_base: int = 10000
+    tied_embeddings: bool = False
+    # Entries of the vocabulary; None takes the data's tokenizer. Padding to a multiple of 128 x TP is added to either.
+    vocabulary: int | None = None
+    # pythia: std sqrt(2 / (5 hidden)), output projections 2 / (layers sqrt(hidden)); normal: init_std everywhere,
+    # output projections divided by sqrt(2 layers).
+    init: str = "pythia"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive("model", self, "layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary")
+        one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        one_of("model.activation", self.activation, ("gelu", "swiglu"))
+        one_of("model.init", self.init, ("pythia", "normal"))
+        require(
+            self.hidden % self.heads == 0,
+            f"model.hidden={self.hidden} must be divisible by model.heads={self.heads}.",
+        )
+        require(
+            self.heads % self.query_groups == 0,
+            f"model.heads={self.heads} must be divisible by model.kv_heads={self.kv_heads}.",
+        )
+        require(
+            0 <= self.rotary_fraction <= 1,
+            f"model.rotary_fraction={self.rotary_fraction} must lie between 0 and 1.",
+        )
+        require(self.init_std > 0, f"model.init_std={self.init_std} must be above 0.")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.kv_heads or self.heads
+
+
+@dataclass
+class AttentionConfig:
+    """Which keys a query sees: key j is visible to query i iff 0 <= i - j < max(window, horizon of j)."""
+
+    pattern: str = "sep"
+    initial_tokens: int = 3
+    # Neighbours, the token itself included: one number, or one per layer.
+    window: Any = 64
+    # paper | all | list of class names | list of {classes: [...], horizon: tokens or forever}
+    separators: Any = "paper"
+    # pattern=fixed: every interval-th token of the sequence stands in for a separator.
+    interval: int | None = None
+    # none | first | first_last | list of layer numbers counted from 0
+    full_layers: Any = "none"
+    separate_documents: bool = False
+    sink: str = "none"
+    qk_norm: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("attention.pattern", self.pattern, PATTERNS)
+        one_of("attention.sink", self.sink, ("none", "learned"))
+        one_of("attention.backend", self.backend, BACKENDS)
+        require(self.initial_tokens >= 0, f"attention.initial_tokens={self.initial_tokens} must be 0 or more.")
+        windows = self.window if isinstance(self.window, list) else [self.window]
+        for window in windows:
+            require(
+                isinstance(window, int) and not isinstance(window, bool) and window >= 1,
+                f"attention.window={self.window} must be whole numbers of at least 1: it counts the token itself.",
+            )
+        if self.pattern == "fixed":
+            require(
+                self.interval is not None and self.interval >= 1,
+                f"attention.pattern=fixed needs attention.interval of at least 1, not {self.interval}.",
+            )
+
+
+@dataclass
+class DataConfig:
+    """What is read. `source: sample` makes a small corpus from the installed Python's documentation."""
+
+    source: str = "sample"
+    # List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}.
+    prefixes: list[Any] = field(default_factory=list)
+    sequence_length: int = 2048
+    validation_fraction: float = 0.02
+    cache: str | None = None
+    workers: int = 1
+    sample_vocabulary: int = 4096
+    sample_text: str = "docs"
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, ("sample", "prefixes"))
+        one_of("data.sample_text", self.sample_text, ("docs", "code", "both"))
+        positive("data", self, "sequence_length", "sample_vocabulary")
+        require(self.workers >= 0, f"data.workers={self.workers} must be 0 or more.")
+        require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must be at least 0 and below 1.",
+        )
+        require(
+            (self.source == "prefixes") == bool(self.prefixes),
+            "data.source=prefixes needs data.prefixes=[PREFIX,...]; prepare one with scripts/prepare_data.py tokenize."
+            if self.source == "prefixes"
+            else f"data.prefixes={list(self.prefixes)} is set but data.source={self.source}: add data=prefixes.",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the process grid; data parallelism takes what is left of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    # Model chunks per pipeline stage (interleaved schedule); None = 1.
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        positive("parallel", self, "tensor", "pipeline", "virtual_pipeline")
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true shards along the tensor-parallel group: it needs parallel.tensor above 1.",
+        )
+        require(
+            self.virtual_pipeline in (None, 1) or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline above 1.",
+        )
+
+
+@dataclass
+class OptimConfig:
+    """Adam and its schedule. Step counts are optimizer steps."""
+
+    lr: float = 6e-4
+    min_lr: float = 6e-5
+    schedule: str = "cosine"
+    # Share of training.steps, unless warmup_steps is given.
+    warmup_fraction: float = 0.01
+    warmup_steps: int | None = None
+    # schedule=wsd: the share of training.steps that decays at the end.
+    decay_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("optim.schedule", self.schedule, ("cosine", "wsd", "linear", "constant"))
+        require(
+            0 <= self.min_lr <= self.lr and self.lr > 0,
+            f"optim.lr={self.lr} must be above 0 and at least optim.min_lr={self.min_lr}.",
+        )
+        for key in ("warmup_fraction", "decay_fraction"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"optim.{key}={value} must lie between 0 and 1.")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"optim.{key}={value} must be at least 0 and below 1.")
+        require(self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad} must be 0 (off) or more.")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be 0 or more.")
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch and numerics of the run. Batches are counted in sequences."""
+
+    steps: int = 143000
+    global_batch: int = 1024
+    micro_batch: int = 8
+    precision: str = "bf16"
+    recompute: str = "none"
+    validation_interval: int = 1000
+    # Sequences per dataset in one validation.
+    validation_samples: int = 256
+    checkpoint_interval: int = 1000
+    keep_checkpoints: int = 2
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        positive("training", self, "steps", "global_batch", "micro_batch", "keep_checkpoints")
+        one_of("training.precision", self.precision, ("fp32", "bf16", "fp16"))
+        one_of("training.recompute", self.recompute, ("none", "selective", "full"))
+        for key in ("validation_interval", "validation_samples", "checkpoint_interval"):
+            value = getattr(self, key)
+            require(value >= 0, f"training.{key}={value} must be 0 (never) or more.")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while training."""
+
+    # Steps between lines of the console and of metrics.jsonl.
+    interval: int = 10
+    # Dense bf16 peak of one device in TFLOP/s for MFU; None looks the device up and leaves MFU out when unknown.
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("logging", self, "interval")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"logging.peak_tflops={self.peak_tflops} must be above 0.",
+        )
+
+
+@dataclass
+class Config:
+    """A whole run. `name` is its folder under runs/."""
+
+    name: str = "run"
+    seed: int = 1234
+    run_root: str = "runs"
+    # auto: continue from the newest checkpoint of this run if there is one; never: refuse a folder that is in use;
+    # PATH: start from the checkpoint of that folder.
+    resume: str = "auto"
+    # Check everything, print the derived numbers, train nothing.
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
+            f"name={self.name!r} must be a plain folder name: the run is written to {self.run_root}/NAME.",
+        )

@@ -1,0 +1,129 @@
+"""What a run reads: the prepared datasets of the configuration, their headers and what they must have in common."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data_prep.sample import prepare_sample
+from data_prep.sidecar import SidecarHeader, read_header
+from sepllm_train.config.schema import DataConfig
+from sepllm_train.console import say
+from sepllm_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of the blend. `weight` is its share of the training sequences, None for its share of tokens."""
+
+    prefix: str
+    name: str
+    weight: float | None
+    header: SidecarHeader
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The blend of a run."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the tokenizer that made the data."""
+        return self.sources[0].header.tokenizer.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer file."""
+        return self.sources[0].header.tokenizer.sha256
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """UTF-8 bytes that each vocabulary entry stands for."""
+        return self.sources[0].header.token_bytes
+
+    def weights(self) -> list[float]:
+        """Share of the training sequences that each source gives; they sum to 1."""
+        raw = [s.header.tokens if s.weight is None else s.weight for s in self.sources]
+        return [float(w) / sum(raw) for w in raw]
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for two runs to have read the same data: name -> hash of the tokens, and weight."""
+        return {
+            source.name: {"sha256": source.header.files[".bin"].sha256, "weight": round(weight, 6)}
+            for source, weight in zip(self.sources, self.weights(), strict=True)
+        }
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where the sample corpus and the indices of datasets are kept."""
+    default = os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train"
+    return Path(data.cache or default).expanduser()
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """Open the datasets of the configuration, making the sample corpus if that is what is asked for.
+
+    Raises UserError for a missing, truncated or mismatching dataset.
+    """
+    if data.source == "sample":
+        say(
+            f"data: the sample corpus ({data.sample_text} of the installed Python's standard library); "
+            "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
+        )
+        entries: list[Any] = [str(_shared_sample(data))]
+    else:
+        entries = data.prefixes
+    sources = tuple(_open_source(entry) for entry in entries)
+    _check_blend(sources)
+    return Corpus(sources)
+
+
+def _shared_sample(data: DataConfig) -> Path:
+    """The sample corpus, made by one process of each node while the others wait."""
+
+    def prepare() -> Path:
+        return prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
+
+    waits = dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) != 0
+    prefix = None if waits else prepare()
+    if dist.is_initialized():
+        dist.barrier()
+    return prefix or prepare()
+
+
+def _open_source(entry: Any) -> Source:
+    """A source from `PREFIX` or `{path: PREFIX, weight: W}`."""
+    fields = entry if isinstance(entry, dict) else {"path": entry}
+    if not isinstance(fields.get("path"), str) or set(fields) - {"path", "weight"}:
+        raise UserError(f"data.prefixes entry {entry} must be a prefix or {{path: PREFIX, weight: NUMBER}}.")
+    weight = fields.get("weight")
+    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
+        raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a number above 0.")
+    prefix = fields["path"]
+    if prefix.endswith((".bin", ".idx")):
+        prefix = prefix[:-4]
+    prefix = os.path.abspath(os.path.expanduser(prefix))
+    return Source(prefix, Path(prefix).name, weight, read_header(prefix))
+
+
+def _check_blend(sources: tuple[Source, ...]) -> None:
+    """One tokenizer, distinct names, and weights for all or for none."""
+    first = sources[0]
+    for source in sources[1:]:
+        if source.header.tokenizer.sha256 != first.header.tokenizer.sha256:
+            raise UserError(
+                f"data.prefixes mixes tokenizers: {first.prefix} was made with {first.header.tokenizer.file} and "
+                f"{source.prefix} with {source.header.tokenizer.file}; tokenize them with one tokenizer."
+            )
+        if (source.weight is None) != (first.weight is None):
+            raise UserError("data.prefixes gives a weight to some datasets only: give one to all or to none.")
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"data.prefixes holds two datasets called {twice}: their names must differ in metrics.")

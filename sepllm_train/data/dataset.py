@@ -1,0 +1,59 @@
+"""Megatron's GPTDataset with the separator side-car: every sample also carries separator classes and documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+from data_prep.sidecar import open_classes
+
+
+class TokenStore(IndexedDataset):
+    """A .bin/.idx pair and the separator class of each of its tokens (`classes`, u8)."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__(prefix, multimodal=False, mmap=True)
+        self.classes = open_classes(prefix)
+
+    def first_token(self, document: int) -> int:
+        """Position of a document's first token in the file, in tokens."""
+        return int(self.index.sequence_pointers[document]) // DType.size(self.index.dtype)
+
+
+class SeparatorDataset(GPTDataset):
+    """Samples of `sequence_length` tokens, packed across documents and shuffled by megatron-core.
+
+    A sample is a dictionary: `tokens` and `labels` i64 [S], `separator_class` u8 [S], `document_start` i32 [S]
+    (position in the sequence at which the token's document starts).
+    """
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TokenStore:
+        """Open PREFIX.bin, PREFIX.idx and PREFIX.sep.bin."""
+        return TokenStore(dataset_path)
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample = self.shuffle_index[idx]
+        (first, begin), (last, end) = self.sample_index[sample], self.sample_index[sample + 1]
+        tokens, classes, starts, filled = [], [], [], 0
+        for place in range(first, last + 1):
+            document = int(self.document_index[place])
+            offset = int(begin) if place == first else 0
+            # The last label is the token after the last input, so a sample spans sequence_length + 1 tokens.
+            stop = int(end) + 1 if place == last else int(self.dataset.sequence_lengths[document])
+            position = self.dataset.first_token(document) + offset
+            tokens.append(self.dataset.get(document, offset=offset, length=stop - offset))
+            classes.append(self.dataset.classes[position : position + stop - offset])
+            starts.append(np.full(stop - offset, filled, dtype=np.int32))
+            filled += stop - offset
+        text = torch.from_numpy(np.concatenate(tokens, dtype=np.int64))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "separator_class": torch.from_numpy(np.concatenate(classes)[:-1]),
+            "document_start": torch.from_numpy(np.concatenate(starts)[:-1]),
+        }

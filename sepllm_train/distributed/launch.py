@@ -1,0 +1,108 @@
+"""Start of the process grid: torch.distributed, megatron-core's parallel groups, device, seeds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sepllm_train.config.schema import Config
+from sepllm_train.distributed.optional import quiet_imports
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process, as torchrun tells it; one process alone when it tells nothing."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    by_torchrun: bool
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that talks to the user."""
+        return self.rank == 0
+
+
+def launch_from_environment() -> Launch:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK."""
+    return Launch(
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        by_torchrun="RANK" in os.environ,
+    )
+
+
+def device_of(launch: Launch) -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    return torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
+    """Set up the grid of `config.parallel` for the duration of the block and give this process's device.
+
+    NCCL carries GPU tensors and gloo CPU tensors; without a GPU megatron-core's CUDA calls are met by
+    `sepllm_train.distributed.cpu`.
+    """
+    device = device_of(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with _process_group(launch, backend):
+        _start_megatron(config, device)
+        yield device
+
+
+@contextmanager
+def reading_group(launch: Launch) -> Iterator[None]:
+    """Processes that only read data together: what a dry run needs of the grid."""
+    with _process_group(launch, "gloo"):
+        yield
+
+
+@contextmanager
+def _process_group(launch: Launch, backend: str) -> Iterator[None]:
+    """torch.distributed's default group, alone without torchrun."""
+    timeout = datetime.timedelta(minutes=30)
+    if launch.by_torchrun:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _start_megatron(config: Config, device: torch.device) -> None:
+    """Parallel groups and random number generators of megatron-core."""
+    with quiet_imports():
+        from megatron.core import parallel_state, tensor_parallel
+    if device.type == "cpu":
+        from sepllm_train.distributed import cpu
+
+        cpu.install()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
+    )
+    torch.manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def virtual_stages(config: Config) -> int | None:
+    """Model chunks per pipeline stage, None when the schedule is not interleaved."""
+    chunks = config.parallel.virtual_pipeline
+    return chunks if chunks is not None and chunks > 1 else None

@@ -1,0 +1,44 @@
+"""Optional packages that megatron-core and the attention use when they are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# (name shown, module looked for, what it does, what does it instead). NVIDIA's apex is recognised by its compiled
+# extension: the package index also carries an unrelated package called apex.
+OPTIONAL = (
+    ("apex", "amp_C", "fused Adam", "torch's Adam"),
+    ("transformer_engine", "transformer_engine", "fused Adam", "torch's Adam"),
+    ("flash_attn", "flash_attn", "dense attention", "torch's scaled_dot_product_attention"),
+)
+# What megatron-core and torch say on import about the above and about each other.
+IMPORT_WARNINGS = (
+    ".*Apex (is|are) not installed.*",
+    ".*(Transformer Engine|transformer_engine).*not installed.*",
+    ".*imports from `dynamic_context.py` will be removed.*",
+    ".*torch.jit.script_method. is deprecated.*",
+)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import megatron-core inside this block: its warnings about missing optional packages are left out.
+
+    `optional_packages` says the same in one line.
+    """
+    with warnings.catch_warnings():
+        for message in IMPORT_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def optional_packages() -> str:
+    """One line that says which optional packages are importable and what is used in place of the others."""
+    parts = []
+    for name, module, use, instead in OPTIONAL:
+        found = importlib.util.find_spec(module) is not None
+        parts.append(f"{name} {'found: ' + use if found else 'not found: ' + instead + ' instead'}")
+    return "optional packages: " + "; ".join(parts)

@@ -1,0 +1,95 @@
+"""Core attention of a layer: sep_attention with the layer's window and horizons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide, get_pg_size
+from sep_attention import sep_attention
+from torch import Tensor
+
+from sepllm_train.attention_pattern import AttentionPattern
+from sepllm_train.model.sequence import SeparatorSequence
+
+
+class SeparatorAttention(MegatronModule):
+    """Attention of the heads of this tensor-parallel rank, under megatron-core's core-attention interface.
+
+    `pattern` and `sink` (one learned logit per head in the softmax denominator) come from the module spec. The layer
+    finds its window by `layer_number`, which counts from 1 over the whole model, also under pipeline parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pattern: AttentionPattern,
+        backend: str,
+        sink: bool,
+    ) -> None:
+        super().__init__(config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.tp_group = groups.tp
+        self.layer = pattern.layers[layer_number - 1]
+        self.backend = backend
+        self.scale = softmax_scale
+        self.sink: torch.nn.Parameter | None = None
+        if sink:
+            heads = divide(config.num_attention_heads, get_pg_size(self.tp_group))
+            self.sink = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.sink, True, 0, 1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: SeparatorSequence | None = None,
+    ) -> Tensor:
+        """Attend. query [S, B, H, D], key and value [S, B, Hkv, D] of this rank's heads; gives [S, B, H * D].
+
+        S is the whole sequence, also under sequence parallelism. Mask and bias are megatron-core's and unused: what
+        is visible is in the plan that `packed_seq_params` carries.
+        """
+        assert packed_seq_params is not None, "the model was called without an attention plan"
+        length, batch, heads, width = query.shape
+        out = sep_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            packed_seq_params.plan,
+            window=self.layer.window,
+            horizons=self.layer.horizons,
+            sink=self.sink,
+            scale=self.scale,
+            backend=self.backend,
+        )
+        return out.permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The sinks as a distributed checkpoint stores them: split over heads. `metadata` as megatron-core gives it."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"sink": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )

@@ -1,0 +1,142 @@
+"""From the configuration to the model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
+from sepllm_train.model.gpt import SepGPTModel
+from sepllm_train.model.initialization import initialize
+from sepllm_train.model.layers import NORMS, layer_spec
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def padded_vocabulary(entries: int, tensor: int) -> int:
+    """Rows of the embedding: `entries` rounded up to a multiple of 128 x the tensor-parallel size."""
+    multiple = 128 * tensor
+    return -(-entries // multiple) * multiple
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's settings for a run. Raises UserError for an odd number of rotary features."""
+    training = config.training
+    dtype = PRECISIONS[training.precision]
+    with warnings.catch_warnings():
+        # Selective recompute makes megatron-core warn about Transformer Engine's attention, which is not used.
+        warnings.filterwarnings("ignore", message=".*core_attn is from transformer_engine.*")
+        return TransformerConfig(
+            **_block(config.model),
+            **_split(config.parallel),
+            **RECOMPUTE[training.recompute],
+            qk_layernorm=config.attention.qk_norm,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=training.precision == "bf16",
+            fp16=training.precision == "fp16",
+            deterministic_mode=training.deterministic,
+            cuda_graph_scope=[],
+            # Weights are filled by `initialize`; megatron-core's initialisation only marks how each one is split.
+            use_cpu_initialization=True,
+            init_method=_leave,
+            output_layer_init_method=_leave,
+            embedding_init_method=_leave,
+            # The fused GELU is the tanh approximation; the other fusions need apex or torch.compile.
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            persist_layer_norm=False,
+        )
+
+
+def _block(model: ModelConfig) -> dict[str, Any]:
+    """Settings of the transformer block. Raises UserError for an odd number of rotary features."""
+    rotary = int(model.head_dim * model.rotary_fraction)
+    require(
+        rotary % 2 == 0,
+        f"model.rotary_fraction={model.rotary_fraction} of {model.head_dim} features per head gives {rotary} rotary "
+        "features: it must be an even number.",
+    )
+    gated = model.activation == "swiglu"
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn,
+        "normalization": "LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "add_bias_linear": model.bias,
+        "gated_linear_unit": gated,
+        "activation_func": F.silu if gated else F.gelu,
+    }
+
+
+def _split(parallel: ParallelConfig) -> dict[str, Any]:
+    """Settings of the process grid."""
+    chunks = parallel.virtual_pipeline
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": chunks if chunks is not None and chunks > 1 else None,
+        "sequence_parallel": parallel.sequence,
+    }
+
+
+def build_model(
+    config: Config,
+    vocabulary: int,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> SepGPTModel:
+    """Build one chunk of the model on the CPU with its initial weights; megatron-core's groups must exist.
+
+    vocabulary: entries before padding. pre_process and post_process: whether this chunk holds the embedding and the
+    output layer. vp_stage: number of the chunk under the interleaved schedule. The caller moves the model to its
+    device. Raises UserError for an attention pattern that does not fit the model.
+    """
+    model = config.model
+    settings = transformer_config(config)
+    spec = layer_spec(model, config.attention, resolve_pattern(config.attention, model.layers))
+    block = TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(settings, vp_stage), layer_norm=NORMS[model.norm]
+    )
+    gpt = SepGPTModel(
+        config=settings,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocabulary(vocabulary, config.parallel.tensor),
+        vocabulary=vocabulary,
+        max_sequence_length=config.data.sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="rope" if model.rotary_fraction > 0 else "none",
+        rotary_percent=model.rotary_fraction,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    initialize(gpt, model, config.seed)
+    return gpt
+
+
+def _leave(weight: Tensor) -> None:
+    """Initialise nothing."""

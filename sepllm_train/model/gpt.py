@@ -1,0 +1,52 @@
+"""The model class: megatron-core's GPT called with an attention plan, its padded vocabulary out of the softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import get_pg_rank
+from sep_attention import AttentionPlan
+from torch import Tensor
+
+from sepllm_train.model.sequence import SeparatorSequence
+
+
+class SepGPTModel(GPTModel):
+    """GPT whose layers attend by an AttentionPlan.
+
+    `vocabulary` counts the real entries; rows from there to the padded `vocab_size` have probability zero.
+    """
+
+    def __init__(self, *args: Any, vocabulary: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocabulary = vocabulary
+
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, plan: AttentionPlan, labels: Tensor | None = None
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        tokens, position_ids, labels: i64 [B, S]; plan: of the same micro-batch, on the same device. Every pipeline
+        stage needs the plan; only the first reads tokens and only the last labels. Positions are those of the sequence
+        (the rotary embedding counts them itself, across documents).
+
+        Gives the loss of each token in nats, fp32 [B, S], on the last stage; without labels the logits
+        [B, S, padded vocabulary / TP] of this rank, -inf where there is no entry; hidden states on other stages.
+        """
+        output = super().forward(
+            tokens, position_ids, None, labels=labels, packed_seq_params=SeparatorSequence.of(plan)
+        )
+        return self._mask_padding(output) if self.post_process and labels is None else output
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy over the real entries. labels [B, S], logits [S, B, padded vocabulary / TP]; gives [B, S]."""
+        return super().compute_language_model_loss(labels, self._mask_padding(logits))
+
+    def _mask_padding(self, logits: Tensor) -> Tensor:
+        """Set the logits of entries that do not exist to -inf, in place; last axis is this rank's shard."""
+        shard = logits.shape[-1]
+        real = max(0, self.vocabulary - get_pg_rank(self.tp_group) * shard)
+        if real < shard:
+            logits[..., real:] = float("-inf")
+        return logits

@@ -1,0 +1,160 @@
+"""Derived numbers of a run: what is printed before the first step, and the line of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sep_attention import attended_pairs, select_backend
+
+from sepllm_train.attention_pattern import AttentionPattern
+from sepllm_train.config.schema import Config
+from sepllm_train.config.validate import data_parallel_size
+from sepllm_train.console import duration, quantity
+from sepllm_train.data.corpus import Corpus
+from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
+from sepllm_train.metrics.memory import memory_estimate
+from sepllm_train.model.build import padded_vocabulary
+
+# Training samples behind the figures that are printed before the first step.
+PROBED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training."""
+
+    replicas: int
+    vocabulary: int
+    padded_vocabulary: int
+    parameters: int
+    tokens_per_step: int
+    attended_share: float
+    flops_per_token: dict[str, float]
+    backends: dict[str, str]
+    memory: dict[str, int]
+    counter: FlopsCounter
+
+
+def derive(
+    config: Config, pattern: AttentionPattern, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
+) -> Facts:
+    """Work out the facts of a run; the attended share is measured on the first samples of `dataset`."""
+    model, length = config.model, config.data.sequence_length
+    vocabulary = model.vocabulary or corpus.vocabulary
+    padded = padded_vocabulary(vocabulary, config.parallel.tensor)
+    counter = FlopsCounter(shape_of(model, padded), length, dense=pattern.dense)
+    samples = min(PROBED_SAMPLES, len(dataset))
+    pairs = sum(sample_pairs(pattern, dataset[number]) for number in range(samples))
+    flops = counter.training(samples * length, pairs)
+    return Facts(
+        replicas=data_parallel_size(config.parallel, world_size),
+        vocabulary=vocabulary,
+        padded_vocabulary=padded,
+        parameters=parameter_count(model, padded),
+        tokens_per_step=config.training.global_batch * length,
+        attended_share=counter.attended_share(samples * length, pairs),
+        flops_per_token={key: value / (samples * length) for key, value in flops.items()},
+        backends=chosen_backends(config, pattern, device),
+        memory=memory_estimate(model, padded, config.parallel, config.training, length),
+        counter=counter,
+    )
+
+
+def sample_pairs(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> int:
+    """Visible (query, key) pairs of one sample, summed over the layers of the model."""
+    plan = pattern.plan(sample["separator_class"][None], sample["document_start"][None])
+    return sum(int(attended_pairs(plan, layer.window, layer.horizons).sum()) for layer in pattern.layers)
+
+
+def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.device) -> dict[str, str]:
+    """Attention backend -> why, over the layers of the model."""
+    choices = [
+        select_backend(
+            config.attention.backend,
+            sequence_length=config.data.sequence_length,
+            window=layer.window,
+            device=device,
+            separate_documents=pattern.separate_documents,
+            sink=config.attention.sink == "learned",
+        )
+        for layer in dict.fromkeys(pattern.layers)
+    ]
+    return {choice.name: choice.reason for choice in choices}
+
+
+def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, device: torch.device) -> list[str]:
+    """What is printed before the first step."""
+    model, training, parallel = config.model, config.training, config.parallel
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    micro_batches = training.global_batch // (training.micro_batch * facts.replicas)
+    total = facts.tokens_per_step * training.steps
+    flops = facts.flops_per_token
+    saving = 1 - flops["flops/model"] / flops["flops/dense"]
+    return [
+        f"run: {config.run_root}/{config.name} | {world_size} processes = tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {facts.replicas} | {name} | {training.precision}",
+        *_data_lines(corpus, facts),
+        f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
+        f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
+        _attention_line(config, facts),
+        f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
+        f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
+        f"{training.steps:,} steps = {quantity(total)} tokens",
+        f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
+        f"({saving:.1%} saved), LM head included | whole run {quantity(flops['flops/model'] * total)}FLOPs",
+        "memory per process, estimated: "
+        + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
+    ]
+
+
+def _data_lines(corpus: Corpus, facts: Facts) -> list[str]:
+    """One line per source."""
+    lines = []
+    for source, weight in zip(corpus.sources, corpus.weights(), strict=True):
+        header = source.header
+        density = sum(entry.density for entry in header.classes)
+        lines.append(
+            f"data: {source.prefix} | weight {weight:.3g} | {header.tokens:,} tokens in {header.documents:,} documents "
+            f"| separators of every class {density:.1%} | {header.tokenizer.file}"
+        )
+    return lines
+
+
+def _attention_line(config: Config, facts: Facts) -> str:
+    """Pattern, attended share and backends."""
+    attention = config.attention
+    details = ""
+    if attention.pattern != "dense":
+        details = f" | initial {attention.initial_tokens} | window {attention.window}"
+        details += f" | full layers {attention.full_layers}" if attention.full_layers != "none" else ""
+    backends = "; ".join(f"{name} ({reason})" for name, reason in facts.backends.items())
+    return (
+        f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
+        f"first {PROBED_SAMPLES} samples | backend {backends}"
+    )
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """Figures of one line of the console; `flops` are cumulative flops/model, `attended_share` is of this interval."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    mfu: float | None
+    flops: float
+    attended_share: float
+    seconds_left: float
+
+    def __str__(self) -> str:
+        mfu = "" if self.mfu is None else f" | MFU {self.mfu:.1%}"
+        return (
+            f"step {self.step}/{self.steps} ({self.step / self.steps:.0%}) | loss {self.loss:.4f} | "
+            f"grad {self.grad_norm:.3f} | lr {self.learning_rate:.2e} | {self.tokens_per_second:,.0f} tok/s{mfu} | "
+            f"{quantity(self.flops)}FLOPs | attended {self.attended_share:.1%} | ETA {duration(self.seconds_left)}"
+        )

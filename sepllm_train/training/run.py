@@ -1,0 +1,131 @@
+"""A run from its checked configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from sepllm_train import checkpoint
+from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
+from sepllm_train.config.schema import Config
+from sepllm_train.console import duration, say
+from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.data.splits import build_datasets
+from sepllm_train.distributed.launch import Launch
+from sepllm_train.distributed.optional import optional_packages
+from sepllm_train.errors import UserError
+from sepllm_train.metrics.log import MetricsLog
+from sepllm_train.training import run_folder
+from sepllm_train.training.loop import Loop
+from sepllm_train.training.report import Facts, derive, start_lines
+from sepllm_train.training.setup import build_training
+from sepllm_train.training.state import TrainState
+from sepllm_train.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the model is built."""
+
+    pattern: AttentionPattern
+    corpus: Corpus
+    dataset: Dataset
+    validation: dict[str, Dataset]
+    facts: Facts
+    entry: run_folder.Entry
+    identity: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+def dry_run(config: Config, world_size: int, device: torch.device) -> None:
+    """Check everything a run would check and print its derived numbers."""
+    _prepare(config, world_size, device)
+    say(f"dry run: the configuration is sound for {world_size} processes; nothing was trained.")
+
+
+def train(config: Config, launch: Launch, device: torch.device) -> None:
+    """Train. Every rank calls it inside the process grid."""
+    prepared = _prepare(config, launch.world_size, device)
+    folder, facts = prepared.entry.folder, prepared.facts
+    training = build_training(config, facts.vocabulary, device)
+    stepper = Stepper(config, prepared.pattern, training, device)
+    state = TrainState()
+    if prepared.entry.checkpoint is not None:
+        state = checkpoint.load(prepared.entry.checkpoint, training)
+        say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")
+    run = run_record(config, prepared, launch.world_size, device)
+    metrics = None
+    if launch.main:
+        run_folder.describe(folder, config, run)
+        metrics = MetricsLog(folder / "metrics.jsonl")
+        metrics.rewind(state.step if prepared.entry.checkpoint is not None else -1)
+    dist.barrier()
+    loop = Loop(
+        config,
+        facts,
+        training,
+        stepper,
+        state,
+        metrics=metrics,
+        run_folder=folder,
+        identities={"identity": prepared.identity, "schedule": prepared.schedule},
+        token_bytes=prepared.corpus.token_bytes,
+        device=device,
+    )
+    loop.run(prepared.dataset, prepared.validation)
+    if launch.main:
+        run_folder.write_run(folder, {**run, "status": "finished"})
+    say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
+
+
+def run_record(config: Config, prepared: Prepared, world_size: int, device: torch.device) -> dict[str, Any]:
+    """Content of run.json. Runs are comparable when all of `comparable` agrees."""
+    facts, corpus = prepared.facts, prepared.corpus
+    return {
+        "name": config.name,
+        "parameters": facts.parameters,
+        "steps": config.training.steps,
+        "comparable": {
+            "data": corpus.identity(),
+            "tokenizer": corpus.tokenizer_sha256,
+            "vocabulary": facts.vocabulary,
+            "sequence_length": config.data.sequence_length,
+            "seed_of_data_order": config.seed,
+        },
+        "attention": {
+            "pattern": config.attention.pattern,
+            "initial_tokens": config.attention.initial_tokens,
+            "window": config.attention.window,
+            "separators": config.attention.separators,
+            "full_layers": config.attention.full_layers,
+        },
+        "backends": facts.backends,
+        "flops_per_token": facts.flops_per_token,
+        "devices": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "world_size": world_size,
+    }
+
+
+def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
+    """Open the data, check the run folder, print the derived numbers. Raises UserError."""
+    pattern = resolve_pattern(config.attention, config.model.layers)
+    corpus = open_corpus(config.data)
+    if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:
+        raise UserError(
+            f"model.vocabulary={config.model.vocabulary} is smaller than the {corpus.vocabulary} entries of the "
+            f"tokenizer of {corpus.sources[0].prefix}: raise it, or leave it null to take the tokenizer's."
+        )
+    vocabulary = config.model.vocabulary or corpus.vocabulary
+    identity = checkpoint.identity(config, vocabulary, corpus.identity(), corpus.tokenizer_sha256)
+    schedule = checkpoint.schedule_identity(config)
+    entry = run_folder.enter(config, identity, schedule)
+    dataset, validation = build_datasets(config, corpus)
+    facts = derive(config, pattern, corpus, dataset, world_size, device)
+    say(optional_packages())
+    for line in start_lines(config, corpus, facts, world_size, device):
+        say(line)
+    return Prepared(pattern, corpus, dataset, validation, facts, entry, identity, schedule)

@@ -1,0 +1,124 @@
+"""RUN/: config.yaml, environment.json, run.json, metrics.jsonl and checkpoints/, and how a run may enter it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from data_prep.files import write_whole
+from sepllm_train import checkpoint
+from sepllm_train.config.schema import Config
+from sepllm_train.errors import UserError
+
+PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write."""
+
+    folder: Path
+    checkpoint: Path | None
+
+
+def enter(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
+    """Decide what `resume` means here and check it. Touches nothing.
+
+    Raises UserError for a folder that holds a finished run, or another run than this one.
+    """
+    folder = Path(config.run_root) / config.name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
+    used = (folder / "metrics.jsonl").exists()
+    if used and read_status(folder) == "finished":
+        raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
+    if config.resume == "never" and used:
+        raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
+    if config.resume in ("auto", "never"):
+        found = checkpoint.newest(folder) if config.resume == "auto" else None
+    else:
+        found = checkpoint.find(config.resume)
+        if used and folder.resolve() not in found.resolve().parents:
+            raise UserError(f"{folder} is in use by an earlier run: give the run that continues {found} another name=.")
+    if found is not None:
+        content = checkpoint.read_state(found)
+        checkpoint.check_identity(content["identity"], identity, str(found), "a run continues with what it began with")
+        if config.resume == "auto":
+            checkpoint.check_identity(
+                content["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
+            )
+        if content["state"]["step"] >= config.training.steps:
+            raise UserError(
+                f"{found} is at step {content['state']['step']}, nothing is left of training.steps="
+                f"{config.training.steps}: raise it, or start a new run."
+            )
+    return Entry(folder, found)
+
+
+def read_status(folder: Path) -> str:
+    """`running` or `finished` as run.json says; `unknown` without one."""
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf8"))["status"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
+    """Write config.yaml, environment.json and run.json (status: running)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+    write_run(folder, {**run, "status": "running"})
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_whole(folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+
+
+def environment() -> dict[str, Any]:
+    """Code, packages, machine and command of this run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "host": platform.node(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that this code runs from and whether it has changes; None outside a checkout."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

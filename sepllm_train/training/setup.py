@@ -1,0 +1,124 @@
+"""Model, optimizer and schedule of a run, from megatron-core's parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from sepllm_train.config.schema import Config, OptimConfig
+from sepllm_train.distributed.launch import virtual_stages
+from sepllm_train.model.build import PRECISIONS, build_model
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
+
+
+@dataclass
+class Training:
+    """What the loop steps: model chunks of this pipeline stage (wrapped), their bare modules, optimizer, schedule."""
+
+    chunks: list[DistributedDataParallel]
+    modules: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build_training(config: Config, vocabulary: int, device: torch.device) -> Training:
+    """Build this rank's part. `vocabulary` counts entries before padding."""
+    modules = [build_chunk(config, vocabulary, stage).to(device) for stage in _stages(config)]
+    half = config.training.precision in ("bf16", "fp16")
+    model_config = get_model_config(modules[0])
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    wrapped = [Float16Module(model_config, module) if half else module for module in modules]
+    chunks = [
+        DistributedDataParallel(model_config, settings, module, disable_bucketing=number > 0)
+        for number, module in enumerate(wrapped)
+    ]
+    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+    return Training(chunks, modules, optimizer, build_scheduler(config, optimizer))
+
+
+def build_chunk(config: Config, vocabulary: int, stage: int | None) -> torch.nn.Module:
+    """One model chunk of this pipeline stage."""
+    return build_model(
+        config,
+        vocabulary,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        vp_stage=stage,
+    )
+
+
+def _stages(config: Config) -> list[int | None]:
+    """Numbers of this rank's model chunks; [None] without an interleaved schedule."""
+    chunks = virtual_stages(config)
+    return list(range(chunks)) if chunks else [None]
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    """Adam, with weight decay on matrices only (megatron-core's default)."""
+    optim, precision = config.optim, config.training.precision
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.epsilon,
+        clip_grad=optim.clip_grad,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        params_dtype=PRECISIONS[precision],
+    )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate as a function of the step."""
+    optim, steps = config.optim, config.training.steps
+    warmup = warmup_steps(optim, steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(steps, warmup + 1),
+        lr_decay_style=SCHEDULES[optim.schedule],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=max(1, round(optim.decay_fraction * steps)) if optim.schedule == "wsd" else None,
+        lr_wsd_decay_style="linear" if optim.schedule == "wsd" else None,
+    )
+
+
+def warmup_steps(optim: OptimConfig, steps: int) -> int:
+    """Steps of linear warm-up."""
+    return round(optim.warmup_fraction * steps) if optim.warmup_steps is None else optim.warmup_steps
+
+
+def set_schedule(scheduler: OptimizerParamScheduler, step: int) -> None:
+    """Put the schedule at `step`: the rate depends on the step alone, so nothing of it is stored in checkpoints."""
+    scheduler.num_steps = 0
+    scheduler.step(increment=step)
+
+
+def learning_rate(optimizer: Any) -> float:
+    """The rate that the next step of `optimizer` uses."""
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,26 @@
+"""Counters of a run, carried through checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """How far the run is. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
+    summed over sequences and layers, from which the FLOPs follow."""
+
+    step: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of `to_dict`."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})

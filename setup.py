@@ -1,0 +1,54 @@
+"""Packaging of sepllm-train. Exact torch builds are chosen by constraints.txt; the ranges live here."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+CONFIG_GROUPS = sorted(p.name for p in Path(__file__).parent.joinpath("configs").iterdir() if p.is_dir())
+
+setup(
+    name="sepllm-train",
+    version="0.1.0",
+    description="Pretrain GPTs with SepLLM's separator attention on megatron-core",
+    long_description=Path(__file__).parent.joinpath("README.md").read_text(encoding="utf8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
+    # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
+    packages=["sepllm_train", "data_prep", "sep_attention", "sepllm_train.configs"]
+    + [f"sepllm_train.configs.{group}" for group in CONFIG_GROUPS],
+    package_dir={"sep_attention": "kernels/sep_attention", "sepllm_train.configs": "configs"}
+    | {f"sepllm_train.configs.{group}": f"configs/{group}" for group in CONFIG_GROUPS},
+    package_data={
+        "sepllm_train.configs": ["*.yaml"],
+        **{f"sepllm_train.configs.{group}": ["*.yaml"] for group in CONFIG_GROUPS},
+    },
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core==0.16.1",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "numpy<2.4",  # Triton 3.6's interpreter fails with newer ones
+        "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "zstandard",
+        "tqdm",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.6", "flash-attn; platform_machine == 'x86_64'"],
+        "wandb": ["wandb"],
+        "hf": ["transformers>=5.5", "safetensors"],
+        "eval": ["lm_eval[hf]>=0.4.9"],
+        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "pre-commit", "build"],
+    },
+    entry_points={
+        "console_scripts": [
+            "sepllm-pretrain=sepllm_train.pretrain:main",
+            "sepllm-prepare-data=data_prep.cli:main",
+            "sepllm-compare-runs=sepllm_train.compare:main",
+        ]
+    },
+)

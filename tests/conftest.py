@@ -1,0 +1,25 @@
+"""Fixtures every test folder shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real corpora and tokenizers: $SEPLLM_SHARED_DATA, or `shared/data` beside the checkout."""
+    folder = Path(os.environ.get("SEPLLM_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "manifest.json").is_file():
+        pytest.skip(f"no real corpora at {folder} (set SEPLLM_SHARED_DATA)")
+    return folder

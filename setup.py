@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CONFIG_GROUPS = sorted(p.name for p in Path(__file__).parent.joinpath("configs").iterdir() if p.is_dir())
 
@@ -16,7 +16,8 @@ setup(
     python_requires=">=3.11,<3.13",
     # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
     # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
-    packages=["sepllm_train", "data_prep", "sep_attention", "sepllm_train.configs"]
+    packages=find_packages(include=["sepllm_train*", "data_prep*"])
+    + ["sep_attention", "sepllm_train.configs"]
     + [f"sepllm_train.configs.{group}" for group in CONFIG_GROUPS],
     package_dir={"sep_attention": "kernels/sep_attention", "sepllm_train.configs": "configs"}
     | {f"sepllm_train.configs.{group}": f"configs/{group}" for group in CONFIG_GROUPS},

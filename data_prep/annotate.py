@@ -57,7 +57,7 @@ def annotate(
         name = copy_tokenizer(loaded, prefix)
         target.finish()
     header = build_header(
-        loaded, name, class_of_token, counts, documents=data.documents, text_bytes=text_bytes, files=files
+        loaded, name, token_bytes, class_of_token, counts, documents=data.documents, text_bytes=text_bytes, files=files
     )
     write_whole(with_suffix(prefix, HEADER_SUFFIX), format_header(header).encode("utf8"))
     return header

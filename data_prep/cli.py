@@ -26,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"{error.filename or 'Writing failed'}: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        print("\nInterrupted: no unfinished output was kept.", file=sys.stderr)
         return 130
     return 0
 
@@ -45,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
 def _command(commands: _Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
@@ -60,7 +69,7 @@ def _add_text_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--field", default="text", help="field of .jsonl lines that holds the text (default: text)")
     command.add_argument("--strict", action="store_true", help="stop at a document that is not UTF-8 (else: skip it)")
     command.add_argument("--unwrap", action="store_true", help="join the hard-wrapped lines of books")
-    command.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: all cores)")
     command.add_argument("--overwrite", action="store_true", help="replace existing output")
 
 
@@ -129,11 +138,15 @@ def _add_train_tokenizer(commands: _Commands) -> None:
         "books/*.txt --vocab-size 16000 --output books.model",
     )
     _add_text_inputs(command)
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, 256 bytes included")
+    command.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries, 256 bytes included")
     command.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     command.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: bpe)")
     command.add_argument(
-        "--sentences", type=int, default=1_000_000, metavar="N", help="lines held in memory, sampled (default: 1000000)"
+        "--sentences",
+        type=_positive,
+        default=1_000_000,
+        metavar="N",
+        help="lines held in memory (default: 1000000)",
     )
     command.set_defaults(run=_run_train_tokenizer)
 
@@ -165,13 +178,9 @@ def _add_stats(commands: _Commands) -> None:
     )
     command.add_argument("prefix", metavar="PREFIX", help="path of the dataset without a suffix")
     command.add_argument("--initial", type=int, default=3, metavar="A", help="initial tokens (default: 3)")
-    command.add_argument(
-        "--window", type=int, default=64, metavar="N", help="neighbours, itself included (default: 64)"
-    )
+    command.add_argument("--window", type=int, default=64, metavar="N", help="neighbours with itself (default: 64)")
     command.add_argument("--length", type=int, default=2048, metavar="S", help="tokens of a sequence (default: 2048)")
-    command.add_argument(
-        "--separators", default="paper", help="paper, all, or class names with commas (default: paper)"
-    )
+    command.add_argument("--separators", default="paper", help="paper, all, or class names (default: paper)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_run_stats)
 
@@ -206,3 +215,7 @@ def _run_verify(arguments: argparse.Namespace) -> None:
 
     header = verify(arguments.prefix, arguments.tokenizer)
     print(f"{arguments.prefix}: {header.tokens:,} tokens in {header.documents:,} documents are as their header says")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

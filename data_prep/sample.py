@@ -181,9 +181,16 @@ def _docstrings(text: str, seen: set[str]) -> Iterator[str]:
 
 
 def _docstrings_of(head: ast.Module | ast.ClassDef, body: list[ast.stmt]) -> Iterator[str]:
-    nodes = [head, *(node for child in body for node in ast.walk(child))]
-    for node in nodes:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring and docstring.strip():
-                yield cleandoc(docstring)
+    for node in (head, *_definitions(body)):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring and docstring.strip():
+            yield cleandoc(docstring)
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Definitions at any depth, in the order of the source; only statements are visited, which is fast."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for block in ("body", "orelse", "handlers", "finalbody"):
+            yield from _definitions(getattr(node, block, []))

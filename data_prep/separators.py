@@ -47,11 +47,10 @@ CLASSES: tuple[SeparatorClass, ...] = (
     SeparatorClass(16, "sentence_mixed", 'a sentence mark with other symbols, such as ."'),
     SeparatorClass(17, "line_mixed", "one line break with other symbols"),
     SeparatorClass(18, "paragraph_mixed", "two line breaks or more with other symbols"),
-    SeparatorClass(19, "space_mixed", "spaces or tabs with other symbols, such as a space and a bracket"),
-    SeparatorClass(20, "fullwidth_clause", "fullwidth and CJK clause marks, alone or with symbols"),
-    SeparatorClass(21, "fullwidth_sentence", "fullwidth and CJK sentence marks, alone or with symbols"),
-    SeparatorClass(22, "other_clause", "clause marks of other scripts, alone or with symbols"),
-    SeparatorClass(23, "other_sentence", "sentence marks of other scripts and the ellipsis character"),
+    SeparatorClass(19, "fullwidth_clause", "fullwidth and CJK clause marks, alone or with symbols"),
+    SeparatorClass(20, "fullwidth_sentence", "fullwidth and CJK sentence marks, alone or with symbols"),
+    SeparatorClass(21, "other_clause", "clause marks of other scripts, alone or with symbols"),
+    SeparatorClass(22, "other_sentence", "sentence marks of other scripts and the ellipsis character"),
 )
 
 PAPER: tuple[int, ...] = tuple(range(1, 10))
@@ -78,8 +77,8 @@ _BREAKS = frozenset("\n\r\v\f\x85\u2028\u2029")
 def classify(token_bytes: Sequence[bytes | None]) -> NDArray[np.uint8]:
     """Class of each vocabulary entry from its byte string, u8 [V]; None and incomplete UTF-8 give 0.
 
-    A mixed entry (no letter, digit or combining mark, but at least one separator character) takes its strongest:
-    paragraph > line > sentence > clause > space.
+    A mixed entry (no letter, digit or combining mark, but at least one mark or line break) takes its strongest:
+    paragraph > line > sentence > clause. Spaces beside other symbols, such as " (", separate nothing.
     """
     return np.array([_class_of(entry) for entry in token_bytes], dtype=np.uint8)
 
@@ -100,7 +99,8 @@ def _class_of(entry: bytes | None) -> int:
         return _NUMBER[f"paragraph_{suffix}"]
     if breaks:
         return _NUMBER[f"line_{suffix}"]
-    return _sentence_or_clause(characters, suffix) or _space(characters, suffix)
+    mark = _sentence_or_clause(characters, suffix)
+    return mark if mark or suffix == "mixed" else _NUMBER["space_run"]
 
 
 def _sentence_or_clause(characters: frozenset[str], suffix: str) -> int:
@@ -113,12 +113,6 @@ def _sentence_or_clause(characters: frozenset[str], suffix: str) -> int:
         (_OTHER_CLAUSE, "other_clause"),
     )
     return next((_NUMBER[name] for marks, name in ranked if marks & characters), 0)
-
-
-def _space(characters: frozenset[str], suffix: str) -> int:
-    if not any(map(_is_blank, characters)):
-        return 0
-    return _NUMBER["space_run" if suffix == "merged" else "space_mixed"]
 
 
 def _is_blank(character: str) -> bool:

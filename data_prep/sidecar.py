@@ -91,6 +91,7 @@ def token_lengths(token_bytes: Sequence[bytes | None], eod: int) -> NDArray[np.i
 def build_header(
     tokenizer: Tokenizer,
     tokenizer_file: str,
+    token_bytes: Sequence[bytes | None],
     class_of_token: NDArray[np.uint8],
     class_counts: NDArray[np.int64],
     *,
@@ -98,8 +99,7 @@ def build_header(
     text_bytes: int,
     files: Mapping[str, FileInfo],
 ) -> SidecarHeader:
-    """Header of a dataset from the class of each vocabulary entry [V] and the tokens counted per class [256]."""
-    token_bytes = tokenizer.token_bytes()
+    """Header of a dataset from the bytes and class of each vocabulary entry [V] and the tokens of each class [256]."""
     tokens = int(class_counts.sum())
     entries = []
     for entry in CLASSES:
@@ -121,11 +121,12 @@ def build_header(
 
 def format_header(header: SidecarHeader) -> str:
     """The header as JSON text with one line for each top-level key and class, for people who open the file."""
-    content = asdict(header)
-    content["classes"] = "CLASSES"
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     classes = ",\n".join(f"    {json.dumps(asdict(entry), ensure_ascii=False)}" for entry in header.classes)
-    return ("{\n" + ",\n".join(lines) + "\n}\n").replace('"CLASSES"', f"[\n{classes}\n  ]", 1)
+    lines = [
+        f"  {json.dumps(key)}: " + (f"[\n{classes}\n  ]" if key == "classes" else json.dumps(value, ensure_ascii=False))
+        for key, value in asdict(header).items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_header(prefix: str | Path) -> SidecarHeader:

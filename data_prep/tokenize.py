@@ -7,6 +7,7 @@ copied between processes. At most a few batches are in flight: memory does not d
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,9 +42,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Encoded:
-    ids: list[NDArray[np.integer]]
-    text_bytes: list[int]
-    ends: list[bool]
+    """Tokens of a batch [T] with the end-of-document tokens, and where in it documents end (exclusive)."""
+
+    tokens: NDArray[np.integer]
+    ends: list[int]
+    text_bytes: int
     position: int
 
 
@@ -70,7 +73,7 @@ def tokenize_files(
         DatasetWriter(output, loaded, overwrite=overwrite) as writer,
         tqdm(total=corpus.size, unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        corpus.report = lambda message: tqdm.write(message, file=bar.fp)
+        corpus.report = lambda message: tqdm.write(message, file=sys.stderr)
 
         def show(position: int) -> None:
             bar.update(position - bar.n)
@@ -132,20 +135,19 @@ def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[_B
 
 
 def _encode(tokenizer: Tokenizer, batch: _Batch) -> _Encoded:
-    dtype = token_dtype(tokenizer.vocab_size)
-    return _Encoded(
-        ids=[np.array(ids, dtype=dtype) for ids in tokenizer.encode_batch(batch.pieces)],
-        text_bytes=[len(piece) if piece.isascii() else len(piece.encode("utf8")) for piece in batch.pieces],
-        ends=batch.ends,
-        position=batch.position,
-    )
+    flat: list[int] = []
+    ends: list[int] = []
+    for ids, is_last in zip(tokenizer.encode_batch(batch.pieces), batch.ends, strict=True):
+        flat += ids
+        if is_last:
+            flat.append(tokenizer.eod)
+            ends.append(len(flat))
+    text_bytes = sum(len(piece) if piece.isascii() else len(piece.encode("utf8")) for piece in batch.pieces)
+    return _Encoded(np.array(flat, dtype=token_dtype(tokenizer.vocab_size)), ends, text_bytes, batch.position)
 
 
 def _write(encoded: _Encoded, writer: DatasetWriter) -> int:
-    for ids, text_bytes, end in zip(encoded.ids, encoded.text_bytes, encoded.ends, strict=True):
-        writer.write(ids, text_bytes)
-        if end:
-            writer.end_document()
+    writer.write(encoded.tokens, encoded.ends, encoded.text_bytes)
     return encoded.position
 
 

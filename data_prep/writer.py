@@ -43,7 +43,8 @@ class DatasetWriter:
         self.prefix = Path(prefix)
         self.tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._class_of_token = classify(tokenizer.token_bytes())
+        self._token_bytes = tokenizer.token_bytes()
+        self._class_of_token = classify(self._token_bytes)
         self._class_counts = np.zeros(256, dtype=np.int64)
         self._text_bytes = 0
         self._open_document = 0
@@ -66,21 +67,23 @@ class DatasetWriter:
         """Tokens written so far."""
         return int(self._class_counts.sum())
 
-    def write(self, ids: Sequence[int] | NDArray[np.integer], text_bytes: int) -> None:
-        """Append tokens, which stand for `text_bytes` bytes of UTF-8, to the document being written."""
-        tokens = np.asarray(ids, dtype=self._dtype)
+    def write(self, tokens: NDArray[np.integer], ends: Sequence[int], text_bytes: int) -> None:
+        """Append tokens [T], which stand for `text_bytes` bytes of UTF-8.
+
+        `ends` are the places in `tokens` (exclusive, each just behind an end-of-document token) where documents end;
+        what follows the last one belongs to a document that the next call goes on with.
+        """
+        tokens = tokens.astype(self._dtype, copy=False)
         classes = self._class_of_token[tokens]
         self._bin.write(tokens.tobytes())
         self._classes.write(classes.tobytes())
         self._class_counts += np.bincount(classes, minlength=256)
         self._text_bytes += text_bytes
-        self._open_document += len(tokens)
-
-    def end_document(self) -> None:
-        """Close the document with the end-of-document token."""
-        self.write([self.tokenizer.eod], 0)
-        self._lengths.append(self._open_document)
-        self._open_document = 0
+        start = -self._open_document
+        for end in ends:
+            self._lengths.append(end - start)
+            start = end
+        self._open_document = len(tokens) - start
 
     def finish(self) -> SidecarHeader:
         """Sync everything, give all files their final names, write the header; raises UserError without documents."""
@@ -94,6 +97,7 @@ class DatasetWriter:
         header = build_header(
             self.tokenizer,
             copy_tokenizer(self.tokenizer, self.prefix),
+            self._token_bytes,
             self._class_of_token,
             self._class_counts,
             documents=self._lengths.count,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sync_folder, write_whole
 from sepllm_train.config.schema import Config
@@ -118,7 +119,7 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     same_layout = content["layout"] == layout()
     try:
         tensors = dist_checkpointing.load(_tensors(training, loading=True, with_rng=same_layout), str(checkpoint))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         raise UserError(
             f"the checkpoint {checkpoint} cannot be loaded ({str(error).splitlines()[0]}): resume from another one."
         ) from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.sample import prepare_sample
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -23,3 +25,17 @@ def shared_data() -> Path:
     if not (folder / "manifest.json").is_file():
         pytest.skip(f"no real corpora at {folder} (set SEPLLM_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds the sample corpus, made once for all tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    prepare_sample(cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def sample_prefix(sample_cache: Path) -> Path:
+    """Prefix of the sample corpus."""
+    return prepare_sample(sample_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -11,16 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 
-def run_ranks(script: Path, function: str, world_size: int, *, time_limit: float = 120, **arguments: Any) -> list[Any]:
-    """Call `function(**arguments)` of the file `script` in `world_size` processes; gives each rank's result.
+
+def run_ranks(function: Callable[..., Any], world_size: int, *, time_limit: float = 120, **arguments: Any) -> list[Any]:
+    """Call `function(**arguments)` in `world_size` processes; gives what it returns on each rank.
 
     The processes see what torchrun would tell them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and no
-    GPU. Arguments and results travel as JSON. Raises AssertionError with the output of the first rank to fail, or
-    when `time_limit` seconds are over; no process outlives the call.
+    GPU. The function is found again by its file and name; arguments and results travel as JSON. Raises
+    AssertionError with the output of the first rank to fail, or when `time_limit` seconds are over. No process
+    outlives the call.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -30,15 +35,17 @@ def run_ranks(script: Path, function: str, world_size: int, *, time_limit: float
             "MASTER_PORT": str(_free_port()),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         }
+        target = [inspect.getfile(function), function.__name__, json.dumps(arguments)]
         ranks = []
         try:
             for rank in range(world_size):
-                command = [sys.executable, __file__, str(script), function, json.dumps(arguments)]
+                command = [sys.executable, "-m", "tests.distributed_runner", *target, str(folder / f"{rank}.json")]
                 with open(folder / f"{rank}.log", "wb") as log:
                     ranks.append(
                         subprocess.Popen(
-                            [*command, str(folder / f"{rank}.json")],
+                            command,
                             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                             stdout=log,
                             stderr=subprocess.STDOUT,
@@ -87,7 +94,6 @@ def _run_one(script: str, function: str, arguments: str, result: str) -> None:
     spec = importlib.util.spec_from_file_location("rank_script", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(script).parent))
     sys.modules["rank_script"] = module
     spec.loader.exec_module(module)
     value = getattr(module, function)(**json.loads(arguments))

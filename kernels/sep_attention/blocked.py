@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sep_attention.layout import QueryBlock, RowLayout, block_layouts
 from sep_attention.plan import AttentionPlan
 
+# Shorter blocks waste fewer pairs in the band, longer ones make fewer calls; flat between 96 and 128 for n = 64..256.
 BLOCK = 128
 
 
@@ -81,12 +83,13 @@ class _Row:
             result = torch.bmm(weights, values, out=self.scratch.matrix("result", *queries.shape))
             out[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
 
-    def backward(self, upstream: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor | None:
-        """Fills grad_q [N, G, S, D] and grad_k, grad_v [N, S, D]; returns the gradient of the sink, [H]."""
+    def backward(
+        self, upstream: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_sink: Tensor | None
+    ) -> None:
+        """Fills grad_q [N, G, S, D] and grad_k, grad_v [N, S, D]; adds to grad_sink [H] when there is one."""
         upstream = upstream.to(self.scratch.dtype)
         near_k, near_v = self.accumulator(grad_k), self.accumulator(grad_v)
         far_k, far_v = torch.zeros_like(self.far_keys), torch.zeros_like(self.far_values)
-        grad_sink = None if self.sink is None else torch.zeros_like(self.sink)
         for block in self.layout.blocks:
             queries, above = self.rows(self.queries, block), self.rows(upstream, block)
             keys = self.read("keys", self.far_keys, self.keys, block)
@@ -100,7 +103,7 @@ class _Row:
                 part_v.baddbmm_(weights[..., columns].transpose(1, 2), above)
                 part_k.baddbmm_(slopes[..., columns].transpose(1, 2), queries, alpha=self.scale)
             if grad_sink is not None:
-                grad_sink += slopes[..., -1].view(*self.heads, -1).sum(-1, keepdim=True)
+                grad_sink += slopes[..., -1].unflatten(1, (self.heads[1], -1)).sum(-1).flatten()
             result = self.scratch.matrix("result", *queries.shape).baddbmm_(slopes, keys, beta=0, alpha=self.scale)
             grad_q[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
         for near, far, target in ((near_k, far_k, grad_k), (near_v, far_v, grad_v)):
@@ -108,7 +111,6 @@ class _Row:
             near.index_add_(1, self.layout.gathered, far)
             if near is not target:
                 target.copy_(near)
-        return None if grad_sink is None else grad_sink.flatten()
 
     def slopes(self, above: Tensor, values: Tensor, weights: Tensor) -> Tensor:
         """Gradient of the scores, [N, G * R, L]."""
@@ -151,17 +153,22 @@ class _Blocked(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink = ctx.saved_tensors
         grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
         scratch = _Scratch(_wide(q.dtype))
-        of_sink = []
+        grad_sink = None if sink is None else torch.zeros(sink.shape, dtype=scratch.dtype)
         for index, layout in enumerate(ctx.layouts):
             row = _Row(q[index], k[index], v[index], sink, layout, ctx.scale, scratch)
             upstream, target = (x[index].unflatten(0, row.heads) for x in (grads[0], grad_q))
-            of_sink.append(row.backward(upstream, target, grad_k[index], grad_v[index]))
-        grad_sink = None if sink is None else torch.stack(of_sink).sum(0).to(sink.dtype)
-        return grad_q, grad_k, grad_v, grad_sink, None, None
+            row.backward(upstream, target, grad_k[index], grad_v[index], grad_sink)
+        return grad_q, grad_k, grad_v, None if grad_sink is None else grad_sink.to(sink.dtype), None, None
+
+
+def row_layouts(plan: AttentionPlan, window: int, horizons: Sequence[int] | None) -> list[RowLayout]:
+    """The layouts `blocked_attention` works with; deriving them ahead of the first layer is optional."""
+    return block_layouts(plan, window, horizons, BLOCK)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -185,5 +192,5 @@ def blocked_attention(
     Half types are computed in float32. Deterministic. Only q, k, v and sink are saved for the backward pass, which
     recomputes the softmax block by block. Under torch.compile it runs as it is, between two graphs.
     """
-    layouts = block_layouts(plan, window, horizons, BLOCK)
+    layouts = row_layouts(plan, window, horizons)
     return _Blocked.apply(q, k, v, sink, layouts, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -41,9 +41,7 @@ class RowLayout(NamedTuple):
     blocks: list[QueryBlock]
 
 
-def block_layouts(
-    plan: AttentionPlan, window: int, horizons: Sequence[int] | None, block_size: int
-) -> list[RowLayout]:
+def block_layouts(plan: AttentionPlan, window: int, horizons: Sequence[int] | None, block_size: int) -> list[RowLayout]:
     """Layout of each sequence of a plan on CPU, kept on the plan for the other layers with this window.
 
     Raises ValueError for a window or horizon below 1 or a wrong count of horizons.

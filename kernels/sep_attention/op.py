@@ -15,7 +15,7 @@ from sep_attention.reference import reference_attention
 
 BACKENDS = ("reference", "blocked", "dense", "masked", "flex")
 # Below this length one masked SDPA call beats the block loop on CPU (kernels/benchmarks/cpu_attention.py).
-MASKED_UP_TO = 512
+MASKED_UP_TO = 256
 
 
 class BackendChoice(NamedTuple):

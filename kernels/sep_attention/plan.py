@@ -70,9 +70,9 @@ class AttentionPlan:
         target = torch.device(device)
         if self.tier.device == target:
             return self
+        tier, prefix, positions = (x.to(target, non_blocking=True) for x in (self.tier, self.prefix, self.positions))
         starts = None if self.document_start is None else self.document_start.to(target, non_blocking=True)
-        moved = [tensor.to(target, non_blocking=True) for tensor in (self.tier, self.prefix, self.positions)]
-        return AttentionPlan(*moved, document_start=starts)
+        return AttentionPlan(tier, prefix, positions, document_start=starts)
 
 
 def build_plan(

@@ -8,29 +8,36 @@ from typing import Any
 from data_prep.errors import UserError
 from sepllm_train.compare.records import Run
 
-# A loss means the same in two runs only if all of these are equal.
+# What run.json must tell for a loss to mean the same in two runs, and how to call it.
 REQUIRED = {
     "data": "data",
     "tokenizer": "tokenizers",
     "vocabulary": "vocabularies",
     "sequence_length": "sequence lengths",
 }
+# Noise between runs, not another task: told as a caveat.
+ALLOWED = "seed_of_data_order"
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raise UserError naming the first difference in data, tokenizer, vocabulary or sequence length."""
-    first = flatten(runs[0].info["comparable"])
-    for key, words in REQUIRED.items():
-        for run in runs:
+    """Raise UserError naming the first difference in data, tokenizer, vocabulary, sequence length or the like.
+
+    Whatever run.json holds under `comparable` must agree, the seed of the data's order aside.
+    """
+    for run in runs:
+        for key in REQUIRED:
             if key not in run.info["comparable"]:
-                raise UserError(f"{run.folder / 'run.json'} does not say comparable.{key}: the run is not comparable.")
-        for run in runs[1:]:
-            other = flatten(run.info["comparable"])
-            for name in sorted(n for n in first.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
-                if first.get(name) != other.get(name):
+                raise UserError(f"{run.folder / 'run.json'} has no comparable.{key}, so the run cannot be compared.")
+    first, told = runs[0].info["comparable"], flatten(runs[0].info["comparable"])
+    for run in runs[1:]:
+        other = flatten(run.info["comparable"])
+        for key in [*REQUIRED, *sorted((first.keys() | run.info["comparable"].keys()) - REQUIRED.keys() - {ALLOWED})]:
+            for name in sorted(n for n in told.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
+                if told.get(name) != other.get(name):
                     raise UserError(
-                        f"The runs cannot be compared, they used different {words}: {name} is {first.get(name)!r} in "
-                        f"{runs[0].folder} and {other.get(name)!r} in {run.folder}."
+                        f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
+                        f"{told.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "
+                        f"{run.folder}."
                     )
 
 
@@ -52,7 +59,7 @@ def caveats(runs: Sequence[Run]) -> list[str]:
     hardware = [(run.info.get("devices"), run.info.get("world_size")) for run in runs]
     if any(h != hardware[0] for h in hardware):
         told.append("The runs used different devices or numbers of processes: their seconds do not compare.")
-    orders = [run.info["comparable"].get("seed_of_data_order") for run in runs]
+    orders = [run.info["comparable"].get(ALLOWED) for run in runs]
     if any(order != orders[0] for order in orders):
         told.append("The runs read the data in different orders: part of a difference in loss is that.")
     sizes = [run.info.get("parameters") for run in runs]
@@ -62,15 +69,8 @@ def caveats(runs: Sequence[Run]) -> list[str]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and lists by dotted name."""
-    if isinstance(value, dict):
-        children = value.items()
-    elif isinstance(value, list):
-        children = enumerate(value)  # type: ignore[assignment]
-    else:
+    """Leaves of nested dicts by dotted name; a list is a leaf."""
+    if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        name: leaf
-        for key, child in children
-        for name, leaf in flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    names = {key: f"{prefix}.{key}" if prefix else str(key) for key in value}
+    return {name: leaf for key, child in value.items() for name, leaf in flatten(child, names[key]).items()}

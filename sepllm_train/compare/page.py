@@ -39,7 +39,9 @@ METHOD = (
     "Losses are of the same held-out documents, in nats per token. A loss counts as reached the first time a "
     "validation point is at or below it; between neighbouring validation points loss, FLOPs, seconds and tokens are "
     "taken to move along a straight line. Ratios are to the first run named: below 1 means cheaper than it. Seconds "
-    "are training time on the machine of the run, without validation and checkpoints."
+    "are training time on the machine of the run, without validation and checkpoints. A run that reaches the loss "
+    "before its last step still has learning rate to decay there: with a schedule that ends there it would probably "
+    "have reached it earlier."
 )
 
 
@@ -66,8 +68,8 @@ def page(
 {f"<ul>{notes}</ul>" if notes else ""}
 {_table(tables[0])}
 {figures}
-<p class="quiet">Dashed lines mark where each run first reached the loss of the first table. The very start of training
-lies above the figures.</p>
+<p class="quiet">Dashed lines mark where each run first reached the loss of the first table. The first fifth of training
+may lie above the figures.</p>
 {"".join(_table(table) for table in tables[1:])}
 <h2>How FLOPs are counted</h2>
 <dl>{words}</dl>

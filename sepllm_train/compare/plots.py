@@ -57,7 +57,7 @@ class Axis:
 def axes_of(flops: str) -> list[Axis]:
     """The horizontal axes of a comparison: FLOPs counted by the convention `flops`, seconds, tokens."""
     convention = f"flops/{flops}: {CONVENTIONS[flops].label}"
-    operations = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1.0, ""))
+    operations = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
     time = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
     count = ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"), (1.0, ""))
     return [
@@ -92,13 +92,13 @@ def draw(runs: Sequence[Run], axis: Axis, loss: float) -> Figure:
         for number, run in enumerate(runs):
             _draw_run(plot, run, number, axis.key, size, loss)
         plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
+        # At the left, where every curve is still far above.
         plot.annotate(
             f"{loss:.4f}",
-            (1, loss),
+            (0, loss),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 4),
+            xytext=(4, 4),
             textcoords="offset points",
-            ha="right",
             fontsize=9,
         )
         plot.set_xlim(0, 1.03 * spent / size)

@@ -111,7 +111,7 @@ def _checked(record: Any, where: str) -> Record:
         if not _is_number(record.get(key)):
             raise UserError(f"{where} has no number for {key!r}: every record must have one.")
     for key in record:
-        if key.startswith("val/") and not isinstance(record[key], int | float):
+        if key.endswith("loss") and not isinstance(record[key], int | float):
             raise UserError(f"{where}: {key!r} must be a number, not {record[key]!r}.")
     return record
 

@@ -85,7 +85,7 @@ def along_tokens(runs: Sequence[Run]) -> Table:
 
 def by_dataset(runs: Sequence[Run]) -> Table | None:
     """Loss on each dataset of the blend at the most tokens the runs share; None unless there are several."""
-    names = [k for k in points(runs[0])[-1] if k.startswith("val/") and k.endswith("/loss")]
+    names = [k for k in points(runs[0])[-1] if k.startswith("val/") and k.endswith("/loss") and k != LOSS]
     common = [name for name in names if all(len(points(run, name)) > 1 for run in runs)]
     if len(common) < 2:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -47,7 +48,7 @@ def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
     """
     register_schema()
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
     failures: list[UserError] = []
 
@@ -65,37 +66,44 @@ def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
         if show_traceback:
             raise
         raise UserError(one_sentence(error)) from None
+    finally:
+        if not show_traceback:
+            del os.environ["HYDRA_FULL_ERROR"]
     if failures:
         raise failures[0]
 
 
-def one_sentence(error: Exception) -> str:
+def one_sentence(error: BaseException) -> str:
     """What Hydra or OmegaConf complains about, without its layout, with the nearest known name where one is near."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = str(error.__cause__ or error) if isinstance(error, HydraException) else str(error)
+    if missing := re.search(r"Could not find '([^']+)'", str(error)):
+        return f"configuration: there is no {missing[1]}.yaml in configs/; {_known_files(missing[1])}."
+    if unknown := re.search(r"Could not override '([^']+)'", str(error)):
+        if unknown[1] == "experiment":
+            return "configuration: experiments are added with a plus: +experiment=NAME."
+        return f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1])}; --cfg job prints every key."
+    if unreadable := re.search(r"Error parsing override '(.*)'", str(error)):
+        return (
+            f"configuration: {unreadable[1]!r} cannot be read: overrides are written KEY=VALUE, quoted for the shell."
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
-    text = f"{text} ({key})" if key and key not in text else text
-    if "Could not find" in text:
-        text = f"{text}; {_known_files(text)}"
-    elif "not in struct" in text or "Could not override" in text:
-        text = f"{text.rstrip('.')}; see --cfg job for every key{_nearest_key(key or text)}."
-    return f"configuration: {text}" if text.endswith(".") else f"configuration: {text}."
+    first = lines[0].rstrip(".") if lines else type(error).__name__
+    return f"configuration: {key + ': ' if key and key not in first else ''}{first}."
 
 
-def _known_files(text: str) -> str:
-    """The files of the group that a missing file was looked for in."""
-    wanted = text.split("'")[1] if "'" in text else ""
+def _known_files(wanted: str) -> str:
+    """The files of the group in which `wanted` (GROUP/NAME) was looked for."""
     group, _, name = wanted.rpartition("/")
-    known = sorted(p.stem for p in (config_folder() / group).glob("*.yaml"))
+    known = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}known are {', '.join(known)}" if known else "see configs/"
+    return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(known)}"
 
 
-def _nearest_key(text: str) -> str:
-    """'; did you mean KEY?' for the configuration key nearest to the one in `text`, or nothing."""
+def _nearest_key(wanted: str) -> str:
+    """', did you mean KEY?' for the configuration key nearest to `wanted`, or nothing."""
     default = OmegaConf.structured(schema.Config)
-    keys = [f"{g}.{k}" for g, node in default.items() if OmegaConf.is_config(node) for k in node] + list(default)
-    wanted = next((word.strip("'") for word in text.split() if word.startswith("'")), text)
-    near = difflib.get_close_matches(wanted, keys, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?".rstrip("?") + "?" if near else ""
+    groups = {name: node for name, node in default.items() if OmegaConf.is_config(node)}
+    keys = [f"{name}.{key}" for name, node in groups.items() for key in node] + list(default)
+    near = difflib.get_close_matches(wanted, keys, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

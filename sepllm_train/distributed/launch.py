@@ -14,6 +14,9 @@ import torch.distributed as dist
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.optional import quiet_imports
 
+with quiet_imports():
+    from megatron.core import parallel_state, tensor_parallel
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -58,7 +61,10 @@ def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _process_group(launch, backend):
         _start_megatron(config, device)
-        yield device
+        try:
+            yield device
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 @contextmanager
@@ -84,8 +90,6 @@ def _process_group(launch: Launch, backend: str) -> Iterator[None]:
 
 def _start_megatron(config: Config, device: torch.device) -> None:
     """Parallel groups and random number generators of megatron-core."""
-    with quiet_imports():
-        from megatron.core import parallel_state, tensor_parallel
     if device.type == "cpu":
         from sepllm_train.distributed import cpu
 

@@ -18,16 +18,17 @@ def memory_estimate(
     Weights are kept in the training precision and gradients in fp32; the optimizer holds Adam's two moments in fp32
     and, for half precision, an fp32 copy of the weights, all of it on every data-parallel rank. Activations follow
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix
-    B), adapted: no dropout masks, no S x S tensors because attention is computed in blocks, gated MLPs and grouped
-    keys counted by their own widths, the two norms of a parallel-residual block reading one tensor. Temporary
-    buffers, communication buffers and the allocator's fragmentation come on top.
+    B), adapted to this model: no dropout masks, no S x S tensors because attention is computed in blocks,
+    recompute=selective repeating the MLP, gated MLPs and grouped keys counted by their own widths, rotated copies of
+    queries and keys, one input for the two norms of a parallel-residual block. Temporary and communication buffers
+    and the allocator's fragmentation come on top.
     """
     stages, tensor = parallel.pipeline, parallel.tensor
     element = 4 if training.precision == "fp32" else 2
     outside, saved, working = _layer_activations(model, parallel, training.recompute, element)
     layers = -(-model.layers // stages)
-    # The final norm's input and output, the logits, and their softmax, which the loss keeps in fp32.
-    head = 2 * outside + (element + 4) * padded_vocabulary / tensor
+    # The final norm's input and output, the logits, and in half precision their fp32 copy, which becomes the softmax.
+    head = 2 * outside + (4 if element == 4 else element + 4) * padded_vocabulary / tensor
     last = layers * saved + working + head
     # The first stage of the 1F1B schedule holds one micro-batch per stage, so the activations of as many layers as
     # the model has, and more when chunks are interleaved; the last stage holds one micro-batch.
@@ -65,12 +66,19 @@ def _layer_activations(
     tensor = parallel.tensor
     # Tensor parallelism splits what lies inside attention and MLP; the rest only with sequence parallelism.
     outside = element * model.hidden / (tensor if parallel.sequence else 1)
-    heads = model.head_dim * (2 * model.heads + 2 * model.query_groups)  # query, key, value and the attended values
-    inside = element * (heads + model.ffn * (3 if model.activation == "swiglu" else 2)) / tensor
+    query, key = model.heads * model.head_dim, model.query_groups * model.head_dim
+    # What the projection returns stays whole because the values are a part of it; queries and keys are rotated into
+    # copies; the attended values are the input of the next projection.
+    attention = query + 2 * key + (query + key if model.rotary_fraction > 0 else 0) + query
+    # Before and after the activation; a gate adds its half of the projection and keeps both factors as copies.
+    mlp = model.ffn * (5 if model.activation == "swiglu" else 2)
+    mlp_inside = element * mlp / tensor
     statistics = 4 * model.heads / tensor  # the softmax denominators of the queries
     # Inputs of the two norms, and of the two projections that read what the norms return.
-    everything = outside * ((1 if model.parallel_residual else 2) + 2) + inside + statistics
+    attention_inside = element * attention / tensor + statistics
+    everything = outside * ((1 if model.parallel_residual else 2) + 2) + attention_inside + mlp_inside
     if recompute == "full":
         return outside, outside, everything
-    # Selective recomputation repeats the attention itself and the norms.
-    return outside, everything - (statistics + 2 * outside if recompute == "selective" else 0), 0.0
+    if recompute == "selective":
+        return outside, everything - mlp_inside, mlp_inside
+    return outside, everything, 0.0

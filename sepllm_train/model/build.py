@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
@@ -20,7 +19,8 @@ from sepllm_train.model.layers import NORMS, layer_spec
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # The MLP holds most of what a layer keeps; attention in blocks keeps next to nothing.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
@@ -51,11 +51,9 @@ def transformer_config(config: Config) -> TransformerConfig:
             fp16=training.precision == "fp16",
             deterministic_mode=training.deterministic,
             cuda_graph_scope=[],
-            # Weights are filled by `initialize`; megatron-core's initialisation only marks how each one is split.
+            # Parameters are filled by `initialize`, on the CPU.
             use_cpu_initialization=True,
-            init_method=_leave,
-            output_layer_init_method=_leave,
-            embedding_init_method=_leave,
+            perform_initialization=False,
             # The fused GELU is the tanh approximation; the other fusions need apex or torch.compile.
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
@@ -92,10 +90,13 @@ def _block(model: ModelConfig) -> dict[str, Any]:
 def _split(parallel: ParallelConfig) -> dict[str, Any]:
     """Settings of the process grid."""
     chunks = parallel.virtual_pipeline
+    interleaved = chunks is not None and chunks > 1
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": chunks if chunks is not None and chunks > 1 else None,
+        "virtual_pipeline_model_parallel_size": chunks if interleaved else None,
+        # Of two stages each is the other's next and previous one: batched messages between them would be mixed up.
+        "batch_p2p_comm": not interleaved,
         "sequence_parallel": parallel.sequence,
     }
 
@@ -136,7 +137,3 @@ def build_model(
     )
     initialize(gpt, model, config.seed)
     return gpt
-
-
-def _leave(weight: Tensor) -> None:
-    """Initialise nothing."""

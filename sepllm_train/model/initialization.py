@@ -7,6 +7,12 @@ import math
 from collections.abc import Iterator
 
 import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.nn import Parameter
@@ -32,27 +38,42 @@ def standard_deviations(model: ModelConfig) -> tuple[float, float]:
 
 @torch.no_grad()
 def initialize(model: SepGPTModel, config: ModelConfig, seed: int) -> None:
-    """Fill the weight matrices of a model chunk in place; biases are zero and norms one already.
+    """Fill the parameters of a model chunk in place and mark how they are split, which megatron-core reads.
 
-    Each whole matrix is drawn from a generator of its own, seeded by `seed` and the matrix's name with the layer
-    counted over the whole model, and this rank takes its part: any tensor, pipeline or vocabulary padding layout
-    starts from the same weights. Rows of padding are zero.
+    Biases are zero; norms and sinks have their values already. Each whole matrix is drawn from a generator of its own,
+    seeded by `seed` and the matrix's name with the layer counted over the whole model, and this rank takes its part:
+    any tensor, pipeline or vocabulary padding layout starts from the same weights. Rows of padding are zero.
     """
     usual, projection = standard_deviations(config)
+    _mark_split(model, gated=config.activation == "swiglu")
     for name, parameter in _global_names(model):
         if parameter.dim() < 2:
+            if name.endswith(".bias"):
+                parameter.zero_()
             continue
         # A tied output layer of another pipeline stage is a copy of the embedding.
         name = EMBEDDING if name == OUTPUT and config.tied_embeddings else name
         deviation = projection if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else usual
-        shape = list(parameter.shape)
-        shape[parameter.partition_dim] *= get_pg_size(model.tp_group)
+        shape = _whole_shape(parameter, model)
         if name in (EMBEDDING, OUTPUT):
             whole = torch.zeros(shape)
             whole[: model.vocabulary] = _draw([model.vocabulary, shape[1]], deviation, f"{seed}/{name}")
         else:
             whole = _draw(shape, deviation, f"{seed}/{name}")
         parameter.copy_(_shard(whole, parameter, model))
+
+
+def _mark_split(model: SepGPTModel, gated: bool) -> None:
+    """Tell along which dimension each matrix is split over the tensor-parallel ranks, and in how many parts.
+
+    The gate and up projections share a matrix (linear_fc1) and are each split on their own.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
+            stride = 2 if gated and name.endswith("linear_fc1") else 1
+            set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
 def _global_names(model: SepGPTModel) -> Iterator[tuple[str, Parameter]]:
@@ -64,6 +85,13 @@ def _global_names(model: SepGPTModel) -> Iterator[tuple[str, Parameter]]:
         yield ".".join(parts), parameter
 
 
+def _whole_shape(parameter: Parameter, model: SepGPTModel) -> list[int]:
+    """Shape of the matrix of which `parameter` is this tensor-parallel rank's part."""
+    shape = list(parameter.shape)
+    shape[parameter.partition_dim] *= get_pg_size(model.tp_group)  # type: ignore[attr-defined]
+    return shape
+
+
 def _draw(shape: list[int], deviation: float, key: str) -> Tensor:
     """fp32 normal tensor that is a function of its arguments alone."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
@@ -72,7 +100,9 @@ def _draw(shape: list[int], deviation: float, key: str) -> Tensor:
 
 
 def _shard(whole: Tensor, parameter: Parameter, model: SepGPTModel) -> Tensor:
-    """This tensor-parallel rank's part; gate and up projections (stride 2) are each split on their own."""
+    """This tensor-parallel rank's part of a matrix."""
     dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
     size, rank = get_pg_size(model.tp_group), get_pg_rank(model.tp_group)
+    if size == 1:
+        return whole
     return torch.cat(whole.chunk(size * stride, dim)[rank::size], dim)

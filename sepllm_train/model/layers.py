@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -45,6 +46,19 @@ def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) ->
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
+class BiasedMLP(MLP):
+    """MLP that adds its last bias itself.
+
+    megatron-core's returns the bias for a fused addition; when the MLP is recomputed, autograd would take that
+    parameter for a result of the recomputation and follow it in a circle.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape, and no bias."""
+        output, bias = super().forward(hidden_states, *args, **kwargs)
+        return (output if bias is None else output + bias), None
+
+
 class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm1(x)) + mlp(norm2(x)), the block of GPT-NeoX.
 
@@ -54,7 +68,8 @@ class ParallelResidualLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape and None."""
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
-        mlp_output = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
+        normalized = self._forward_pre_mlp_layernorm(hidden_states)
+        mlp_output = checkpoint(self.mlp, False, normalized) if self.recompute_mlp else self.mlp(normalized)
         return self._forward_post_mlp(mlp_output, attended), context
 
 
@@ -77,7 +92,7 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, pattern: Attentio
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=BiasedMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from sep_attention import AttentionPlan
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SeparatorSequence(PackedSeqParams):
     """A micro-batch's attention plan as packed-sequence parameters, the one argument all layers hand on untouched.
 
     The sequences are not packed in megatron-core's sense: the format stays `sbhd`.
     """
 
-    plan: Any = None
+    plan: AttentionPlan
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> SeparatorSequence:

@@ -22,7 +22,7 @@ from sepllm_train.training.progress import StepProgress
 from sepllm_train.training.report import Facts, StepLine
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
-from sepllm_train.training.step import StepResult, Stepper, reduce_over_ranks
+from sepllm_train.training.step import Stepper, StepResult, reduce_over_ranks
 
 
 class Loop:

@@ -95,6 +95,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "vocabulary": facts.vocabulary,
             "sequence_length": config.data.sequence_length,
             "seed_of_data_order": config.seed,
+            "validation_fraction": config.data.validation_fraction,
+            "validation_samples": config.training.validation_samples,
         },
         "attention": {
             "pattern": config.attention.pattern,

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from sep_attention import FOREVER, attended_pairs, build_plan
 from sep_attention.reference import visible_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import ModelConfig
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 
@@ -119,19 +121,20 @@ def test_flops_of_a_pattern_from_brute_force_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "hidden", "heads", "vocabulary", "published"),
+    ("name", "vocabulary", "published"),
     [
-        (6, 512, 8, 50304, 70_426_624),
-        (12, 768, 12, 50304, 162_322_944),
-        (24, 1024, 16, 50304, 405_334_016),
-        (24, 2048, 16, 50304, 1_414_647_808),
-        (32, 4096, 32, 50432, 6_857_302_016),
+        ("pythia70m", 50304, 70_426_624),
+        ("pythia160m", 50304, 162_322_944),
+        ("pythia410m", 50304, 405_334_016),
+        ("pythia1.4b", 50304, 1_414_647_808),
+        ("pythia6.9b", 50432, 6_857_302_016),
     ],
-    ids=["70m", "160m", "410m", "1.4b", "6.9b"],
 )
-def test_published_parameter_counts(layers: int, hidden: int, heads: int, vocabulary: int, published: int) -> None:
-    model = ModelConfig(layers=layers, hidden=hidden, heads=heads, ffn=4 * hidden)
-    assert parameter_count(model, vocabulary) == published
+def test_published_parameter_counts(name: str, vocabulary: int, published: int) -> None:
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        config = to_config(compose("pretrain", overrides=[f"model={name}"]))
+    assert parameter_count(config.model, vocabulary) == published
 
 
 @pytest.mark.parametrize("model", [PYTHIA, LLAMA, WIDE_GQA], ids=["pythia", "llama", "one_kv_head"])

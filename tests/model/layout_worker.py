@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.launch import launch_from_environment, process_grid
+from sepllm_train.distributed.optional import quiet_imports
 from sepllm_train.model.build import build_model
+from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
+
+with quiet_imports():
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
 # (model, attention) of each row of the table.
 PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -47,8 +50,9 @@ def train_all(layouts: list[dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def train(config: Config) -> dict[str, list[float]]:
-    """Losses of every micro-batch of two steps (on the last stage) and the gradient norm of each step."""
+def train(config: Config) -> dict[str, list[Any]]:
+    """Losses of every micro-batch of two steps (on the last stage), the gradient norm of each step, and the sinks'
+    places in a distributed checkpoint."""
     torch.manual_seed(0)
     chunks = _chunks(config)
     settings = OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=1.0, weight_decay=0.1)
@@ -73,7 +77,13 @@ def train(config: Config) -> dict[str, list[float]]:
         losses += [entry["loss"].item() for entry in reduced]
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "sinks": [place for chunk in chunks for place in _sinks(chunk)]}
+
+
+def _sinks(chunk: DistributedDataParallel) -> list[Any]:
+    """(global shape, global offset) of each sink of a chunk, [layers, heads]."""
+    shards = chunk.module.sharded_state_dict()
+    return [(list(s.global_shape), list(s.global_offset)) for key, s in shards.items() if key.endswith("sink")]
 
 
 def _chunks(config: Config) -> list[DistributedDataParallel]:

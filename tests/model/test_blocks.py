@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from handwritten import llama_logits, neox_logits, separator_mask
-from tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 from sepllm_train.model.build import build_model
+from tests.model.handwritten import llama_logits, neox_logits, separator_mask
+from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 PATTERNS = {
     "dense": ({"pattern": "dense"}, [LENGTH] * 4),
@@ -65,5 +65,7 @@ def test_query_and_key_norm_is_applied_per_head(device: torch.device) -> None:
     data = micro_batch(config, device=device)
     model(data.tokens, data.positions, data.plan, labels=data.labels).mean().backward()
     assert seen[0].shape == (LENGTH, 2, 4, 16)
-    torch.testing.assert_close(seen[0].var(-1, correction=0).mean(), torch.tensor(1.0, device=device), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        seen[0].var(-1, correction=0).mean(), torch.tensor(1.0, device=device), rtol=0, atol=0.02
+    )
     assert norm.weight.grad.abs().sum() > 0

@@ -1,0 +1,42 @@
+# `make help` lists the targets. `make demo` and `make test` set up their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEXT ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint types demo bench-cpu clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make the environment .venv with everything the tests need
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install lint types  ## Lint, types and tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy
+	$(BIN)/mypy
+
+demo: install  ## Train a dense and a separator model on the sample corpus (minutes on two cores) and compare them
+	$(BIN)/python scripts/demo.py
+
+bench-cpu: install  ## CPU benchmarks, each beside its rival: attention, plan, tokenisation
+	$(BIN)/python kernels/benchmarks/cpu_attention.py
+	$(BIN)/python scripts/benchmark_plan.py
+	$(BIN)/python scripts/benchmark_tokenize.py $(TEXT)
+
+clean:  ## Remove the environment, caches and build products (runs stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

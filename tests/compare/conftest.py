@@ -1,0 +1,59 @@
+"""Run folders in the trainer's format, with curves whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compare.run_records import COMPARABLE, training, validation
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run folder from its name, its records (or raw lines), and changes to run.json and its `comparable`."""
+
+    def make(
+        name: str, records: Sequence[dict[str, Any] | str], /, comparable: dict[str, Any] | None = None, **info: Any
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [record if isinstance(record, str) else json.dumps(record) + "\n" for record in records]
+        (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf8")
+        run = {
+            "name": name,
+            "status": "finished",
+            "parameters": 5_000_000,
+            "steps": 40,
+            "comparable": COMPARABLE | (comparable or {}),
+            "attention": {"pattern": "dense", "window": 64},
+            "flops_per_token": {"flops/model": 4000},
+            "devices": "CPU",
+            "world_size": 1,
+        }
+        (folder / "run.json").write_text(json.dumps(run | info), encoding="utf8")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def dense(make_run: Callable[..., Path]) -> Path:
+    """Falls 6, 5, 4, 3.5, 3 over 40 steps at 4000 FLOPs and 2 milliseconds a token."""
+    losses = zip((0, 10, 20, 30, 40), (6.0, 5.0, 4.0, 3.5, 3.0), strict=True)
+    steps = [training(step, 6.0 - step / 15) for step in range(1, 41)]
+    records = [*steps, *(validation(step, loss) for step, loss in losses)]
+    return make_run("dense", sorted(records, key=lambda record: record["step"]))
+
+
+@pytest.fixture
+def sep(make_run: Callable[..., Path]) -> Path:
+    """Falls 6, 5.5, 4.25, 3.75, 3.25 over the same steps at three quarters of the cost of a token."""
+    losses = zip((0, 10, 20, 30, 40), (6.0, 5.5, 4.25, 3.75, 3.25), strict=True)
+    steps = [training(step, 6.0 - step / 16, cost=3.0) for step in range(1, 41)]
+    records = [*steps, *(validation(step, loss, cost=3.0) for step, loss in losses)]
+    ordered = sorted(records, key=lambda record: record["step"])
+    return make_run("sep", ordered, attention={"pattern": "sep", "window": 64})

@@ -1,0 +1,114 @@
+"""A wrong value gives a sentence that names its key."""
+
+from __future__ import annotations
+
+import pytest
+
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from sepllm_train.config.validate import validate
+from sepllm_train.errors import UserError
+
+SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: ModelConfig(layers=0), "model.layers=0"),
+        (lambda: ModelConfig(hidden=100, heads=12), "model.hidden=100.*model.heads=12"),
+        (lambda: ModelConfig(heads=12, kv_heads=5), "model.heads=12.*model.kv_heads=5"),
+        (lambda: ModelConfig(norm="batchnorm"), "model.norm=batchnorm.*layernorm"),
+        (lambda: ModelConfig(rotary_fraction=1.5), "model.rotary_fraction=1.5"),
+        (lambda: AttentionConfig(window=0), "attention.window=0"),
+        (lambda: AttentionConfig(window=[4, 0]), "attention.window"),
+        (lambda: AttentionConfig(window=True), "attention.window"),
+        (lambda: AttentionConfig(pattern="sparse"), "attention.pattern=sparse.*dense, sep, streaming, fixed"),
+        (lambda: AttentionConfig(pattern="fixed"), "attention.interval"),
+        (lambda: AttentionConfig(initial_tokens=-1), "attention.initial_tokens=-1"),
+        (lambda: DataConfig(source="prefixes"), "data.prefixes"),
+        (lambda: DataConfig(prefixes=["a"]), "add data=prefixes"),
+        (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction=1.0"),
+        (lambda: ParallelConfig(tensor=0), "parallel.tensor=0"),
+        (lambda: ParallelConfig(sequence=True), "parallel.tensor above 1"),
+        (lambda: ParallelConfig(virtual_pipeline=2), "parallel.pipeline above 1"),
+        (lambda: OptimConfig(lr=1e-4, min_lr=1e-3), "optim.lr=0.0001.*optim.min_lr=0.001"),
+        (lambda: OptimConfig(schedule="step"), "optim.schedule=step"),
+        (lambda: OptimConfig(beta2=1.0), "optim.beta2=1.0"),
+        (lambda: TrainingConfig(steps=0), "training.steps=0"),
+        (lambda: TrainingConfig(precision="fp8"), "training.precision=fp8"),
+        (lambda: TrainingConfig(recompute="some"), "training.recompute=some"),
+        (lambda: LoggingConfig(interval=0), "logging.interval=0"),
+        (lambda: LoggingConfig(peak_tflops=0.0), "logging.peak_tflops=0.0"),
+        (lambda: Config(name="a/b"), "name='a/b'"),
+        (lambda: Config(name=""), "name=''"),
+    ],
+)
+def test_value(build, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "words"),
+    [
+        (Config(training=SMALL, parallel=ParallelConfig(tensor=5)), 5, "parallel.tensor=5 must divide model.heads=12"),
+        (Config(training=SMALL, parallel=ParallelConfig(tensor=2)), 3, "3 processes.*a multiple of 2"),
+        (Config(training=SMALL), 3, "training.global_batch=8.*training.micro_batch=2 x 3"),
+        (Config(training=SMALL, parallel=ParallelConfig(pipeline=5)), 5, "model.layers=12.*= 5"),
+        (
+            Config(training=SMALL, model=ModelConfig(kv_heads=1), parallel=ParallelConfig(tensor=2)),
+            2,
+            "model.kv_heads=1",
+        ),
+        (
+            Config(training=SMALL, parallel=ParallelConfig(pipeline=3, virtual_pipeline=2)),
+            3,
+            "4 micro-batches.*parallel.pipeline=3",
+        ),
+        (Config(training=SMALL, optim=OptimConfig(warmup_steps=11)), 1, "optim.warmup_steps=11"),
+        (Config(training=SMALL, attention=AttentionConfig(backend="dense")), 1, "attention.backend=dense"),
+        (
+            Config(
+                training=SMALL,
+                data=DataConfig(sequence_length=127),
+                parallel=ParallelConfig(tensor=2, sequence=True),
+            ),
+            2,
+            "data.sequence_length=127",
+        ),
+    ],
+)
+def test_groups_against_each_other(config: Config, world_size: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        validate(config, world_size)
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        (AttentionConfig(separators=["dot"]), "unknown separator class 'dot'.*period"),
+        (AttentionConfig(separators="some"), "unknown separator class 'some'"),
+        (AttentionConfig(window=[4, 4, 4]), "3 windows for a model of 4 layers"),
+        (AttentionConfig(full_layers=[4]), "layer 4; this model has layers 0 to 3"),
+        (AttentionConfig(full_layers="last"), "attention.full_layers=last"),
+        (AttentionConfig(separators=[{"classes": ["comma"]}]), "horizon: TOKENS or forever"),
+        (AttentionConfig(separators=[{"classes": ["comma"], "horizon": 0}]), "horizon 0"),
+        (
+            AttentionConfig(separators=[{"classes": ["comma"], "horizon": h} for h in (1, 2, 3, 4)]),
+            "5 different horizons",
+        ),
+    ],
+)
+def test_pattern(attention: AttentionConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_pattern(attention, layers=4)

@@ -1,0 +1,172 @@
+"""Samples: tokens, labels, separator classes and documents stay aligned; splits and blends are what was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data_prep.separators import classify
+from data_prep.sidecar import read_header
+from data_prep.tokenizers import load_tokenizer
+from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
+from sepllm_train.data.corpus import open_corpus
+from sepllm_train.data.dataset import TokenStore
+from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
+from sepllm_train.data.splits import build_datasets, held_out_from
+from sepllm_train.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Any:
+    """megatron-core asks for the rank: a group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def config_for(entries: list[Any], cache: Path, *, length: int = 64, steps: int = 20, fraction: float = 0.1) -> Config:
+    """A run over `entries` of data.prefixes."""
+    return Config(
+        data=DataConfig(
+            source="prefixes",
+            prefixes=entries,
+            sequence_length=length,
+            validation_fraction=fraction,
+            cache=str(cache),
+        ),
+        training=TrainingConfig(steps=steps, global_batch=4, micro_batch=2),
+    )
+
+
+def test_samples_are_aligned(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    dataset, _ = build_datasets(config, open_corpus(config.data))
+    header = read_header(prefixes[0])
+    tokenizer = load_tokenizer(Path(prefixes[0]).parent / header.tokenizer.file)
+    class_of = torch.from_numpy(classify(tokenizer.token_bytes()))
+    assert len(dataset) >= 80
+    crossing = 0
+    for number in range(80):
+        sample = dataset[number]
+        tokens, starts = sample["tokens"], sample["document_start"]
+        assert tokens.shape == sample["labels"].shape == starts.shape == (64,)
+        assert torch.equal(tokens[1:], sample["labels"][:-1])
+        assert torch.equal(sample["separator_class"], class_of[tokens])
+        after_end = torch.cat((torch.tensor([0]), (tokens[:-1] == header.tokenizer.eod).nonzero().flatten() + 1))
+        expected = torch.zeros(64, dtype=torch.int32)
+        for start in after_end:
+            expected[start:] = start
+        assert torch.equal(starts, expected)
+        crossing += len(after_end) > 1
+    assert crossing >= 3
+
+
+def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    store = TokenStore(prefixes[0])
+    held = held_out_from(store.sequence_lengths, 0.1, open_corpus(config_for([prefixes[0]], tmp_path).data).sources[0])
+    tokens = int(store.sequence_lengths[:held].sum())
+    config = config_for([prefixes[0]], tmp_path, steps=(tokens - 1) // 64 // 4)
+    dataset, validation = build_datasets(config, open_corpus(config.data))
+    seen = np.bincount(np.concatenate([dataset[n]["tokens"].numpy() for n in range(len(dataset))]), minlength=4096)
+    there = np.bincount(np.concatenate([store[d] for d in range(held)]), minlength=4096)
+    assert (seen <= there).all() and there.sum() - seen.sum() <= 64 + 1
+    held_out = set(np.concatenate([store[d] for d in range(held, len(store))]).tolist())
+    sample = next(iter(validation.values()))[0]
+    assert set(sample["tokens"].tolist()) <= held_out
+
+
+def test_blend_follows_the_weights(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    config = config_for([{"path": prefixes[0], "weight": 3}, {"path": prefixes[1], "weight": 1}], tmp_path, steps=100)
+    dataset, validation = build_datasets(config, open_corpus(config.data))
+    origin = [int(dataset[number]["dataset_id"]) for number in range(400)]
+    assert abs(origin.count(0) - 300) <= 4
+    assert sorted(validation) == ["notes", "prose"]
+
+
+def test_same_seed_same_order_other_seed_other_order(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    def first(seed: int, cache: Path) -> list[torch.Tensor]:
+        config = config_for([prefixes[0]], cache)
+        config.seed = seed
+        dataset, _ = build_datasets(config, open_corpus(config.data))
+        return [dataset[n]["tokens"] for n in range(10)]
+
+    one = first(1, tmp_path / "a")
+    assert all(torch.equal(x, y) for x, y in zip(one, first(1, tmp_path / "b"), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(one, first(2, tmp_path / "a"), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_layout_and_workers_do_not_change_what_a_step_reads(
+    prefixes: tuple[str, str], tmp_path: Path, workers: int
+) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    dataset, _ = build_datasets(config, open_corpus(config.data))
+
+    def step(replicas: int, micro_batch: int, first: int) -> torch.Tensor:
+        rows = []
+        for replica in range(replicas):
+            sampler = MicroBatchSampler(
+                range(first, 5), global_batch=4, micro_batch=micro_batch, replica=replica, replicas=replicas
+            )
+            batches = list(micro_batches(dataset, sampler, workers=workers, device=torch.device("cpu")))
+            assert len(batches) == len(sampler)
+            rows += [row for batch in batches[: 4 // (micro_batch * replicas)] for row in batch["tokens"].tolist()]
+        return torch.tensor(sorted(rows))
+
+    assert torch.equal(step(1, 4, 3), step(2, 1, 3))
+    assert torch.equal(step(1, 2, 3), step(2, 2, 3))
+    assert not torch.equal(step(1, 2, 3), step(1, 2, 2))
+
+
+def test_filling_of_the_last_validation_batch_is_not_counted() -> None:
+    batches = [list(PaddedSampler(5, micro_batch=2, replica=r, replicas=2)) for r in range(2)]
+    assert batches == [[[0, 1], [4, -1]], [[2, 3], [-1, -1]]]
+    masked = MaskedDataset([{"tokens": torch.tensor([n])} for n in range(5)])  # type: ignore[arg-type]
+    assert [masked[n]["counted"].item() for n in (4, -1)] == [1.0, 0.0]
+
+
+def test_held_out_documents_hold_the_fraction() -> None:
+    lengths = np.array([100, 100, 100, 100, 10, 10, 10], dtype=np.int32)
+    source: Any = None
+    assert held_out_from(lengths, 0.0, source) == 7
+    assert held_out_from(lengths, 0.02, source) == 6
+    assert held_out_from(lengths, 0.05, source) == 4
+    assert held_out_from(lengths, 0.99, source) == 1
+
+
+def test_mistakes(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    def fails(entries: list[Any], words: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            config = config_for(entries, tmp_path, **options)
+            build_datasets(config, open_corpus(config.data))
+
+    one, two = prefixes
+    fails([str(tmp_path / "none")], "no dataset at .*none")
+    fails([one], "hold [0-9,]+ tokens, fewer than one sequence of data.sequence_length=900000", length=900000)
+    fails([{"path": one, "weight": 1}, two], "a weight to some datasets only")
+    fails([{"path": one, "weight": -1}], "weight -1 must be a number above 0")
+    fails([{"paths": one}], "must be a prefix or")
+    fails([one, one], "two datasets called prose")
+
+
+def test_truncated_file_is_found_before_training(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx", ".sep.bin", ".sep.json"):
+        (tmp_path / f"cut{suffix}").write_bytes(Path(prefixes[0] + suffix).read_bytes())
+    whole = (tmp_path / "cut.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"cut\.bin has .* bytes"):
+        open_corpus(config_for([str(tmp_path / "cut")], tmp_path).data)
+    (tmp_path / "cut.bin").unlink()
+    with pytest.raises(UserError, match=r"cut\.bin is missing"):
+        open_corpus(config_for([str(tmp_path / "cut")], tmp_path).data)
+
+
+def test_one_document_cannot_be_split(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    corpus = open_corpus(config_for([prefixes[0]], tmp_path).data)
+    with pytest.raises(UserError, match="holds one document.*data.validation_fraction=0"):
+        held_out_from(np.array([5000], dtype=np.int32), 0.1, corpus.sources[0])

@@ -1,0 +1,146 @@
+"""Tokenizers: byte strings of the vocabulary, cutting without changing ids, lossless training."""
+
+from __future__ import annotations
+
+import bz2
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep import tokenizers
+from data_prep.errors import UserError
+from data_prep.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from data_prep.train_tokenizer import sample_lines, train_tokenizer
+
+TRICKY = " \n\t\r\0\u2581\u3000\ufeff\u0301.,aé😀<>0x1FAs/'1"
+
+
+@pytest.mark.parametrize(
+    ("name", "eod", "vocab_size"),
+    [("20B_tokenizer.json", 0, 50277), ("gpt2_tokenizer.json", 50256, 50257), ("mistral_v1_tokenizer.model", 2, 32000)],
+)
+def test_published_tokenizers(shared_data: Path, name: str, eod: int, vocab_size: int) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+    assert (tokenizer.eod, tokenizer.vocab_size) == (eod, vocab_size)
+    table = tokenizer.token_bytes()
+    assert len(table) == vocab_size and table[eod] is None
+    text = "Naïve café — 東京。\n\tif x:\n        return 😀\n"
+    [ids] = tokenizer.encode_batch([text])
+    joined = b"".join(table[index] or b"<special>" for index in ids)
+    # Mistral's model puts a space in front of the text.
+    assert joined.decode("utf8").removeprefix(" ") == text
+    assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_in_text_are_text(shared_data: Path) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "20B_tokenizer.json")
+    [ids] = tokenizer.encode_batch(["a<|endoftext|>b"])
+    assert tokenizer.eod not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.fixture(scope="module")
+def cutting(shared_data: Path) -> HuggingFaceTokenizer:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "20B_tokenizer.json")
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer
+
+
+@given(text=st.text(alphabet=" \n\t\r\u2028\x1c\x85ab.'s1(é\u0301\u3000", max_size=80) | st.text(max_size=40))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_cutting_keeps_the_ids_of_any_text(cutting: HuggingFaceTokenizer, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_PIECE_CHARACTERS", 1)
+        pieces = cutting.split(text)
+    assert "".join(pieces) == text
+    whole = cutting.encode_batch([text])[0]
+    assert [index for ids in cutting.encode_batch(pieces) for index in ids] == whole
+
+
+def test_cutting_keeps_the_ids_of_books_and_mathematics(cutting: HuggingFaceTokenizer, shared_data: Path) -> None:
+    with bz2.open(shared_data / "pg19_test" / "pg19_test_60.jsonl.bz2", "rt", encoding="utf8") as stream:
+        book = json.loads(stream.readline())["text"]
+    with open(shared_data / "misc" / "math_tex_sample.jsonl", encoding="utf8") as stream:
+        mathematics = json.loads(stream.readline())["text"]
+    for text in (book[:400_000], mathematics[:200_000]):
+        pieces = cutting.split(text)
+        assert len(pieces) > 10
+        whole = cutting.encode_batch([text])[0]
+        assert [index for ids in cutting.encode_batch(pieces) for index in ids] == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}),
+        ("normalizer", {"type": "Lowercase"}),
+    ],
+)
+def test_other_definitions_are_not_cut(shared_data: Path, tmp_path: Path, part: str, value: dict[str, object]) -> None:
+    definition = json.loads((shared_data / "tokenizers" / "20B_tokenizer.json").read_text(encoding="utf8"))
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(definition | {part: value}), encoding="utf8")
+    text = "a line\n" * 5000
+    assert load_tokenizer(path).split(text) == [text]
+
+
+@given(text=st.text(max_size=60) | st.text(alphabet=TRICKY, max_size=60))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_trained_tokenizer_is_lossless(trained: Path, text: str) -> None:
+    tokenizer = _loaded(trained)
+    [ids] = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    table = tokenizer.token_bytes()
+    assert b"".join(table[index] or b"" for index in ids) == text.encode("utf8")
+
+
+def test_trained_tokenizer_has_its_fixed_pieces(trained: Path) -> None:
+    tokenizer = _loaded(trained)
+    assert (tokenizer.eod, tokenizer.vocab_size) == (1, 600)
+    assert tokenizer.token_bytes()[:5] == [None, None, b"\n", b"\t", b"\0"]
+    assert tokenizer.encode_batch(["\n\n\t\n"]) == [[2, 2, 3, 2]]
+
+
+def test_training_is_reproducible(texts: list[str], small_tokenizer: Path, tmp_path: Path) -> None:
+    train_tokenizer(texts, tmp_path / "again.model", vocab_size=600, workers=2)
+    again, first = load_tokenizer(tmp_path / "again.model"), load_tokenizer(small_tokenizer)
+    assert again.token_bytes() == first.token_bytes()
+    assert again.encode_batch(texts) == first.encode_batch(texts)
+
+
+def test_sampling_is_bounded_even_and_reproducible() -> None:
+    lines = [f"line {number}" for number in range(10_000)]
+    sample = sample_lines(("\n".join(lines[start : start + 100]) for start in range(0, 10_000, 100)), 500)
+    assert len(sample) == len(set(sample)) == 500
+    numbers = [int(line.split()[1]) for line in sample]
+    assert 4500 < sum(numbers) / 500 < 5500
+    assert sample == sample_lines(["\n".join(lines)], 500)
+
+
+def test_unusable_tokenizer_files(tmp_path: Path) -> None:
+    for name in ("bad.json", "bad.model"):
+        (tmp_path / name).write_text("not a tokenizer")
+        with pytest.raises(UserError, match=f"{name} is not a"):
+            load_tokenizer(tmp_path / name)
+    with pytest.raises(UserError, match=r"Cannot read the tokenizer .*missing\.model: No such file"):
+        load_tokenizer(tmp_path / "missing.model")
+
+
+def test_tokenizer_without_end_of_document(tmp_path: Path) -> None:
+    definition = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    (tmp_path / "bare.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="no end-of-document token"):
+        load_tokenizer(tmp_path / "bare.json")
+
+
+_LOADED: dict[Path, tokenizers.Tokenizer] = {}
+
+
+def _loaded(path: Path) -> tokenizers.Tokenizer:
+    if path not in _LOADED:
+        _LOADED[path] = load_tokenizer(path)
+    return _LOADED[path]

@@ -1,0 +1,93 @@
+"""Runs of scripts/pretrain.py on the sample corpus, small enough for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = [
+    "+experiment=demo_sep",
+    "model.layers=2",
+    "model.hidden=64",
+    "model.heads=4",
+    "model.ffn=128",
+    "data.sequence_length=128",
+    "data.workers=0",
+    "training.steps=4",
+    "training.validation_interval=2",
+    "training.checkpoint_interval=2",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished process of a test."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def sentence(self) -> str:
+        """The last thing the program itself printed."""
+        return self.errors.strip().splitlines()[-1] if self.errors.strip() else ""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Starts scripts/pretrain.py with the small configuration, its runs in `root`."""
+
+    repository: Path
+    root: Path
+    cache: Path
+
+    def __call__(self, *overrides: str, processes: int = 1, small: bool = True) -> Outcome:
+        """Run to the end; several processes go through torchrun."""
+        script = str(self.repository / "scripts" / "pretrain.py")
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        folders = [f"run_root={self.root}", f"data.cache={self.cache}"]
+        command = [*launcher, script, *(SMALL if small else []), *folders, *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root, check=False
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a run."""
+        return [json.loads(line) for line in (self.root / name / "metrics.jsonl").read_text().splitlines()]
+
+    def values(self, name: str, key: str) -> list[float]:
+        """A metric over the run."""
+        return [record[key] for record in self.records(name) if key in record]
+
+
+@pytest.fixture(scope="session")
+def trainer(repository: Path, sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The trainer of the session: runs of one test can be read by another."""
+    return Trainer(repository, tmp_path_factory.mktemp("runs"), sample_cache)
+
+
+@pytest.fixture(scope="session")
+def finished(trainer: Trainer) -> Callable[..., str]:
+    """Trains a run once and gives its name."""
+    done: set[str] = set()
+
+    def train(name: str, *overrides: str, processes: int = 1) -> str:
+        if name not in done:
+            outcome = trainer(f"name={name}", *overrides, processes=processes)
+            assert outcome.code == 0, outcome.errors[-3000:]
+            done.add(name)
+        return name
+
+    return train

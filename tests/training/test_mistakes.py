@@ -1,0 +1,104 @@
+"""A user's mistake ends with one sentence and code 2, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sepllm_train.pretrain import main
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=demo_sep"], "+experiment=NAME"),
+        (["nonsense"], "KEY=VALUE"),
+        (["+experiment=pythia160_sep"], "did you mean pythia160m_sep"),
+        (["model=pythia150m"], "pythia160m"),
+        (["training.stepss=3"], "did you mean training.steps"),
+        (["training.steps=many"], "training.steps: Value 'many'"),
+        (["attention.pattern=[1]"], "attention.pattern"),
+        (["attention.window=0"], "attention.window=0"),
+        (["parallel.tensor=5"], "parallel.tensor=5 must divide model.heads=12"),
+        (["training.micro_batch=3"], "training.global_batch=1024"),
+    ],
+)
+def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and words in sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.steps=many"], "training.steps: Value 'many'"),
+        (["attention.separators=[dot]"], "unknown separator class 'dot'"),
+        (["parallel.tensor=2"], "1 processes cannot be split into parallel.tensor=2"),
+        (["data=prefixes", "data.prefixes=[nowhere/text]"], "There is no dataset at"),
+        (["data.sequence_length=500000"], "fewer than one sequence of data.sequence_length=500000"),
+        (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),
+        (["resume=nowhere"], "resume=nowhere: there is no checkpoint there"),
+    ],
+)
+def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
+    outcome = trainer("name=mistake", *overrides)
+    assert outcome.code == 2
+    assert outcome.sentence.startswith("error: ") and words in outcome.sentence
+    assert "Traceback" not in outcome.errors
+    assert not (trainer.root / "mistake").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["name=one"], "holds a finished run: choose another name="),
+        (["name=one", "resume=never"], "holds a finished run"),
+        (["name=other", "resume=one", "model.layers=1"], "model.layers=2, this run has 1"),
+        (["name=other", "resume=one", "attention.window=32"], "attention.window=64, this run has 32"),
+        (["name=other", "resume=one"], "nothing is left of training.steps=4"),
+    ],
+)
+def test_mistake_about_an_earlier_run(trainer: Any, finished: Callable, overrides: list[str], words: str) -> None:
+    finished("one")
+    outcome = trainer(*overrides)
+    assert outcome.code == 2 and words in outcome.sentence
+    assert not (trainer.root / "other").exists()
+
+
+def test_running_run_is_not_continued_as_another(trainer: Any, finished: Callable) -> None:
+    name = finished("one")
+    run = trainer.root / name / "run.json"
+    text = run.read_text()
+    run.write_text(text.replace("finished", "running"))
+    try:
+        changed = trainer(f"name={name}", "optim.lr=1e-3")
+        assert changed.code == 2 and "optim.lr=0.002, this run has 0.001" in changed.sentence
+        refused = trainer(f"name={name}", "resume=never")
+        assert refused.code == 2 and "in use by an earlier run" in refused.sentence
+    finally:
+        run.write_text(text)
+
+
+@pytest.mark.distributed
+def test_said_once_by_all_ranks(trainer: Any) -> None:
+    outcome = trainer("name=mistake", "training.global_batch=3", processes=2)
+    assert outcome.code != 0
+    assert outcome.errors.count("error: training.global_batch=3") == 1
+
+
+def test_damaged_checkpoint_is_named(trainer: Any, finished: Callable) -> None:
+    finished("one")
+    source = trainer.root / "one" / "checkpoints" / "step_00000002"
+    damaged = trainer.root / "damaged"
+    damaged.mkdir()
+    for file in source.iterdir():
+        content = file.read_bytes()
+        (damaged / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".distcp" else content)
+    outcome = trainer("name=other", f"resume={damaged}")
+    assert outcome.code == 2 and "damaged cannot be loaded" in outcome.sentence

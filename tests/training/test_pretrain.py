@@ -1,0 +1,175 @@
+"""scripts/pretrain.py from the command line: what it writes, layouts, schedules, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint import FileSystemReader, load
+
+from sepllm_train.metrics.flops import FlopsCounter, ModelShape
+
+COUNTERS = {"step", "tokens", "seconds", "flops/model", "flops/dense", "flops/paper"}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = FileSystemReader(checkpoint)
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    load(found, storage_reader=reader)
+    return found
+
+
+def test_what_a_run_writes(trainer: Any, finished: Callable) -> None:
+    name = finished("one")
+    folder = trainer.root / name
+    records = trainer.records(name)
+    assert all(record.keys() >= COUNTERS for record in records)
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if "val/loss" in r] == [0, 2, 4]
+    assert records[-1]["tokens"] == 4 * 4 * 128
+    assert 0 < records[0]["val/bits_per_byte"] < 10
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "finished" and run["comparable"]["vocabulary"] == 4096
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["steps"] == 4
+    assert json.loads((folder / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000004"
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_loss_starts_uniform_and_falls(trainer: Any, finished: Callable) -> None:
+    losses = trainer.values(finished("one"), "train/loss")
+    assert abs(losses[0] - math.log(4096)) < 0.7
+    assert losses[-1] < losses[0]
+
+
+def test_flops_follow_from_the_attended_share(trainer: Any, finished: Callable) -> None:
+    shape = ModelShape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=4, head_dim=16, vocabulary=4096, gated=False)
+    last = trainer.records(finished("one"))[-1]
+    shares = trainer.values("one", "train/attended_share")
+    pairs = sum(round(share * 2 * 4 * 128 * 129 / 2) for share in shares)
+    for key, value in FlopsCounter(shape, 128).training(last["tokens"], pairs).items():
+        assert last[key] == pytest.approx(value, rel=1e-9)
+    assert last["flops/model"] < last["flops/dense"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("tensor2", ["parallel.tensor=2"]),
+        ("sequence2", ["parallel.tensor=2", "parallel.sequence=true", "training.recompute=full"]),
+        ("pipeline2", ["parallel.pipeline=2"]),
+        ("data2", []),
+    ],
+)
+def test_layouts_agree_with_one_process(trainer: Any, finished: Callable, name: str, overrides: list[str]) -> None:
+    one, other = finished("one"), finished(name, *overrides, processes=2)
+    for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/attended_share", "flops/model"):
+        np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=1e-4, err_msg=key)
+
+
+def test_dense_and_sep_read_the_same_tokens(trainer: Any, finished: Callable) -> None:
+    dense = finished("dense", "attention=dense")
+    assert set(trainer.values(dense, "train/attended_share")) == {1.0}
+    data = [json.loads((trainer.root / n / "run.json").read_text())["comparable"] for n in (dense, finished("one"))]
+    assert data[0] == data[1]
+    # Before the first step both models have the same weights; only the mask tells them apart.
+    first = [trainer.records(name)[0]["val/loss"] for name in (dense, "one")]
+    assert first[0] != first[1] and abs(first[0] - first[1]) < 0.05
+
+
+def test_resume_is_bitwise(trainer: Any, finished: Callable) -> None:
+    """Four steps are the two steps, a new process, and the other two."""
+    finished("one")
+    source = trainer.root / "one" / "checkpoints"
+    assert trainer("name=again", f"resume={source / 'step_00000002'}").code == 0
+    whole = tensors_of(source / "step_00000004")
+    halves = tensors_of(trainer.root / "again" / "checkpoints" / "step_00000004")
+    assert whole.keys() == halves.keys() and len(whole) > 20
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    assert trainer.values("again", "train/loss") == trainer.values("one", "train/loss")[2:]
+    assert trainer.records("again")[-1]["flops/model"] == trainer.records("one")[-1]["flops/model"]
+
+
+def test_resume_auto_continues_a_killed_run(trainer: Any, finished: Callable) -> None:
+    """A run that died after its first checkpoint, with lines beyond it and a torn last line in metrics.jsonl."""
+    finished("one")
+    killed = trainer.root / "killed"
+    steps = trainer.root / "one" / "checkpoints"
+    (killed / "checkpoints").mkdir(parents=True)
+    for file in (steps / "step_00000002").iterdir():
+        (killed / "checkpoints" / "step_00000002").mkdir(exist_ok=True)
+        (killed / "checkpoints" / "step_00000002" / file.name).write_bytes(file.read_bytes())
+    (killed / "checkpoints" / "step_00000004.partial").mkdir()
+    lines = (trainer.root / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    beyond = next(n for n, line in enumerate(lines) if json.loads(line)["step"] == 3)
+    (killed / "metrics.jsonl").write_text("".join(lines[: beyond + 1]) + '{"step": 4, "tok')
+    outcome = trainer("name=killed")
+    assert outcome.code == 0 and "resumed from" in outcome.output
+    assert [r["step"] for r in trainer.records("killed")] == [r["step"] for r in trainer.records("one")]
+    assert trainer.values("killed", "train/loss") == trainer.values("one", "train/loss")
+
+
+@pytest.mark.distributed
+def test_checkpoint_loads_into_another_layout(trainer: Any, finished: Callable) -> None:
+    finished("one")
+    source = trainer.root / "one" / "checkpoints" / "step_00000002"
+    outcome = trainer("name=moved", f"resume={source}", "parallel.tensor=2", processes=2)
+    assert outcome.code == 0, outcome.errors[-2000:]
+    np.testing.assert_allclose(
+        trainer.values("moved", "train/loss"), trainer.values("one", "train/loss")[2:], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "linear", "constant"])
+def test_schedules(trainer: Any, finished: Callable, schedule: str) -> None:
+    rates = trainer.values(
+        finished(schedule, f"optim.schedule={schedule}", "optim.warmup_steps=1", "optim.decay_fraction=0.5",
+                 "training.validation_interval=0", "training.checkpoint_interval=0"),
+        "train/lr",
+    )  # fmt: skip
+    top, low = 2e-3, 2e-4
+    expected = {
+        "constant": [0.0, top, top, top],
+        "linear": [0.0, top, top - (top - low) / 3, top - 2 * (top - low) / 3],
+        "wsd": [0.0, top, top, (top + low) / 2],
+    }
+    np.testing.assert_allclose(rates, expected[schedule], rtol=1e-6)
+
+
+def test_half_precision_follows_fp32(trainer: Any, finished: Callable) -> None:
+    one = trainer.values(finished("one"), "train/loss")
+    for precision in ("bf16", "fp16"):
+        name = finished(precision, f"training.precision={precision}", "training.checkpoint_interval=0")
+        losses = trainer.values(name, "train/loss")
+        skipped = sum(trainer.values(name, "train/skipped_steps"))
+        assert skipped == 0 if precision == "bf16" else True
+        assert losses[0] == pytest.approx(one[0], abs=0.02)
+
+
+def test_llama_family_trains(trainer: Any, finished: Callable) -> None:
+    losses = trainer.values(
+        finished("llama", "model=llama_demo", "model.kv_heads=2", "attention.sink=learned", "attention.qk_norm=true"),
+        "train/loss",
+    )
+    assert losses[-1] < losses[0]
+
+
+def test_dry_run_trains_nothing(trainer: Any) -> None:
+    outcome = trainer("name=dry", "dry_run=true", "parallel.tensor=2")
+    assert outcome.code == 0
+    for words in ("parameters", "FLOPs per token", "memory per process", "backend", "tokens a step", "dry run"):
+        assert words in outcome.output
+    assert not (trainer.root / "dry").exists()

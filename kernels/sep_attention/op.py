@@ -12,8 +12,9 @@ from sep_attention.blocked import blocked_attention
 from sep_attention.dense import dense_attention, masked_attention
 from sep_attention.plan import AttentionPlan, effective_reach
 from sep_attention.reference import reference_attention
+from sep_attention.tuning import HEAD_SIZES, triton_runs_on
 
-BACKENDS = ("reference", "blocked", "dense", "masked", "flex")
+BACKENDS = ("reference", "triton", "blocked", "dense", "masked", "flex")
 # Below this length one masked SDPA call beats the block loop on CPU (kernels/benchmarks/cpu_attention.py).
 MASKED_UP_TO = 256
 
@@ -27,8 +28,11 @@ class BackendChoice(NamedTuple):
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Names of the backends that can run on a device."""
-    on_cpu = torch.device(device).type == "cpu"
-    return tuple(name for name in BACKENDS if on_cpu or name != "blocked")
+    device = torch.device(device)
+    missing = {"blocked"} if device.type != "cpu" else set()
+    if not triton_runs_on(device):
+        missing.add("triton")
+    return tuple(name for name in BACKENDS if name not in missing)
 
 
 def select_backend(
@@ -40,11 +44,14 @@ def select_backend(
     separate_documents: bool = False,
     sink: bool = False,
     needs_grad: bool = True,
+    head_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> BackendChoice:
     """Picks the backend of a layer, or checks the one asked for by name.
 
     `auto` takes the library's dense kernel where the layer is plain causal attention, and else the fastest exact
-    backend of the device. Raises ValueError when the named backend is unknown or cannot do the job.
+    backend of the device that takes the head size and dtype, where these are given. Raises ValueError when the named
+    backend is unknown or cannot do the job.
     """
     device = torch.device(device)
     full = window >= sequence_length and not separate_documents
@@ -57,6 +64,8 @@ def select_backend(
         if sequence_length <= MASKED_UP_TO and not sink:
             return BackendChoice("masked", f"{sequence_length} tokens: one masked call beats a block loop")
         return BackendChoice("blocked", "fastest exact backend on CPU")
+    if triton_runs_on(device) and head_size in (None, *HEAD_SIZES) and dtype != torch.float64:
+        return BackendChoice("triton", "gathers the special keys: fastest exact backend on a GPU")
     if sink:
         return BackendChoice("reference", f"the only backend with a learned sink on {device.type}")
     return BackendChoice("flex", f"fastest exact backend here on {device.type}")
@@ -65,10 +74,12 @@ def select_backend(
 def _check_named(backend: str, device: torch.device, full: bool, sink: bool, needs_grad: bool) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and not triton_runs_on(device):
+        raise ValueError(f"backend 'triton' needs Triton and a CUDA device, the tensors are on {device}")
     if backend == "blocked" and device.type != "cpu":
         raise ValueError(f"backend 'blocked' runs on CPU only, the tensors are on {device.type}")
     if sink and backend in ("dense", "masked", "flex"):
-        raise ValueError(f"backend {backend!r} has no learned sink: choose auto, blocked or reference")
+        raise ValueError(f"backend {backend!r} has no learned sink: choose auto, triton, blocked or reference")
     if backend == "dense" and not full:
         raise ValueError("backend 'dense' is full causal attention: it needs window >= S and no separate documents")
     if backend == "flex" and device.type == "cpu" and needs_grad:
@@ -115,6 +126,8 @@ def sep_attention(
         separate_documents=plan.document_start is not None,
         sink=sink is not None,
         needs_grad=torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves),
+        head_size=q.shape[-1],
+        dtype=q.dtype,
     )
     if choice.name == "dense":
         return dense_attention(q, k, v, scale=scale)
@@ -125,6 +138,11 @@ def sep_attention(
         from sep_attention.flex import flex_sep_attention
 
         return flex_sep_attention(q, k, v, plan, window=window, horizons=horizons, scale=scale)
+    if choice.name == "triton":
+        # Imported on use: Triton is optional.
+        from sep_attention.triton_op import triton_attention
+
+        return triton_attention(q, k, v, plan, window=window, horizons=horizons, sink=sink, scale=scale)
     run = blocked_attention if choice.name == "blocked" else reference_attention
     return run(q, k, v, plan, window=window, horizons=horizons, sink=sink, scale=scale)
 

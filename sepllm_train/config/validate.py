@@ -12,8 +12,8 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     grid = parallel.tensor * parallel.pipeline
     require(
         world_size % grid == 0,
-        f"{world_size} processes cannot be split into parallel.tensor={parallel.tensor} x "
-        f"parallel.pipeline={parallel.pipeline}: start a multiple of {grid} (torchrun --nproc-per-node).",
+        f"a world of size {world_size} cannot be split into parallel.tensor={parallel.tensor} x "
+        f"parallel.pipeline={parallel.pipeline}: start a multiple of {grid} processes (torchrun --nproc-per-node).",
     )
     return world_size // grid
 

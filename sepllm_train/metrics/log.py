@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import write_whole
+
 
 class MetricsLog:
-    """Appends records to RUN/metrics.jsonl; each line is flushed, so a killed run loses none."""
+    """Appends records to RUN/metrics.jsonl; the file is closed after each line, so a killed run loses none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._drop_torn_line()
-        self.file = open(path, "a", encoding="utf8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Numbers that JSON does not have (nan, inf) become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf8") as file:
+            file.write(json.dumps(clean) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`: a resumed run writes them again."""
-        lines = self.path.read_text(encoding="utf8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            self.file.close()
-            aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf8")
-            os.replace(aside, self.path)
-            self.file = open(self.path, "a", encoding="utf8")
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def _drop_torn_line(self) -> None:
-        """Cut a last line that a kill left without its end."""
-        if self.path.exists():
-            text = self.path.read_bytes()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                os.truncate(self.path, whole)
+        """Keep the records up to `step`, which a resumed run will not write again, and drop a torn last line."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_whole(self.path, "".join(kept).encode())

@@ -46,17 +46,15 @@ def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) ->
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
-class BiasedMLP(MLP):
-    """MLP that adds its last bias itself.
+class RowParallelLinearWithBias(RowParallelLinear):
+    """Row-parallel linear layer that adds its bias itself.
 
-    megatron-core's returns the bias for a fused addition; when the MLP is recomputed, autograd would take that
-    parameter for a result of the recomputation and follow it in a circle.
+    megatron-core's MLP asks for the bias apart, for a fused addition; when the MLP is recomputed, autograd would take
+    that parameter for a result of the recomputation and follow it in a circle.
     """
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape, and no bias."""
-        output, bias = super().forward(hidden_states, *args, **kwargs)
-        return (output if bias is None else output + bias), None
+    def __init__(self, *args: Any, skip_bias_add: bool, **kwargs: Any) -> None:
+        super().__init__(*args, skip_bias_add=False, **kwargs)
 
 
 class ParallelResidualLayer(TransformerLayer):
@@ -92,7 +90,7 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, pattern: Attentio
         ),
     )
     mlp = ModuleSpec(
-        module=BiasedMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias)
     )
     return ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,

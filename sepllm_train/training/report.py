@@ -93,8 +93,8 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
     flops = facts.flops_per_token
     saving = 1 - flops["flops/model"] / flops["flops/dense"]
     return [
-        f"run: {config.run_root}/{config.name} | {world_size} processes = tensor {parallel.tensor} x pipeline "
-        f"{parallel.pipeline} x data {facts.replicas} | {name} | {training.precision}",
+        f"run: {config.run_root}/{config.name} | {_counted(world_size, 'process')} = tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline} x data {facts.replicas} | {name} | {training.precision}",
         *_data_lines(corpus, facts),
         f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
@@ -107,6 +107,11 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         "memory per process, estimated: "
         + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
     ]
+
+
+def _counted(number: int, noun: str) -> str:
+    """`1 process`, `2 processes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es")
 
 
 def _data_lines(corpus: Corpus, facts: Facts) -> list[str]:

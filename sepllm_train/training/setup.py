@@ -29,7 +29,7 @@ class Training:
     """What the loop steps: model chunks of this pipeline stage (wrapped), their bare modules, optimizer, schedule."""
 
     chunks: list[DistributedDataParallel]
-    modules: list[torch.nn.Module]
+    modules: list[Any]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 

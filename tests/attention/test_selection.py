@@ -17,8 +17,11 @@ from sep_attention import available_backends, build_plan, select_backend, sep_at
         ({"sequence_length": 4096, "window": 64}, "blocked"),
         ({"sequence_length": 128, "window": 64}, "masked"),
         ({"sequence_length": 128, "window": 64, "sink": True}, "blocked"),
-        ({"sequence_length": 4096, "window": 64, "device": "cuda"}, "flex"),
-        ({"sequence_length": 4096, "window": 64, "device": "cuda", "sink": True}, "reference"),
+        ({"sequence_length": 4096, "window": 64, "device": "cuda"}, "triton"),
+        ({"sequence_length": 4096, "window": 64, "device": "cuda", "head_size": 8}, "flex"),
+        ({"sequence_length": 4096, "window": 64, "device": "cuda", "dtype": torch.float64}, "flex"),
+        ({"sequence_length": 4096, "window": 64, "device": "cuda", "head_size": 8, "sink": True}, "reference"),
+        ({"sequence_length": 4096, "window": 64, "device": "cuda", "sink": True}, "triton"),
         ({"sequence_length": 4096, "window": 4096, "device": "cuda"}, "dense"),
     ],
 )
@@ -33,7 +36,7 @@ def test_auto(situation: dict, name: str) -> None:
     ("backend", "situation", "sentence"),
     [
         ("flash", {}, "backend 'flash' is unknown: choose auto, reference"),
-        ("triton", {}, "backend 'triton' is unknown"),
+        ("triton", {}, "'triton' needs Triton and a CUDA device, the tensors are on cpu"),
         ("blocked", {"device": "cuda"}, "'blocked' runs on CPU only, the tensors are on cuda"),
         ("dense", {}, "'dense' is full causal attention"),
         ("dense", {"window": 900, "separate_documents": True}, "no separate documents"),

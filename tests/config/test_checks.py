@@ -62,7 +62,7 @@ def test_value(build, words: str) -> None:
     ("config", "world_size", "words"),
     [
         (Config(training=SMALL, parallel=ParallelConfig(tensor=5)), 5, "parallel.tensor=5 must divide model.heads=12"),
-        (Config(training=SMALL, parallel=ParallelConfig(tensor=2)), 3, "3 processes.*a multiple of 2"),
+        (Config(training=SMALL, parallel=ParallelConfig(tensor=2)), 3, "size 3 cannot be split.*a multiple of 2"),
         (Config(training=SMALL), 3, "training.global_batch=8.*training.micro_batch=2 x 3"),
         (Config(training=SMALL, parallel=ParallelConfig(pipeline=5)), 5, "model.layers=12.*= 5"),
         (

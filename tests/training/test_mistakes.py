@@ -39,7 +39,7 @@ def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypa
     [
         (["training.steps=many"], "training.steps: Value 'many'"),
         (["attention.separators=[dot]"], "unknown separator class 'dot'"),
-        (["parallel.tensor=2"], "1 processes cannot be split into parallel.tensor=2"),
+        (["parallel.tensor=2"], "size 1 cannot be split into parallel.tensor=2"),
         (["data=prefixes", "data.prefixes=[nowhere/text]"], "There is no dataset at"),
         (["data.sequence_length=500000"], "fewer than one sequence of data.sequence_length=500000"),
         (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),

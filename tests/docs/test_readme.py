@@ -1,0 +1,221 @@
+"""What the README and docs/ tell people to type and to set exists, and their tables are what the code says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from sep_attention.op import MASKED_UP_TO
+from torch.distributed.run import get_args_parser
+
+from data_prep.separators import CLASSES
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.load import config_folder, register_schema, to_config
+from sepllm_train.config.schema import AttentionConfig, Config
+from sepllm_train.config.validate import validate
+from sepllm_train.metrics.flops import CONVENTIONS, FlopsCounter, shape_of
+from tests.docs.markdown import PAGES, REPOSITORY, Command, commands, links, prose, spans, table
+
+GROUPS = {name: set(keys) for name, keys in dataclasses.asdict(Config()).items() if isinstance(keys, dict)}
+ENTRY_POINTS = {
+    entry.name: entry.value
+    for entry in metadata.distribution("sepllm-train").entry_points
+    if entry.group == "console_scripts"
+}
+
+
+class Parsed(Exception):
+    """A program has understood its arguments."""
+
+
+def load(*overrides: str) -> Config:
+    """The checked configuration of a command line."""
+    register_schema()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return to_config(compose("pretrain", overrides=list(overrides)))
+
+
+def check_pretraining(overrides: list[str], world_size: int | None) -> None:
+    """Everything that a run checks before it opens its data. `world_size` None: the smallest launch that fits."""
+    shows_only = overrides[-2:] == ["--cfg", "job"]
+    config = load(*(overrides[:-2] if shows_only else overrides))
+    validate(config, world_size or config.parallel.tensor * config.parallel.pipeline)
+    resolve_pattern(config.attention, config.model.layers)
+
+
+def check_torchrun(words: list[str]) -> None:
+    """torchrun's own options, then the script for as many processes as they start."""
+    launch = get_args_parser().parse_args(words)
+    assert launch.training_script == "scripts/pretrain.py" and (REPOSITORY / launch.training_script).is_file()
+    world_size = int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)
+    check_pretraining(launch.training_script_args, world_size)
+
+
+def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script up to the point where its own parser has accepted the words."""
+    assert (REPOSITORY / path).is_file()
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+        parse(parser, *arguments, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(REPOSITORY / path), run_name="__main__")
+
+
+def check_make(words: list[str]) -> None:
+    """Targets and variables of the Makefile."""
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for word in words:
+        name = word.split("=")[0]
+        pattern = rf"^{name} \?=|\$\({name}\)" if "=" in word else rf"^{name}:"
+        assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {word}"
+
+
+def check_pip(words: list[str]) -> None:
+    """Installing this project: the extras that are named exist."""
+    assert words[0] == "install" and words[-2] == "-e"
+    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])
+    assert extras is not None
+    provided = metadata.metadata("sepllm-train").get_all("Provides-Extra")
+    assert provided and set((extras[1] or "").split(",")) - {""} <= set(provided)
+
+
+@pytest.mark.parametrize("command", commands(), ids=str)
+def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *words = command.words
+    if program == "make":
+        check_make(words)
+    elif program == "torchrun":
+        check_torchrun(words)
+    elif program == "python" and words[0] == "scripts/pretrain.py":
+        check_pretraining(words[1:], world_size=None)
+    elif program == "python":
+        check_script(words[0], words[1:], monkeypatch)
+    elif program == ".venv/bin/python" and words[:2] == ["-m", "pip"]:
+        check_pip(words[2:])
+    else:
+        assert command.words == ("python3", "-m", "venv", ".venv"), f"no check for {command}"
+
+
+def test_the_commands_that_must_be_there() -> None:
+    shown = {" ".join(command.words) for command in commands() if command.page == "README.md"}
+    assert {"make demo", "make test"} <= shown
+    assert {word.split()[2] for word in shown if word.startswith("python scripts/prepare_data.py")} == {
+        "train-tokenizer", "tokenize", "annotate", "stats", "verify",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        if "://" not in target:
+            assert (page.parent / target.split("#")[0]).is_file(), f"{page.name} links to {target}"
+    top = {path.name for path in REPOSITORY.iterdir() if path.is_dir()} - {"runs", "demo", "data"}
+    for span in spans(page):
+        if re.fullmatch(r"[\w.]+(/[\w.*-]*)+", span) and span.split("/")[0] in top:
+            assert list(REPOSITORY.glob(span.rstrip("/"))), f"{page.name} names {span}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_and_choices_exist(page: Path) -> None:
+    """`group.key`, `group=choice` and the names of experiments in code spans."""
+    experiments = {path.stem for path in (config_folder() / "experiment").glob("*.yaml")}
+    for span in spans(page):
+        if key := re.match(rf"'?({'|'.join(GROUPS)})\.(?!py$)(\w+)(?==|$)", span):
+            assert key[2] in GROUPS[key[1]], f"{page.name}: there is no {span}"
+        if choice := re.fullmatch(rf"({'|'.join(GROUPS)})=(\S+)", span):
+            assert (config_folder() / choice[1] / f"{choice[2]}.yaml").is_file(), f"{page.name}: there is no {span}"
+        if re.match(r"(demo|pythia[\d.]+[mb])_(?!\w+/)", span):
+            assert span in experiments, f"{page.name}: there is no experiment {span}"
+
+
+def test_every_experiment_is_in_the_readme() -> None:
+    assert {path.stem for path in (config_folder() / "experiment").glob("*.yaml")} <= set(spans(PAGES[0]))
+
+
+def test_attention_table_holds_every_key() -> None:
+    rows = table("README.md", "key")
+    keys = [f"`attention.{field.name}`" for field in dataclasses.fields(AttentionConfig)]
+    assert [row[0] for row in rows] == keys
+    for row in rows:
+        for value in re.findall(r"`(\w+)`", row[1]):
+            setting = {row[0].strip("`").removeprefix("attention."): yaml.safe_load(value)}
+            resolve_pattern(AttentionConfig(**{"interval": 8, **setting}), 12)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "attention.full_layers=[0,5,11]",
+        "attention.separators=[period,question]",
+        "attention.separators=[{classes: [comma], horizon: 512}, {classes: [period], horizon: forever}]",
+    ],
+)
+def test_lists_can_be_typed(override: str) -> None:
+    resolve_pattern(load(override).attention, 12)
+
+
+def test_separator_classes_are_those_of_the_code() -> None:
+    rows = table("docs/data.md", "number")
+    assert rows == [[str(entry.number), f"`{entry.name}`", entry.description] for entry in CLASSES]
+
+
+def test_metrics_table_is_what_the_loop_writes() -> None:
+    loop = (REPOSITORY / "sepllm_train" / "training" / "loop.py").read_text()
+    written = {key.replace("{name}", "NAME") for key in re.findall(r'"((?:train|val)/[\w{}/]+)"', loop)}
+    written -= {key for key in written if "{" in key}
+    written |= {f"val/{key}" for key in ("loss", "bits_per_byte")}
+    told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
+    assert told == written | {"val/NAME/loss", "val/NAME/bits_per_byte"}
+
+
+def test_conventions_are_those_of_the_code() -> None:
+    assert [row[0] for row in table("docs/flops.md", "key")] == [f"`flops/{name}`" for name in CONVENTIONS]
+
+
+def test_flops_table_is_what_the_counter_gives() -> None:
+    length, model = 2048, load("model=pythia160m").model
+    shape, headless = shape_of(model, 50304), shape_of(model, 0)
+    rows = table("docs/flops.md", "pattern")
+    assert len(rows) == 5
+    for _, share, *told in rows:
+        pairs = round(float(share.rstrip("%")) / 100 * FlopsCounter(shape, length).causal_pairs(length))
+        ratios = []
+        for key, counted in (("flops/paper", shape), ("flops/model", shape), ("flops/model", headless)):
+            dense = FlopsCounter(counted, length, dense=True)
+            whole = dense.training(length, dense.causal_pairs(length))[key]
+            ratios.append(FlopsCounter(counted, length).training(length, pairs)[key] / whole)
+        assert told == [f"{ratio:.1%}" for ratio in ratios]
+
+
+def test_flops_floor_is_what_the_counter_gives() -> None:
+    text = " ".join(prose(REPOSITORY / "docs" / "flops.md").split())
+    shape = shape_of(load("model=pythia160m").model, 50304)
+    for length, words in ((4096, "{} of the dense FLOPs at S = 4096"), (8192, "{} at 8192"), (32768, "{} at 32,768")):
+        counter = FlopsCounter(shape, length)
+        flops = counter.training(length, 0)
+        assert words.format(f"{flops['flops/model'] / flops['flops/dense']:.1%}") in text
+
+
+def test_console_entry_points_are_named() -> None:
+    assert set(ENTRY_POINTS) <= set(spans(PAGES[0]))
+
+
+def test_limits_and_bars_are_those_of_the_code() -> None:
+    assert f"wins on CPU up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "attention.md")
+    assert f"Up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "performance.md")
+    bars = runpy.run_path(str(REPOSITORY / "kernels" / "benchmarks" / "cpu_attention.py"))["BARS"]
+    assert [row[:2] for row in table("docs/performance.md", "S")] == [[str(s), f"{bar}x"] for s, bar in bars.items()]

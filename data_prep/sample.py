@@ -28,7 +28,7 @@ from data_prep.train_tokenizer import train_tokenizer
 from data_prep.writer import DatasetWriter
 
 SOURCES = ("docs", "code", "both")
-_FORMAT = 1
+_FORMAT = 2
 # Tests, other people's packages, and `encodings`, which is tables of characters.
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class LayerPattern:
         return self.window >= FOREVER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionPattern:
     """The resolved attention of a model.
 
@@ -50,6 +51,11 @@ class AttentionPattern:
         """Whether every layer is plain causal attention over one document."""
         return not self.separate_documents and all(layer.full for layer in self.layers)
 
+    @cache  # noqa: B019  one small tensor per device, for as long as the process lives
+    def _table_on(self, device: torch.device) -> Tensor:
+        """The table on a device; copied once, since a copy from the host would stall a GPU."""
+        return torch.from_numpy(self.tier_of_class).to(device)
+
     def plan(self, classes: Tensor, document_start: Tensor) -> AttentionPlan:
         """Attention plan of one micro-batch.
 
@@ -60,7 +66,7 @@ class AttentionPattern:
             position = torch.arange(classes.shape[1], device=classes.device)
             tier = (position % self.interval == 0).to(torch.uint8).expand(classes.shape).contiguous()
         else:
-            tier = torch.from_numpy(self.tier_of_class).to(classes.device)[classes.long()]
+            tier = self._table_on(classes.device)[classes.long()]
         return build_plan(
             tier,
             initial_tokens=self.initial_tokens,
@@ -99,11 +105,12 @@ def _full_layers(full_layers: Any, layers: int) -> set[int]:
                 f"attention.full_layers={full_layers} is unknown: none, first, first_last or a list such as [0,5,11]."
             )
         return named[full_layers]
-    numbers = set(full_layers or [])
-    wrong = sorted(str(n) for n in numbers if not isinstance(n, int) or not 0 <= n < layers)
+    if not isinstance(full_layers, list):
+        raise UserError(f"attention.full_layers={full_layers} must be none, first, first_last or a list like [0,5].")
+    wrong = [n for n in full_layers if type(n) is not int or not 0 <= n < layers]
     if wrong:
         raise UserError(f"attention.full_layers names layer {wrong[0]}; this model has layers 0 to {layers - 1}.")
-    return numbers
+    return set(full_layers)
 
 
 def _tiers(attention: AttentionConfig) -> tuple[tuple[int, ...], np.ndarray]:
@@ -151,7 +158,7 @@ def _separator_groups(separators: Any) -> list[tuple[set[int], int]]:
 def _class_numbers(names: list[Any]) -> set[int]:
     """Numbers of the separator classes called `names`; `paper` and `all` stand for their sets."""
     by_name = {c.name: {c.number} for c in CLASSES} | {"paper": set(PAPER), "all": set(ALL)}
-    unknown = [name for name in names if name not in by_name]
+    unknown = [name for name in names if not isinstance(name, str) or name not in by_name]
     if unknown:
         raise UserError(
             f"attention.separators: unknown separator class {unknown[0]!r}; known are {', '.join(by_name)}."

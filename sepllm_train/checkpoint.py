@@ -1,6 +1,6 @@
 """Checkpoints of a run: megatron-core's sharded format for tensors, JSON for counters, whole or not there.
 
-RUN/checkpoints/step_00000100/ holds the shards and `state.json`; `latest` names the newest whole one.
+RUN/checkpoints/step_00000100/ holds the shards and `state.json`, which is written last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sync_folder, write_whole
@@ -25,7 +26,6 @@ from sepllm_train.training.setup import Training, set_schedule
 from sepllm_train.training.state import TrainState
 
 STATE = "state.json"
-LATEST = "latest"
 
 
 def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: str) -> dict[str, Any]:
@@ -85,13 +85,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def save(run_folder: Path, training: Training, state: TrainState, identities: dict[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint aside and move it into place, `latest` last; then drop all but the newest `keep`."""
+    """Write a checkpoint aside and move it into place; then drop all but the newest `keep`."""
     target = run_folder / "checkpoints" / f"step_{state.step:08d}"
     aside = target.with_name(target.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
+    _complete_adam(training.optimizer)
     dist_checkpointing.save(_tensors(training, loading=False), str(aside))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -103,7 +104,6 @@ def save(run_folder: Path, training: Training, state: TrainState, identities: di
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
         sync_folder(target.parent)
-        write_whole(target.parent / LATEST, target.name.encode())
         _drop_old(target.parent, keep)
     dist.barrier()
     return target
@@ -121,16 +121,37 @@ def load(checkpoint: Path, training: Training) -> TrainState:
         tensors = dist_checkpointing.load(_tensors(training, loading=True, with_rng=same_layout), str(checkpoint))
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be loaded ({str(error).splitlines()[0]}): resume from another one."
+            f"the checkpoint {checkpoint} cannot be loaded ({_cause(error)}): resume from another."
         ) from error
     for number, module in enumerate(training.modules):
         module.load_state_dict(tensors[f"model{number}"])
     training.optimizer.load_state_dict(tensors["optimizer"])
+    _complete_adam(training.optimizer)
     if same_layout:
         _set_rng(tensors["rng"])
     state = TrainState.from_dict(content["state"])
     set_schedule(training.scheduler, state.step)
     return state
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong; torch wraps the errors of all ranks into one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _complete_adam(optimizer: MegatronOptimizer) -> None:
+    """Give Adam the state of step 0 where it has none: before the first update, which fp16 may have skipped."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            state = inner.state[parameter]
+            state.setdefault("step", torch.tensor(0.0))
+            state.setdefault("exp_avg", torch.zeros_like(parameter))
+            state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
 
 
 def layout() -> dict[str, int]:

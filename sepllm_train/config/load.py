@@ -22,7 +22,9 @@ from sepllm_train.errors import UserError
 def config_folder() -> Path:
     """Folder of the YAML files: configs/ of the checkout, or the copy inside the installed package."""
     checkout = Path(__file__).resolve().parents[2] / "configs"
-    return checkout if checkout.is_dir() else Path(str(resources.files("sepllm_train") / "configs"))
+    return (
+        checkout if (checkout / "pretrain.yaml").is_file() else Path(str(resources.files("sepllm_train") / "configs"))
+    )
 
 
 def register_schema() -> None:

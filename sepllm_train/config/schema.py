@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.errors import UserError
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
-BACKENDS = ("auto", "triton", "blocked", "reference", "dense", "flex")
+BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 
 def require(condition: bool, message: str) -> None:
@@ -112,6 +112,10 @@ class AttentionConfig:
         one_of("attention.pattern", self.pattern, PATTERNS)
         one_of("attention.sink", self.sink, ("none", "learned"))
         one_of("attention.backend", self.backend, BACKENDS)
+        require(
+            isinstance(self.separators, str | list),
+            f"attention.separators={self.separators} must be paper, all, or a list of class names or of tiers.",
+        )
         require(self.initial_tokens >= 0, f"attention.initial_tokens={self.initial_tokens} must be 0 or more.")
         windows = self.window if isinstance(self.window, list) else [self.window]
         for window in windows:
@@ -203,6 +207,10 @@ class OptimConfig:
             0 <= self.min_lr <= self.lr and self.lr > 0,
             f"optim.lr={self.lr} must be above 0 and at least optim.min_lr={self.min_lr}.",
         )
+        require(
+            self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1,
+            f"optim.warmup_fraction={self.warmup_fraction} and optim.decay_fraction={self.decay_fraction} overlap.",
+        )
         for key in ("warmup_fraction", "decay_fraction"):
             value = getattr(self, key)
             require(0 <= value <= 1, f"optim.{key}={value} must lie between 0 and 1.")
@@ -222,10 +230,12 @@ class TrainingConfig:
     micro_batch: int = 8
     precision: str = "bf16"
     recompute: str = "none"
+    # Steps between validations and between checkpoints; 0 = only after the last step.
     validation_interval: int = 1000
-    # Sequences per dataset in one validation.
+    # Sequences per dataset in one validation; 0 = no validation.
     validation_samples: int = 256
     checkpoint_interval: int = 1000
+    # Newest checkpoints that stay on the disk.
     keep_checkpoints: int = 2
     deterministic: bool = False
 
@@ -235,7 +245,7 @@ class TrainingConfig:
         one_of("training.recompute", self.recompute, ("none", "selective", "full"))
         for key in ("validation_interval", "validation_samples", "checkpoint_interval"):
             value = getattr(self, key)
-            require(value >= 0, f"training.{key}={value} must be 0 (never) or more.")
+            require(value >= 0, f"training.{key}={value} must be 0 or more.")
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from sepllm_train.config.schema import Config, ParallelConfig, require
@@ -39,7 +41,14 @@ def validate(config: Config, world_size: int) -> None:
         optim.warmup_steps is None or 0 <= optim.warmup_steps <= steps,
         f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and training.steps={steps}.",
     )
-    _check_backend(config)
+    decay = optim.decay_fraction * steps if optim.schedule == "wsd" else 0
+    require(
+        optim.warmup_steps is None or optim.warmup_steps + decay <= steps,
+        f"optim.warmup_steps={optim.warmup_steps} reach into the decay, the last optim.decay_fraction="
+        f"{optim.decay_fraction} of training.steps={steps}.",
+    )
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    require(gpus == 0 or local <= gpus, f"{local} processes were started on a node of {gpus} GPUs: one each is needed.")
 
 
 def _check_grid(config: Config) -> None:
@@ -63,25 +72,4 @@ def _check_grid(config: Config) -> None:
     require(
         not (config.model.tied_embeddings and parallel.virtual_pipeline not in (None, 1)),
         "model.tied_embeddings=true cannot be used with parallel.virtual_pipeline.",
-    )
-
-
-def _check_backend(config: Config) -> None:
-    """Whether the attention backend asked for can train this pattern here."""
-    attention = config.attention
-    gpu = torch.cuda.is_available()
-    require(
-        attention.backend != "dense"
-        or (attention.pattern == "dense" and not attention.separate_documents and attention.sink == "none"),
-        "attention.backend=dense computes plain causal attention only: use it with attention.pattern=dense, "
-        "separate_documents=false and sink=none, or take attention.backend=auto.",
-    )
-    require(
-        attention.backend != "flex" or gpu,
-        "attention.backend=flex cannot train without a GPU (torch has no backward for it on CPU): "
-        "use attention.backend=auto.",
-    )
-    require(
-        attention.backend != "triton" or gpu,
-        "attention.backend=triton needs a GPU: use attention.backend=auto.",
     )

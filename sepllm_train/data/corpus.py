@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from data_prep.sample import prepare_sample
 from data_prep.sidecar import SidecarHeader, read_header
 from sepllm_train.config.schema import DataConfig
@@ -76,25 +74,14 @@ def open_corpus(data: DataConfig) -> Corpus:
             f"data: the sample corpus ({data.sample_text} of the installed Python's standard library); "
             "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
         )
-        entries: list[Any] = [str(_shared_sample(data))]
+        # Processes that ask at once wait for the first one to make it.
+        prefix = prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
+        entries: list[Any] = [str(prefix)]
     else:
         entries = data.prefixes
     sources = tuple(_open_source(entry) for entry in entries)
     _check_blend(sources)
     return Corpus(sources)
-
-
-def _shared_sample(data: DataConfig) -> Path:
-    """The sample corpus, made by one process of each node while the others wait."""
-
-    def prepare() -> Path:
-        return prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
-
-    waits = dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) != 0
-    prefix = None if waits else prepare()
-    if dist.is_initialized():
-        dist.barrier()
-    return prefix or prepare()
 
 
 def _open_source(entry: Any) -> Source:

@@ -37,11 +37,14 @@ class MicroBatchSampler:
 
 
 class PaddedSampler:
-    """Sample numbers 0 ... samples - 1 in micro-batches of equal count on every replica; -1 fills the last ones."""
+    """Sample numbers 0 ... samples - 1 in micro-batches of equal count on every replica; -1 fills the last ones.
 
-    def __init__(self, samples: int, *, micro_batch: int, replica: int, replicas: int) -> None:
+    The number of micro-batches is a multiple of `multiple`, which interleaved pipelines need.
+    """
+
+    def __init__(self, samples: int, *, micro_batch: int, replica: int, replicas: int, multiple: int = 1) -> None:
         stride = micro_batch * replicas
-        self.rounds = -(-samples // stride)
+        self.rounds = -(-samples // (stride * multiple)) * multiple
         numbers = [n if n < samples else -1 for n in range(self.rounds * stride)]
         self.batches = [
             numbers[r * stride + replica * micro_batch : r * stride + (replica + 1) * micro_batch]
@@ -73,6 +76,8 @@ def micro_batches(dataset: Dataset, sampler: Any, *, workers: int, device: torch
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        # Its own generator: a loader draws a seed when it starts, and a resumed run starts more of them.
+        generator=torch.Generator().manual_seed(0),
     )
     for batch in loader:
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}

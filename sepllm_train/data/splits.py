@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
@@ -21,31 +20,57 @@ from torch.utils.data import Dataset
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
+from sepllm_train.data.order import Blend, Epochs
+from sepllm_train.distributed.together import together
 from sepllm_train.errors import UserError
 
 
 def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, Dataset]]:
-    """The blended training dataset (training.steps x global_batch samples) and a validation dataset per source.
+    """The endless training dataset of the blend, and a validation dataset for each source by its name.
 
-    Raises UserError when a source is too short for the sequence length.
+    Rank 0 writes the index of an epoch into the cache, the others read it; every rank calls this. Raises UserError
+    when a source is too short for the sequence length, or the cache cannot be written or is not seen by a rank.
     """
-    wanted = config.training.steps * config.training.global_batch
+    folder = _index_folder(config, corpus)
+    together(lambda: _write_indices(config, corpus, folder) if dist.get_rank() == 0 else None)
+    return together(lambda: _read_datasets(config, corpus, folder))
+
+
+def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
+    """Make the index folder whole or not at all, one process at a time."""
+    with _locked(folder):
+        if folder.exists():
+            return
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for source in corpus.sources:
+            _source_datasets(config, source, partial)
+        os.replace(partial, folder)
+
+
+def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Dataset, dict[str, Dataset]]:
+    """The datasets over an index folder that is there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there on every node: data.cache must be on a filesystem that all nodes see.")
     training: list[Dataset] = []
     validation: dict[str, Dataset] = {}
-    with _index_folder(config, corpus) as folder:
-        settings = _dataset_config(config, folder)
-        for source, weight in zip(corpus.sources, corpus.weights(), strict=True):
-            store = TokenStore(source.prefix)
-            held_out = held_out_from(store.sequence_lengths, config.data.validation_fraction, source)
-            # A little more than its share, since the blend draws whole samples.
-            samples = math.ceil(wanted * weight * 1.005) + 1 if len(corpus.sources) > 1 else wanted
-            training.append(_split(store, source, np.arange(held_out), samples, Split.train, settings))
-            if config.data.validation_fraction > 0 and config.training.validation_interval > 0:
-                documents = np.arange(held_out, len(store.sequence_lengths))
-                validation[source.name] = _split(store, source, documents, None, Split.valid, settings)
-        if len(training) == 1:
-            return training[0], validation
-        return _rank_zero_first(lambda: BlendedDataset(training, corpus.weights(), wanted, settings)), validation
+    for source in corpus.sources:
+        train, held_out = _source_datasets(config, source, folder)
+        training.append(Epochs(train, config.seed))
+        if held_out is not None:
+            validation[source.name] = held_out
+    return (training[0] if len(training) == 1 else Blend(training, corpus.weights())), validation
+
+
+def _source_datasets(config: Config, source: Source, folder: Path) -> tuple[SeparatorDataset, SeparatorDataset | None]:
+    """One epoch of a source's training documents, and its held-out documents (None without validation)."""
+    store = TokenStore(source.prefix)
+    settings = _dataset_config(config, folder)
+    first = held_out_from(store.sequence_lengths, config.data.validation_fraction, source)
+    train = _split(store, source, np.arange(first), Split.train, settings)
+    if first == len(store.sequence_lengths):
+        return train, None
+    return train, _split(store, source, np.arange(first, len(store.sequence_lengths)), Split.valid, settings)
 
 
 def held_out_from(lengths: np.ndarray, fraction: float, source: Source) -> int:
@@ -66,14 +91,9 @@ def held_out_from(lengths: np.ndarray, fraction: float, source: Source) -> int:
 
 
 def _split(
-    store: TokenStore,
-    source: Source,
-    documents: np.ndarray,
-    samples: int | None,
-    split: Split,
-    settings: GPTDatasetConfig,
+    store: TokenStore, source: Source, documents: np.ndarray, split: Split, settings: GPTDatasetConfig
 ) -> SeparatorDataset:
-    """The dataset over some documents of a source; `samples=None` takes every sample once."""
+    """One epoch of some documents of a source."""
     tokens = int(store.sequence_lengths[documents].sum())
     if tokens < settings.sequence_length + 1:
         what = "held-out documents" if split is Split.valid else "training documents"
@@ -82,18 +102,9 @@ def _split(
             f"the {what} of {source.prefix} hold {tokens:,} tokens, fewer than one sequence of "
             f"data.sequence_length={settings.sequence_length} and its label: {remedy}shorten the sequence or add text."
         )
-    return _rank_zero_first(
-        lambda: SeparatorDataset(store, source.prefix, documents.astype(np.int32), samples, split, settings)
-    )
-
-
-def _rank_zero_first(build: Callable[[], Any]) -> Any:
-    """Build on rank 0, which writes the index files, then on the others, which read them."""
-    if not dist.is_initialized():
-        return build()
-    result = build() if dist.get_rank() == 0 else None
-    dist.barrier()
-    return build() if result is None else result
+    # Named by its content, not its place: the index stays good when the data moves.
+    name = source.header.files[".bin"].sha256
+    return SeparatorDataset(store, name, documents.astype(np.int32), None, split, settings)
 
 
 def _dataset_config(config: Config, folder: Path) -> GPTDatasetConfig:
@@ -112,15 +123,21 @@ def _dataset_config(config: Config, folder: Path) -> GPTDatasetConfig:
     )
 
 
+def _index_folder(config: Config, corpus: Corpus) -> Path:
+    """Folder of the shuffled indices, named after everything they depend on."""
+    data = config.data
+    key = repr((corpus.identity(), data.validation_fraction, data.sequence_length, config.seed)).encode()
+    return cache_folder(data) / "index" / hashlib.sha256(key).hexdigest()[:16]
+
+
 @contextmanager
-def _index_folder(config: Config, corpus: Corpus) -> Iterator[Path]:
-    """Folder of the shuffled indices, named after everything they depend on; held by one job at a time."""
-    key = repr((corpus.identity(), config.data.validation_fraction)).encode()
-    folder = cache_folder(config.data) / "index" / hashlib.sha256(key).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized() and dist.get_rank() != 0:
-        yield folder
-        return
-    with open(folder / ".lock", "w") as lock:
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`.lock, waiting for another job that does."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise UserError(f"data.cache: cannot write to {folder.parent} ({error.strerror}); choose another.") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
+        yield

@@ -61,10 +61,8 @@ def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _process_group(launch, backend):
         _start_megatron(config, device)
-        try:
-            yield device
-        finally:
-            parallel_state.destroy_model_parallel()
+        yield device
+        parallel_state.destroy_model_parallel()
 
 
 @contextmanager
@@ -82,10 +80,9 @@ def _process_group(launch: Launch, backend: str) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Only after success: a rank that failed must end at once, not wait for the others in the shutdown.
+    dist.destroy_process_group()
 
 
 def _start_megatron(config: Config, device: torch.device) -> None:

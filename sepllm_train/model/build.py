@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from data_prep.errors import UserError
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
 from sepllm_train.model.gpt import SepGPTModel
@@ -99,6 +100,16 @@ def _split(parallel: ParallelConfig) -> dict[str, Any]:
         "batch_p2p_comm": not interleaved,
         "sequence_parallel": parallel.sequence,
     }
+
+
+def check_model(config: Config) -> None:
+    """Raise UserError for what megatron-core would refuse when the model is built."""
+    try:
+        transformer_config(config)
+    except UserError:
+        raise
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"this combination of model and parallel settings cannot be built: {error}") from None
 
 
 def build_model(

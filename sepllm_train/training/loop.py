@@ -63,7 +63,7 @@ class Loop:
         """Train to training.steps, validating and saving on the way and at the end."""
         training = self.config.training
         iterators = [self._training_batches(dataset) for _ in self.training.chunks]
-        if self.state.step == 0:
+        if self.state.step == 0 and training.validation_interval > 0:
             self._validate(validation)
         progress = StepProgress(self.micro_batches, training.steps)
         while self.state.step < training.steps:
@@ -189,6 +189,7 @@ class Loop:
             micro_batch=training.micro_batch,
             replica=self.replica,
             replicas=self.facts.replicas,
+            multiple=self.config.parallel.pipeline if len(self.training.chunks) > 1 else 1,
         )
         masked = MaskedDataset(dataset)
         batches = [micro_batches(masked, sampler, workers=0, device=self.device) for _ in self.training.chunks]

@@ -13,6 +13,7 @@ from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.console import duration, quantity
 from sepllm_train.data.corpus import Corpus
+from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
@@ -45,7 +46,7 @@ def derive(
     vocabulary = model.vocabulary or corpus.vocabulary
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
     counter = FlopsCounter(shape_of(model, padded), length, dense=pattern.dense)
-    samples = min(PROBED_SAMPLES, len(dataset))
+    samples = PROBED_SAMPLES
     pairs = sum(sample_pairs(pattern, dataset[number]) for number in range(samples))
     flops = counter.training(samples * length, pairs)
     return Facts(
@@ -69,18 +70,21 @@ def sample_pairs(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> 
 
 
 def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.device) -> dict[str, str]:
-    """Attention backend -> why, over the layers of the model."""
-    choices = [
-        select_backend(
-            config.attention.backend,
-            sequence_length=config.data.sequence_length,
-            window=layer.window,
-            device=device,
-            separate_documents=pattern.separate_documents,
-            sink=config.attention.sink == "learned",
-        )
-        for layer in dict.fromkeys(pattern.layers)
-    ]
+    """Attention backend -> why, over the layers of the model. Raises UserError for one that cannot do the job."""
+    try:
+        choices = [
+            select_backend(
+                config.attention.backend,
+                sequence_length=config.data.sequence_length,
+                window=layer.window,
+                device=device,
+                separate_documents=pattern.separate_documents,
+                sink=config.attention.sink == "learned",
+            )
+            for layer in dict.fromkeys(pattern.layers)
+        ]
+    except ValueError as error:
+        raise UserError(f"attention.backend={config.attention.backend}: {error}.") from None
     return {choice.name: choice.reason for choice in choices}
 
 

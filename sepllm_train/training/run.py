@@ -17,8 +17,10 @@ from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.distributed.optional import optional_packages
+from sepllm_train.distributed.together import agree, together
 from sepllm_train.errors import UserError
 from sepllm_train.metrics.log import MetricsLog
+from sepllm_train.model.build import check_model
 from sepllm_train.training import run_folder
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.report import Facts, derive, start_lines
@@ -51,6 +53,7 @@ def train(config: Config, launch: Launch, device: torch.device) -> None:
     """Train. Every rank calls it inside the process grid."""
     prepared = _prepare(config, launch.world_size, device)
     folder, facts = prepared.entry.folder, prepared.facts
+    lock = together(lambda: run_folder.claim(folder) if launch.main else None)
     training = build_training(config, facts.vocabulary, device)
     stepper = Stepper(config, prepared.pattern, training, device)
     state = TrainState()
@@ -79,6 +82,8 @@ def train(config: Config, launch: Launch, device: torch.device) -> None:
     loop.run(prepared.dataset, prepared.validation)
     if launch.main:
         run_folder.write_run(folder, {**run, "status": "finished"})
+    if lock is not None:
+        lock.close()
     say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
 
 
@@ -87,6 +92,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
     facts, corpus = prepared.facts, prepared.corpus
     return {
         "name": config.name,
+        "identity": prepared.identity,
+        "schedule": prepared.schedule,
         "parameters": facts.parameters,
         "steps": config.training.steps,
         "comparable": {
@@ -115,7 +122,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Raises UserError."""
     pattern = resolve_pattern(config.attention, config.model.layers)
-    corpus = open_corpus(config.data)
+    check_model(config)
+    corpus = together(lambda: open_corpus(config.data))
     if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:
         raise UserError(
             f"model.vocabulary={config.model.vocabulary} is smaller than the {corpus.vocabulary} entries of the "
@@ -124,7 +132,12 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     vocabulary = config.model.vocabulary or corpus.vocabulary
     identity = checkpoint.identity(config, vocabulary, corpus.identity(), corpus.tokenizer_sha256)
     schedule = checkpoint.schedule_identity(config)
-    entry = run_folder.enter(config, identity, schedule)
+    entry = together(lambda: run_folder.enter(config, identity, schedule))
+    agree(
+        (identity, str(entry.checkpoint)),
+        f"the nodes see different data or checkpoints: data and run_root={config.run_root} must be on a filesystem "
+        "that all of them share.",
+    )
     dataset, validation = build_datasets(config, corpus)
     facts = derive(config, pattern, corpus, dataset, world_size, device)
     say(optional_packages())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import subprocess
@@ -10,7 +11,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -40,7 +41,8 @@ def enter(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) ->
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
     used = (folder / "metrics.jsonl").exists()
-    if used and read_status(folder) == "finished":
+    earlier = read_run(folder)
+    if used and earlier.get("status") == "finished":
         raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
     if config.resume == "never" and used:
         raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
@@ -48,34 +50,55 @@ def enter(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) ->
         found = checkpoint.newest(folder) if config.resume == "auto" else None
     else:
         found = checkpoint.find(config.resume)
-        if used and folder.resolve() not in found.resolve().parents:
+        if used and found != checkpoint.newest(folder):
             raise UserError(f"{folder} is in use by an earlier run: give the run that continues {found} another name=.")
+    if used and found is None and "identity" in earlier:
+        # A run that was stopped before its first checkpoint starts again, but not as another run.
+        remedy = "choose another name=, or delete it"
+        checkpoint.check_identity(earlier["identity"], identity, str(folder), remedy)
+        checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
     if found is not None:
         content = checkpoint.read_state(found)
         checkpoint.check_identity(content["identity"], identity, str(found), "a run continues with what it began with")
-        if config.resume == "auto":
+        if used:
             checkpoint.check_identity(
                 content["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
             )
         if content["state"]["step"] >= config.training.steps:
             raise UserError(
                 f"{found} is at step {content['state']['step']}, nothing is left of training.steps="
-                f"{config.training.steps}: raise it, or start a new run."
+                f"{config.training.steps}: give more steps, or start a new run."
             )
     return Entry(folder, found)
 
 
-def read_status(folder: Path) -> str:
-    """`running` or `finished` as run.json says; `unknown` without one."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json, or nothing where there is none that can be read."""
     try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf8"))["status"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def claim(folder: Path) -> IO[str]:
+    """Make the run's folder and lock it until the file that is returned is closed.
+
+    Raises UserError when it cannot be written, or another process trains there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held for as long as the run
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another run_root=.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {folder}: wait for it, or choose another name=.") from None
+    return lock
 
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     write_whole(folder / "environment.json", json.dumps(environment(), indent=2).encode())
     write_run(folder, {**run, "status": "running"})

@@ -82,6 +82,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_eps=optim.epsilon,
         clip_grad=optim.clip_grad,
         fp16=precision == "fp16",
+        # megatron-core starts at 2**32, and skips the first dozen updates until that is halved often enough.
+        initial_loss_scale=2.0**16,
         bf16=precision == "bf16",
         params_dtype=PRECISIONS[precision],
     )

@@ -72,8 +72,8 @@ class Stepper:
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
         rate = learning_rate(training.optimizer)
         updated, grad_norm, _ = training.optimizer.step()
-        if updated:
-            training.scheduler.step(increment=1)
+        # Also after a skipped update (fp16 overflow): the rate belongs to the step, not to the update.
+        training.scheduler.step(increment=1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             total += loss["loss"]

@@ -34,6 +34,7 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: AttentionConfig(window=True), "attention.window"),
         (lambda: AttentionConfig(pattern="sparse"), "attention.pattern=sparse.*dense, sep, streaming, fixed"),
         (lambda: AttentionConfig(pattern="fixed"), "attention.interval"),
+        (lambda: AttentionConfig(separators={"classes": ["comma"]}), "attention.separators"),
         (lambda: AttentionConfig(initial_tokens=-1), "attention.initial_tokens=-1"),
         (lambda: DataConfig(source="prefixes"), "data.prefixes"),
         (lambda: DataConfig(prefixes=["a"]), "add data=prefixes"),
@@ -76,7 +77,11 @@ def test_value(build, words: str) -> None:
             "4 micro-batches.*parallel.pipeline=3",
         ),
         (Config(training=SMALL, optim=OptimConfig(warmup_steps=11)), 1, "optim.warmup_steps=11"),
-        (Config(training=SMALL, attention=AttentionConfig(backend="dense")), 1, "attention.backend=dense"),
+        (
+            Config(training=SMALL, optim=OptimConfig(schedule="wsd", decay_fraction=0.5, warmup_steps=6)),
+            1,
+            "optim.warmup_steps=6 reach into the decay",
+        ),
         (
             Config(
                 training=SMALL,
@@ -101,6 +106,9 @@ def test_groups_against_each_other(config: Config, world_size: int, words: str) 
         (AttentionConfig(window=[4, 4, 4]), "3 windows for a model of 4 layers"),
         (AttentionConfig(full_layers=[4]), "layer 4; this model has layers 0 to 3"),
         (AttentionConfig(full_layers="last"), "attention.full_layers=last"),
+        (AttentionConfig(full_layers=1), "attention.full_layers=1 must be"),
+        (AttentionConfig(full_layers=[True]), "names layer True"),
+        (AttentionConfig(separators=[["comma"]]), r"unknown separator class \['comma'\]"),
         (AttentionConfig(separators=[{"classes": ["comma"]}]), "horizon: TOKENS or forever"),
         (AttentionConfig(separators=[{"classes": ["comma"], "horizon": 0}]), "horizon 0"),
         (

@@ -17,6 +17,7 @@ from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.dataset import TokenStore
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
+from sepllm_train.data.order import Blend
 from sepllm_train.data.splits import build_datasets, held_out_from
 from sepllm_train.errors import UserError
 
@@ -49,7 +50,6 @@ def test_samples_are_aligned(prefixes: tuple[str, str], tmp_path: Path) -> None:
     header = read_header(prefixes[0])
     tokenizer = load_tokenizer(Path(prefixes[0]).parent / header.tokenizer.file)
     class_of = torch.from_numpy(classify(tokenizer.token_bytes()))
-    assert len(dataset) >= 80
     crossing = 0
     for number in range(80):
         sample = dataset[number]
@@ -72,9 +72,15 @@ def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], t
     tokens = int(store.sequence_lengths[:held].sum())
     config = config_for([prefixes[0]], tmp_path, steps=(tokens - 1) // 64 // 4)
     dataset, validation = build_datasets(config, open_corpus(config.data))
-    seen = np.bincount(np.concatenate([dataset[n]["tokens"].numpy() for n in range(len(dataset))]), minlength=4096)
+    samples = len(dataset.dataset)
+    seen = np.bincount(np.concatenate([dataset[n]["tokens"].numpy() for n in range(samples)]), minlength=4096)
     there = np.bincount(np.concatenate([store[d] for d in range(held)]), minlength=4096)
     assert (seen <= there).all() and there.sum() - seen.sum() <= 64 + 1
+    again = np.bincount(
+        np.concatenate([dataset[samples + n]["tokens"].numpy() for n in range(samples)]), minlength=4096
+    )
+    assert np.array_equal(seen, again)
+    assert not all(torch.equal(dataset[n]["tokens"], dataset[samples + n]["tokens"]) for n in range(samples))
     held_out = set(np.concatenate([store[d] for d in range(held, len(store))]).tolist())
     sample = next(iter(validation.values()))[0]
     assert set(sample["tokens"].tolist()) <= held_out
@@ -83,9 +89,40 @@ def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], t
 def test_blend_follows_the_weights(prefixes: tuple[str, str], tmp_path: Path) -> None:
     config = config_for([{"path": prefixes[0], "weight": 3}, {"path": prefixes[1], "weight": 1}], tmp_path, steps=100)
     dataset, validation = build_datasets(config, open_corpus(config.data))
-    origin = [int(dataset[number]["dataset_id"]) for number in range(400)]
-    assert abs(origin.count(0) - 300) <= 4
+    alone = [build_datasets(c, open_corpus(c.data))[0] for c in (config_for([p], tmp_path) for p in prefixes)]
+    taken = [0, 0]
+    for number in range(400):
+        source = int(not torch.equal(dataset[number]["tokens"], alone[0][taken[0]]["tokens"]))
+        assert torch.equal(dataset[number]["tokens"], alone[source][taken[source]]["tokens"])
+        taken[source] += 1
+    assert abs(taken[0] - 300) <= 1
     assert sorted(validation) == ["notes", "prose"]
+
+
+def test_blend_goes_on_where_each_source_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sepllm_train.data.order.BLEND_PERIOD", 16)
+    sources: Any = [[{"n": (name, n)} for n in range(100)] for name in "ab"]
+    blend = Blend(sources, [0.75, 0.25])
+    read = [blend[number]["n"] for number in range(48)]
+    for name, count in (("a", 36), ("b", 12)):
+        assert [n for source, n in read if source == name] == list(range(count))
+
+
+def test_order_does_not_depend_on_the_number_of_steps(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    short, long = (
+        build_datasets(c, open_corpus(c.data))[0]
+        for c in (config_for([prefixes[0]], tmp_path, steps=steps) for steps in (10, 100_000))
+    )
+    assert all(torch.equal(short[n]["tokens"], long[n]["tokens"]) for n in range(0, 3000, 100))
+
+
+def test_interrupted_index_is_made_again(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    before = build_datasets(config, open_corpus(config.data))[0][3]["tokens"]
+    (folder,) = (path for path in (tmp_path / "index").iterdir() if path.is_dir())
+    folder.rename(f"{folder}.partial")
+    next(Path(f"{folder}.partial").glob("*shuffle_index.npy")).write_bytes(b"torn")
+    assert torch.equal(build_datasets(config, open_corpus(config.data))[0][3]["tokens"], before)
 
 
 def test_same_seed_same_order_other_seed_other_order(prefixes: tuple[str, str], tmp_path: Path) -> None:
@@ -128,6 +165,7 @@ def test_filling_of_the_last_validation_batch_is_not_counted() -> None:
     assert batches == [[[0, 1], [4, -1]], [[2, 3], [-1, -1]]]
     masked = MaskedDataset([{"tokens": torch.tensor([n])} for n in range(5)])  # type: ignore[arg-type]
     assert [masked[n]["counted"].item() for n in (4, -1)] == [1.0, 0.0]
+    assert len(PaddedSampler(5, micro_batch=1, replica=0, replicas=1, multiple=4)) == 8
 
 
 def test_held_out_documents_hold_the_fraction() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +46,9 @@ def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypa
         (["data.sequence_length=500000"], "fewer than one sequence of data.sequence_length=500000"),
         (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),
         (["resume=nowhere"], "resume=nowhere: there is no checkpoint there"),
+        (["attention.backend=dense"], "attention.backend=dense: "),
+        (["dry_run=true", "model.rotary_fraction=0.2"], "model.rotary_fraction=0.2"),
+        (["data.cache=/proc/none"], "Cannot"),
     ],
 )
 def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
@@ -77,12 +82,36 @@ def test_running_run_is_not_continued_as_another(trainer: Any, finished: Callabl
     text = run.read_text()
     run.write_text(text.replace("finished", "running"))
     try:
+        back = trainer(f"name={name}", f"resume={trainer.root / name / 'checkpoints' / 'step_00000002'}")
+        assert back.code == 2 and "in use by an earlier run" in back.sentence
         changed = trainer(f"name={name}", "optim.lr=1e-3")
         assert changed.code == 2 and "optim.lr=0.002, this run has 0.001" in changed.sentence
         refused = trainer(f"name={name}", "resume=never")
         assert refused.code == 2 and "in use by an earlier run" in refused.sentence
     finally:
         run.write_text(text)
+
+
+def test_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another(
+    trainer: Any, finished: Callable
+) -> None:
+    folder = trainer.root / "early"
+    folder.mkdir()
+    run = json.loads((trainer.root / finished("one") / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"status": "running"}))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    outcome = trainer("name=early", "attention=dense")
+    assert outcome.code == 2 and "attention.pattern=sep, this run has dense" in outcome.sentence
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_two_processes_do_not_share_a_run(trainer: Any) -> None:
+    folder = trainer.root / "busy"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = trainer("name=busy")
+    assert outcome.code == 2 and "another process is training" in outcome.sentence
 
 
 @pytest.mark.distributed

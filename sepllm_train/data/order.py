@@ -1,0 +1,54 @@
+"""The order in which samples are read: endless, and the same however long the run is.
+
+megatron-core shuffles all epochs of a run together, so that its order depends on the number of steps and its index
+grows with them. Here an index covers one epoch, and what is beyond it follows from the seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets import helpers
+from torch.utils.data import Dataset
+
+# Samples after which a blend repeats its pattern of sources; weights are met to one part in this.
+BLEND_PERIOD = 65536
+
+
+class Epochs(Dataset):
+    """Sample n of `dataset` repeated without end; each epoch after the first is permuted by (seed, epoch)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+        self.permutation = np.arange(len(dataset))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, place = divmod(number, len(self.dataset))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.permutation = np.arange(len(self.dataset))
+            if epoch:
+                np.random.default_rng((self.seed, epoch)).shuffle(self.permutation)
+        return self.dataset[int(self.permutation[place])]
+
+
+class Blend(Dataset):
+    """Samples of several endless datasets in proportion to `weights` (which sum to 1), evenly interleaved.
+
+    megatron-core's blending fills one period; period after period, each source goes on where it was.
+    """
+
+    def __init__(self, datasets: list[Dataset], weights: list[float]) -> None:
+        self.datasets = datasets
+        self.source = np.zeros(BLEND_PERIOD, dtype=np.int16)
+        self.place = np.zeros(BLEND_PERIOD, dtype=np.int64)
+        helpers.build_blending_indices(self.source, self.place, weights, len(datasets), BLEND_PERIOD, False)
+        self.per_period = np.bincount(self.source, minlength=len(datasets))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        period, offset = divmod(number, BLEND_PERIOD)
+        source = int(self.source[offset])
+        return self.datasets[source][period * int(self.per_period[source]) + int(self.place[offset])]

@@ -20,8 +20,11 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
 test: install lint types  ## Lint, types and tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

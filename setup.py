@@ -43,7 +43,16 @@ setup(
         "wandb": ["wandb"],
         "hf": ["transformers>=5.5", "safetensors"],
         "eval": ["lm_eval[hf]>=0.4.9"],
-        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "pre-commit", "setuptools>=77"],
+        "dev": [
+            "triton>=3.7,<3.8",
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "pre-commit",
+            "setuptools>=77",
+        ],
     },
     entry_points={
         "console_scripts": [

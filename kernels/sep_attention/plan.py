@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sep_attention.tuning import TRITON_INSTALLED
+
 FOREVER: int = 2**30
 MAX_TIERS = 4
 
@@ -97,8 +99,6 @@ def build_plan(
         raise ValueError(f"num_tiers must be 1..{MAX_TIERS}, got {num_tiers}")
     if initial_tokens < 0:
         raise ValueError(f"initial_tokens must be at least 0, got {initial_tokens}")
-    length = tier.shape[1]
-    position = torch.arange(length, device=tier.device, dtype=torch.int32)
     tier = tier.to(torch.uint8)
     if document_start is not None:
         if document_start.shape != tier.shape or document_start.dtype not in (torch.int32, torch.int64):
@@ -106,7 +106,13 @@ def build_plan(
                 f"document_start must be int32 or int64 {list(tier.shape)}, "
                 f"got {document_start.dtype} {list(document_start.shape)}"
             )
+        if document_start.device != tier.device:
+            raise ValueError(f"document_start is on {document_start.device} but tier is on {tier.device}")
         document_start = document_start.to(torch.int32)
+    if tier.is_cuda and TRITON_INSTALLED:
+        return _build_in_one_kernel(tier, initial_tokens, document_start, num_tiers)
+    length = tier.shape[1]
+    position = torch.arange(length, device=tier.device, dtype=torch.int32)
     if initial_tokens:
         offset = position if document_start is None else position - document_start
         tier = torch.where(offset < initial_tokens, torch.ones_like(tier), tier)
@@ -124,6 +130,19 @@ def build_plan(
     positions = torch.zeros_like(before, memory_format=torch.contiguous_format)
     positions.scatter_(-1, slot.long(), member * position)
     return AttentionPlan(tier, prefix, positions, document_start=document_start)
+
+
+def _build_in_one_kernel(
+    tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int
+) -> AttentionPlan:
+    # Imported on use: Triton is optional.
+    from sep_attention.triton_plan import plan_tensors
+
+    tier, prefix, positions, document_end = plan_tensors(tier, initial_tokens, document_start, num_tiers)
+    plan = AttentionPlan(tier, prefix, positions, document_start=document_start)
+    if document_end is not None:
+        plan.derived["document_end"] = document_end
+    return plan
 
 
 def effective_reach(plan: AttentionPlan, window: int, horizons: Sequence[int] | None) -> list[int]:

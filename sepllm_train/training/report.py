@@ -16,7 +16,7 @@ from sepllm_train.data.corpus import Corpus
 from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
-from sepllm_train.model.build import padded_vocabulary
+from sepllm_train.model.build import PRECISIONS, padded_vocabulary
 
 # Training samples behind the figures that are printed before the first step.
 PROBED_SAMPLES = 8
@@ -80,6 +80,8 @@ def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.dev
                 device=device,
                 separate_documents=pattern.separate_documents,
                 sink=config.attention.sink == "learned",
+                head_size=config.model.head_dim,
+                dtype=PRECISIONS[config.training.precision],
             )
             for layer in dict.fromkeys(pattern.layers)
         ]

@@ -1,0 +1,28 @@
+"""The benchmark programs as modules, and a way to run one as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def program(repository: Path) -> Program:
+    """Runs a program of the repository, named by its path; `interpret=True` with Triton's interpreter."""
+
+    def run(path: str, *arguments: object, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, str(repository / path), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    return run

@@ -1,0 +1,70 @@
+"""The compile gate: the fast path passes, and what breaks a budget is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from .conftest import Program
+
+GATE = "kernels/benchmarks/compile_gate.py"
+
+
+def test_fast_path_of_both_head_sizes(program: Program) -> None:
+    arguments = (
+        "--head-sizes",
+        64,
+        128,
+        "--dtypes",
+        "bf16",
+        "--architectures",
+        90,
+        "--variants",
+        "paper",
+        "--no-pairs",
+    )
+    result = program(GATE, *arguments)
+    assert result.returncode == 0, result.stderr + result.stdout
+    lines = [line for line in result.stdout.splitlines() if " sm_90 paper " in line]
+    assert len(lines) == 6 and all(line.endswith(" ok") for line in lines)
+
+
+def test_a_selection_of_nothing_is_one_sentence(program: Program) -> None:
+    result = program(GATE, "--head-sizes", 65)
+    assert result.returncode == 2
+    assert "No shipped kernel is of that head size" in result.stderr and "Traceback" not in result.stderr
+
+
+CHANGES: list[tuple[dict[str, int], str | None]] = [
+    ({}, None),
+    ({"wgmma": 0}, "uses no wgmma"),
+    ({"mma": 3}, "uses 3 of the slower mma instructions"),
+    ({"spills": 65}, "spills 65 bytes of registers, its budget is 64"),
+    ({"spills": 64}, None),
+    ({"shared": 232449}, "takes 232449 bytes of shared memory, the limit is 232448"),
+    ({"serialized": 1}, "has its wgmma serialised by ptxas"),
+]
+
+
+def test_violations() -> None:
+    """In a process of its own, which defines the kernels without the interpreter that other tests may have on."""
+    code = f"""
+import json, sys
+sys.path[:0] = {sys.path!r}
+from compile_gate import spill_budget, violations
+from compiled import Resources, Target
+from sep_attention.tuning import ShippedTile, Tile
+target = Target(ShippedTile("forward", 128, "bf16", "half", 90, Tile(128, 64, 8, 3)))
+values = dict(registers=200, spills=0, shared=1000, wgmma=8, mma=0, async_copies=4, serialized=False)
+found = [violations(target, Resources(**(values | change)), {{}}) for change in {[change for change, _ in CHANGES]!r}]
+general = Target(target.shipped, "general")
+budgets = [spill_budget(general, {{}}), spill_budget(general, {{general.name: 24}})]
+print(json.dumps([found, violations(target, "no such thing", {{}}), budgets]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found, broken, budgets = json.loads(result.stdout)
+    for (_, sentence), problems in zip(CHANGES, found, strict=True):
+        assert problems == [] if sentence is None else len(problems) == 1 and sentence in problems[0]
+    assert broken == ["forward D128 bf16 sm_90 paper does not compile: no such thing"]
+    assert budgets == [0, 24]

@@ -1,0 +1,48 @@
+"""Tuning without a GPU: candidates, scores and the rewriting of the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import json, sys
+sys.path[:0] = {paths!r}
+import tune
+from sep_attention.tuning import Tile, ShippedTile
+source = open({table!r}, encoding="utf8").read()
+new = tune.rewritten(source, {{(90, "half", 128): {{"forward": Tile(64, 32, 4, 3, 128), "backward_kv": Tile(64, 64, 4, 2, None, True)}}}})
+before, after = source.splitlines(), new.splitlines()
+changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+scope = {{"__name__": "tuned", "__file__": tune.__file__}}
+exec(compile(new, "tuning.py", "exec"), scope)
+tiles = {{line.kernel: list(line.tile) for line in scope["shipped_configurations"]()
+    if (line.head_size, line.dtype, line.architecture) == (128, "bf16", 90)}}
+try:
+    tune.rewritten(source, {{(70, "half", 128): {{}}}})
+    refused = ""
+except tune.UserError as error:
+    refused = str(error)
+candidates = [[list(tile) for tile in tune.candidates(kernel, 90)] for kernel in tune.KERNELS]
+print(json.dumps([changed, tiles, refused, tune.score([2.0, 8.0], [4.0, 4.0]), candidates, tune.score([2.0], [4.0])]))
+"""
+
+
+def test_candidates_scores_and_table(repository: Path) -> None:
+    """In a process of its own: the module takes Triton's interpreter, which other tests may have on, out."""
+    table = repository / "kernels" / "sep_attention" / "tuning.py"
+    code = CODE.format(paths=sys.path, table=str(table))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    changed, tiles, refused, same, candidates, half = json.loads(result.stdout)
+    ((before, after),) = changed
+    assert before.startswith('    (90, "half", 128): (Tile(')
+    assert "Tile(64, 32, 4, 3, 128)" in after and "Tile(64, 64, 4, 2, split=True)" in after and len(after) <= 120
+    assert tiles["forward"] == [64, 32, 4, 3, 128, False]
+    assert tiles["backward_kv"] == [64, 64, 4, 2, None, True]
+    assert "has no line for (70, 'half', 128)" in refused
+    assert same == 1.0 and half == 0.5
+    for kind in candidates:
+        assert len(kind) == len(set(map(tuple, kind))) and all(tile[4] is None or tile[2] == 8 for tile in kind)

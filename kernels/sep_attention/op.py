@@ -59,7 +59,7 @@ def select_backend(
         _check_named(backend, device, full, sink, needs_grad)
         return BackendChoice(backend, "asked for by name")
     if full and not sink:
-        return BackendChoice("dense", f"window {window} covers all {sequence_length} tokens: plain causal attention")
+        return BackendChoice("dense", "plain causal attention")
     if device.type == "cpu":
         if sequence_length <= MASKED_UP_TO and not sink:
             return BackendChoice("masked", f"{sequence_length} tokens: one masked call beats a block loop")

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types demo bench-cpu clean
+.PHONY: help install test lint types demo bench-cpu sm90 bench-kernels tune gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,19 @@ bench-cpu: install  ## CPU benchmarks, each beside its rival: attention, plan, t
 	$(BIN)/python kernels/benchmarks/cpu_attention.py
 	$(BIN)/python scripts/benchmark_plan.py
 	$(BIN)/python scripts/benchmark_tokenize.py $(TEXT)
+
+sm90: install  ## Compile every shipped kernel for sm_90 and sm_80 without a GPU and check it; count touched pairs
+	$(BIN)/python kernels/benchmarks/compile_gate.py
+
+bench-kernels: install  ## Time the kernels beside their rivals on this GPU and draw the results
+	$(BIN)/python kernels/benchmarks/gpu_attention.py
+	$(BIN)/python kernels/benchmarks/draw.py
+
+tune: install  ## Time tile configurations on this GPU and rewrite the shipped table
+	$(BIN)/python kernels/benchmarks/tune.py
+
+gpu-check: install  ## Correctness, kernel table and training throughput on this GPU in three stages of 8 minutes
+	$(BIN)/python scripts/gpu_check.py --output gpu_check
 
 clean:  ## Remove the environment, caches and build products (runs stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

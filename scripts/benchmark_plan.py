@@ -16,7 +16,9 @@ from functools import partial
 
 import torch
 from hydra import compose, initialize_config_dir
-from sep_attention import attended_pairs, sep_attention
+from sep_attention import attended_pairs
+from sep_attention.blocked import BLOCK
+from sep_attention.layout import block_layouts
 
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
@@ -77,9 +79,8 @@ def prepare(pattern: AttentionPattern, group: list[Batch]) -> None:
         plan = pattern.plan(batch["separator_class"], batch["document_start"])
         for layer in dict.fromkeys(pattern.layers):
             attended_pairs(plan, layer.window, layer.horizons)
-            # One head of one feature: next to no arithmetic, so that the time is the layout's.
-            tiny = torch.zeros(*batch["tokens"].shape, 1, device=batch["tokens"].device)[:, None]
-            sep_attention(tiny, tiny, tiny, plan, window=layer.window, horizons=layer.horizons)
+            if plan.tier.device.type == "cpu":
+                block_layouts(plan, layer.window, layer.horizons, BLOCK)
 
 
 def side_car(dataset: object, numbers: range) -> None:

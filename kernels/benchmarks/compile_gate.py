@@ -29,6 +29,8 @@ from pairs_model import print_model
 from records import RESULTS, exit_with, read_json, write_json
 from sep_attention.tuning import shipped_configurations
 
+from data_prep.errors import UserError
+
 BUDGET_FILE = RESULTS / "sm90_budget.json"
 # Bytes a thread may spill in half precision on sm_90 under the paper's pattern.
 SPILL_BUDGET = {64: 0, 128: 64}
@@ -167,8 +169,9 @@ def main() -> int:
     options = _parser().parse_args()
     targets = _selected(options)
     if not targets:
-        print("error: no shipped kernel is of that head size, dtype, architecture and variant.", file=sys.stderr)
-        return 2
+        raise UserError("No shipped kernel is of that head size, dtype, architecture and variant.")
+    if options.record and len(targets) < len(shipped_targets()):
+        raise UserError("--record writes the budget of all kernels: leave out what selects some of them.")
     begin = time.perf_counter()
     results = dict(compile_all(targets, options.jobs))
     if options.record:

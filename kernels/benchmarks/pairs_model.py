@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from records import exit_with
+from sep_attention import AttentionPlan, attended_pairs
 from sep_attention.tuning import KERNELS, Tile, packed_heads, shipped_configurations
 from separator_text import load_separators, random_rows, text_rows
 
@@ -101,13 +102,20 @@ def _touched_by_keys(special: NDArray[np.bool_], window: int, tile: Tile) -> int
 def needed_pairs(special: NDArray[np.bool_], window: int) -> int:
     """Visible pairs of a sequence [S], one by one: j <= i and (special[j] or i - j < window)."""
     length, count = len(special), 0
-    keys = np.arange(length)
+    keys = np.arange(length, dtype=np.int32)
     for first in range(0, length, 256):
-        query = np.arange(first, min(first + 256, length))[:, None]
+        query = keys[first : first + 256, None]
         near = keys[: first + 256]
-        distance = query - near
-        count += int(((distance >= 0) & (special[near] | (distance < window))).sum())
+        visible = query - near < window
+        visible |= special[: first + 256]
+        visible &= query >= near
+        count += int(np.count_nonzero(visible))
     return count
+
+
+def needed_of_plan(plan: AttentionPlan, window: int) -> float:
+    """Visible pairs of a sequence of a plan, the mean of its sequences, from its prefix counts."""
+    return float(attended_pairs(plan, window).double().mean())
 
 
 def dense_touched(length: int) -> int:
@@ -170,27 +178,28 @@ def model_rows(text: str | None = None, lengths: tuple[int, ...] = LENGTHS) -> I
 
 
 def print_model(text: str | None = None, lengths: tuple[int, ...] = LENGTHS) -> list[str]:
-    """Prints the counts; returns a sentence for each bar that is missed."""
+    """Prints the counts; returns a sentence for each bar that is missed on real text."""
     print("Touched pairs over needed pairs (counted), and speed-up over dense at equal cost of a pair (not measured)")
     print(
-        f"{'separators':<11} {'S':>6} {'n':>4} {'D':>4} {'special':>8} {'forward':>8} {'dQ':>5} {'dK/dV':>6} {'all':>5} "
-        f"{'4 heads':>8} {'bar':>5} | {'limit':>6} {'forward':>8} {'fwd+bwd':>8}"
+        f"{'separators':<11} {'S':>6} {'n':>4} {'D':>4} {'special':>8} {'forward':>8} {'dQ':>5} {'dK/dV':>6} "
+        f"{'all':>5} {'4 heads':>8} {'bar':>6} | {'limit':>6} {'forward':>8} {'fwd+bwd':>8}"
     )
     missed = []
     for row in model_rows(text, lengths):
         forward, dq, dkv = (pairs / row.needed for pairs in row.touched)
         limit, predicted_forward, predicted = row.speedups
-        bar = "" if row.bar is None else f"{row.bar:.2f}"
+        bar = "" if row.bar is None else f"{row.bar:.2f}" + ("" if row.waste <= row.bar else "!")
         print(
             f"{row.source:<11} {row.length:>6} {row.window:>4} {row.head_size:>4} {row.density:>8.1%} {forward:>8.2f} "
-            f"{dq:>5.2f} {dkv:>6.2f} {row.waste:>5.2f} {row.packed.mean / row.needed:>8.2f} {bar:>5} | {limit:>5.2f}x "
+            f"{dq:>5.2f} {dkv:>6.2f} {row.waste:>5.2f} {row.packed.mean / row.needed:>8.2f} {bar:>6} | {limit:>5.2f}x "
             f"{predicted_forward:>7.2f}x {predicted:>7.2f}x",
             flush=True,
         )
-        if row.bar is not None and row.waste > row.bar:
+        # The bars are for real text; more separators by chance stand beside it to compare with other models.
+        if row.source == "text" and row.bar is not None and row.waste > row.bar:
             missed.append(
                 f"the kernels of D={row.head_size} touch {row.waste:.3f} pairs per needed one at S={row.length} "
-                f"({row.source}), more than {row.bar}"
+                f"on real text, more than {row.bar}"
             )
     return missed
 

@@ -72,7 +72,9 @@ def _unpack(path: Path) -> NDArray[np.bool_]:
         with np.load(path) as content:
             return np.unpackbits(content["bits"], count=int(content["tokens"])).astype(bool)
     except (OSError, KeyError, ValueError):
-        raise UserError(f"{path} is missing or holds no bits of separators: see --help of {Path(__file__).name}.") from None
+        raise UserError(
+            f"{path} is missing or holds no bits of separators: see --help of {Path(__file__).name}."
+        ) from None
 
 
 def write_positions(path: Path, separators: NDArray[np.bool_]) -> None:

@@ -22,6 +22,7 @@ def test_correctness_in_the_interpreter(program: Program, tmp_path: Path) -> Non
         assert case["failures"] == [] and 0 < case["errors"]["dk"] < 1e-5
 
 
+@pytest.mark.slow
 def test_tiny_trainings(program: Program, tmp_path: Path, sample_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEPLLM_CACHE", str(sample_cache))
     result = program(CHECK, "--output", tmp_path, "--stage", 3, "--device", "cpu", "--tiny")

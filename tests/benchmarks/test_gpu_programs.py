@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from draw import NOT_MEASURED, best_dense, load_results, merged_rows, section, teraflops
+from gpu_attention import GROUPS, HEAD_SIZES, LENGTHS, MAIN_LENGTHS, SOURCES, WINDOWS, cells, main, open_results
+from records import write_json
+
+from data_prep.errors import UserError
 
 from .conftest import Program
 
@@ -28,16 +33,33 @@ def test_kernels_are_timed_checked_and_resumed(program: Program, tmp_path: Path)
     assert 0 < row["needed_pairs"] < row["touched_pairs"]["forward"]
     again = program(ATTENTION, *SMALL, "--lengths", 48, "--sources", "text", "--output", output, interpret=True)
     assert again.returncode == 0 and "S=48" not in again.stdout
-    other = program(ATTENTION, *SMALL, "--lengths", 48, "--tokens", 96, "--output", output, interpret=True)
-    assert other.returncode == 2 and "is of another machine, version or setting" in other.stderr
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("path", [ATTENTION, "kernels/benchmarks/tune.py"])
-def test_without_a_gpu_is_one_sentence(program: Program, path: str) -> None:
-    result = program(path)
-    assert result.returncode == 2
-    assert "There is no CUDA device here" in result.stderr and "Traceback" not in result.stderr
+def test_results_of_another_setting_are_refused(tmp_path: Path) -> None:
+    output = tmp_path / "attention-cpu.json"
+    options = argparse.Namespace(tokens=48, hidden=32, text=None, rivals=None, output=output)
+    path, results = open_results(options, torch.device("cpu"))
+    write_json(path, results | {"rows": [{"length": 48}]})
+    assert open_results(options, torch.device("cpu"))[1]["rows"] == [{"length": 48}]
+    options.tokens = 96
+    with pytest.raises(UserError, match="attention-cpu.json is of another machine, version or setting"):
+        open_results(options, torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_attention.py"])
+    with pytest.raises(UserError, match="There is no CUDA device here"):
+        main()
+
+
+def test_the_most_telling_cells_come_first() -> None:
+    lists = {"lengths": LENGTHS, "windows": WINDOWS, "head_sizes": HEAD_SIZES, "groups": GROUPS, "sources": SOURCES}
+    ordered = cells(argparse.Namespace(**lists))
+    assert len(ordered) == len(set(ordered)) == 9 * 3 * 2 * 2 * 4
+    assert {cell[:2] + cell[3:] for cell in ordered[:10]} == {(length, 128, 1, "text") for length in MAIN_LENGTHS}
+    assert {cell[:2] + cell[3:] for cell in ordered[10:20]} == {(length, 128, 1, "12%") for length in MAIN_LENGTHS}
 
 
 def _timing(milliseconds: float) -> dict[str, Any]:
@@ -46,7 +68,7 @@ def _timing(milliseconds: float) -> dict[str, Any]:
 
 
 def _file(time: str, length: int, **kernels: dict[str, Any]) -> dict[str, Any]:
-    machine = {name: "1" for name in ("device", "driver", "cuda", "cudnn", "torch", "triton", "kernels")}
+    machine = dict.fromkeys(("device", "driver", "cuda", "cudnn", "torch", "triton", "kernels"), "1")
     row = {"length": length, "window": 128, "head_size": 64, "groups": 1, "source": "text", "batch": 2, "heads": 4}
     row |= {"density": 0.16, "needed_pairs": 1e6, "kernels": {name.replace("_", " "): x for name, x in kernels.items()}}
     row["touched_pairs"] = {"forward": 2e6, "backward_q": 2e6, "backward_kv": 3e6}
@@ -90,20 +112,14 @@ def test_document_and_picture(program: Program, results: Path) -> None:
     target.write_text("before\n<!-- kernel results -->\nold\n<!-- end kernel results -->\nafter\n", encoding="utf8")
     drawn = program(DRAW, "--results", results, "--document", target)
     assert drawn.returncode == 0, drawn.stderr
-    content = target.read_text(encoding="utf8")
+    content, picture = target.read_text(encoding="utf8"), target.parent / "images" / "kernels.svg"
     assert content.startswith("before\n<!--") and content.endswith("-->\nafter\n") and "old" not in content
-    assert (target.parent / "images" / "kernels.svg").read_text(encoding="utf8").startswith("<?xml")
-    picture = (target.parent / "images" / "kernels.svg").read_bytes()
-    assert program(DRAW, "--results", results, "--document", target).returncode == 0
-    assert (target.read_text(encoding="utf8"), picture) == (
-        content,
-        (target.parent / "images" / "kernels.svg").read_bytes(),
-    )
+    assert picture.read_text(encoding="utf8").startswith("<?xml")
     for path in results.glob("*.json"):
         path.unlink()
-    shutil.rmtree(target.parent / "images")
+    picture.unlink()
     assert program(DRAW, "--results", results, "--document", target).returncode == 0
-    assert NOT_MEASURED in target.read_text(encoding="utf8") and not (target.parent / "images").exists()
+    assert NOT_MEASURED in target.read_text(encoding="utf8") and not picture.exists()
     target.write_text("no marks", encoding="utf8")
     refused = program(DRAW, "--results", results, "--document", target)
     assert refused.returncode == 2 and "must hold the lines <!-- kernel results -->" in refused.stderr

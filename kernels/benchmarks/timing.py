@@ -1,0 +1,122 @@
+"""Timing on a GPU (or, to try the programs, on a CPU), the machine's own limits, and what machine it is."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from records import REPOSITORY
+
+# Larger than the second-level cache of any GPU so far.
+FLUSH_BYTES = 256 * 2**20
+MATMUL_SIZE = 8192
+COPY_BYTES = 2**30
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median and quartiles of a number of calls."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+class Clock:
+    """Times calls on a device, each on a second-level cache that holds none of its input."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.3, most: int = 100, least: int = 7) -> None:
+        self.device, self.seconds, self.most, self.least = device, seconds, most, least
+        self._flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+
+    def measure(self, run: Callable[[Any], object], prepare: Callable[[int], Any]) -> Timing:
+        """Times run(prepare(n)) for n = 0, 1, ...; prepare is not timed. Warms up first."""
+        for number in range(3 if self.device.type == "cuda" else 1):
+            estimate = self._once(run, prepare, number, 1)[0]
+        count = min(self.most, max(self.least, round(1e3 * self.seconds / max(estimate, 1e-6))))
+        times = self._once(run, prepare, 0, count)
+        low, median, high = statistics.quantiles(times, n=4) if count > 1 else times * 3
+        return Timing(median, low, high, count)
+
+    def _once(self, run: Callable[[Any], object], prepare: Callable[[int], Any], first: int, count: int) -> list[float]:
+        if self.device.type != "cuda":
+            times = []
+            for number in range(first, first + count):
+                prepared = prepare(number)
+                begin = time.perf_counter()
+                run(prepared)
+                times.append(1e3 * (time.perf_counter() - begin))
+            return times
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for number, (begin_event, end_event) in enumerate(events, first):
+            prepared = prepare(number)
+            # The flush also keeps the GPU busy while the host gets the timed launches ready.
+            self._flush.zero_()
+            begin_event.record()
+            run(prepared)
+            end_event.record()
+        torch.cuda.synchronize(self.device)
+        return [begin_event.elapsed_time(end_event) for begin_event, end_event in events]
+
+
+def machine_limits(clock: Clock) -> dict[str, float]:
+    """bf16 matrix product (TFLOP/s) and copy (GB/s, read and written bytes) of this machine, now."""
+    device = clock.device
+    on_gpu = device.type == "cuda"
+    size = MATMUL_SIZE if on_gpu else 128
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    matmul = clock.measure(lambda _: a @ b, lambda _: None)
+    source = torch.empty(COPY_BYTES if on_gpu else 2**20, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = clock.measure(lambda _: target.copy_(source), lambda _: None)
+    return {
+        "bf16_matmul_tflops": 2 * size**3 / matmul.median / 1e9,
+        "copy_gbytes_per_second": 2 * source.numel() / copy.median / 1e6,
+    }
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What tells whether two figures may stand in one table: device, driver, versions, hash of the kernels."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": kernels_hash(),
+    }
+    if device.type != "cuda":
+        return {"device": platform.processor() or platform.machine()} | facts
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": nvidia_smi("driver_version"),
+        "power_limit": nvidia_smi("power.limit"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **facts,
+    }
+
+
+def kernels_hash() -> str:
+    """First digits of the SHA-256 of the sources of sep_attention."""
+    digest = hashlib.sha256()
+    for path in sorted((REPOSITORY / "kernels" / "sep_attention").glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def nvidia_smi(field: str) -> str:
+    """A field of the first GPU as nvidia-smi gives it; "unknown" where that program does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

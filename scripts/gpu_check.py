@@ -1,0 +1,300 @@
+"""Half an hour with a GPU: correctness, kernel speed, training speed, each in at most eight minutes.
+
+    python scripts/gpu_check.py --output local/gpu --stage 1
+    python scripts/gpu_check.py --output local/gpu --stage 2
+    python scripts/gpu_check.py --output local/gpu --stage 3 --wheels WHEELS [--data PREFIX]
+
+Runs from the checkout with the machine's own Python and no network. Stages 1 and 2 need torch and Triton alone; stage
+3 takes the packages that are missing from the folder --wheels. Without --stage all three run. Results are written to
+--output as they come, so that whatever a stage got done before its time was over is there.
+
+1. Kernels against a float64 reference, the same bits twice, CUDA graphs, no recompilation.
+2. Kernels beside dense ones and FlexAttention, and the fastest tiles of the device.
+3. Tokens per second of dense and separator attention at 160M parameters, and a short pair of runs of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from data_prep.errors import UserError  # noqa: E402 - needs the path above where nothing is installed
+
+STAGE_SECONDS = 480
+BENCHMARKS = REPOSITORY / "kernels" / "benchmarks"
+# Module -> what pip calls it. sentencepiece makes the sample corpus; matplotlib draws the comparison.
+PACKAGES = {
+    "megatron": "megatron-core==0.16.1",
+    "hydra": "hydra-core",
+    "omegaconf": "omegaconf<2.4",
+    "antlr4": "antlr4-python3-runtime",
+    "yaml": "PyYAML",
+    "packaging": "packaging",
+    "numpy": "numpy",
+    "psutil": "psutil",
+    "tqdm": "tqdm",
+    "setuptools": "setuptools",
+}
+SAMPLE_PACKAGES = {"sentencepiece": "sentencepiece"}
+THROUGHPUT_LENGTHS = (2048, 8192, 32768)
+TOKENS_PER_STEP = 65536
+THROUGHPUT_STEPS = 8
+VOCABULARY = 50277
+PATTERNS = ("dense", "sep")
+
+
+class Stage:
+    """The time and the environment that the programs of a stage share; on CPU its kernels may be interpreted."""
+
+    def __init__(self, options: argparse.Namespace, *, interpret: bool = False) -> None:
+        self.output = options.output.resolve()
+        self.deadline = time.monotonic() + STAGE_SECONDS
+        self.packages = self.output / "packages"
+        paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(self.packages), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if options.device == "cpu":
+            self.environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": str(int(interpret))}
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the stage must be over."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def run(self, name: str, *arguments: object, seconds: float | None = None) -> int | None:
+        """Runs this Python on a program, its output to NAME.log; the exit code, or None when its time was over."""
+        limit = self.seconds_left if seconds is None else min(seconds, self.seconds_left)
+        if limit < 1:
+            print(f"{name}: no time left", flush=True)
+            return None
+        command = [sys.executable, *map(str, arguments)]
+        begin = time.monotonic()
+        with open(self.output / f"{name}.log", "w", encoding="utf8") as log:
+            log.write(f"$ {' '.join(command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.output,
+                env=self.environment,
+                start_new_session=True,  # so that what it starts ends with it
+            )
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        verdict = "its time was over" if code is None else "done" if code == 0 else f"exit code {code}"
+        print(f"{name}: {verdict} after {time.monotonic() - begin:.0f} s, see {name}.log", flush=True)
+        return code
+
+
+def correctness(options: argparse.Namespace) -> bool:
+    """Stage 1; whether every case passed."""
+    stage = Stage(options, interpret=True)
+    program = BENCHMARKS / "gpu_correctness.py"
+    arguments = ("--output", stage.output, "--device", options.device, "--minutes", STAGE_SECONDS / 60 - 1)
+    return stage.run("correctness", program, *arguments) == 0
+
+
+def kernels(options: argparse.Namespace) -> bool:
+    """Stage 2: dense rivals at every length, FlexAttention at the lengths with a bar, then tuning."""
+    stage = Stage(options, interpret=True)
+    program = BENCHMARKS / "gpu_attention.py"
+    common: list[object] = ["--output"]
+    if options.device == "cpu":
+        small = ("--device", "cpu", "--tokens", 48, "--hidden", 32, "--lengths", 48, "--windows", 8)
+        cell = ("--head-sizes", 32, "--groups", 1, "--sources", "text")
+        code = stage.run("kernels", program, *common, _fresh(stage, "cpu"), *small, *cell)
+        return code == 0
+    shape = ("--windows", 128, "--groups", 1, "--sources", "text", "12%")
+    dense = ("--lengths", 2048, 4096, 8192, 16384, 32768, "--rivals", "cudnn", "flash sdpa")
+    packages = ("flash-attn 2", "flash-attn 3", "flash-attn 4")
+    flex = ("--lengths", 2048, 8192, "--rivals", "flex", "flex gathered")
+    codes = [
+        stage.run("kernels-dense", program, *common, _fresh(stage, "dense"), *shape, *dense, *packages, seconds=130),
+        stage.run("kernels-flex", program, *common, _fresh(stage, "flex"), *shape, *flex, seconds=180),
+    ]
+    minutes = max(0.5, stage.seconds_left / 60 - 1)
+    tuned = ("--keep-table", "--minutes", minutes, "--output", stage.output / "tuning.json")
+    codes.append(stage.run("tuning", BENCHMARKS / "tune.py", *tuned))
+    # A benchmark whose time was over has still written what it measured.
+    return not any(codes)
+
+
+def _fresh(stage: Stage, name: str) -> Path:
+    """Name of a result file that draw.py finds once it is copied to kernels/benchmarks/results."""
+    return stage.output / f"attention-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+
+def training(options: argparse.Namespace) -> bool:
+    """Stage 3; writes training.json."""
+    stage = Stage(options)
+    install_missing(stage, options)
+    throughput: list[dict[str, object]] = []
+    results: dict[str, object] = {"device": options.device, "tiny": options.tiny, "throughput": throughput}
+    lengths = (256,) if options.tiny else THROUGHPUT_LENGTHS
+    good = True
+    for length in lengths:
+        row: dict[str, object] = {"length": length}
+        for pattern in PATTERNS:
+            row[pattern] = _throughput(stage, options, length, pattern)
+        dense, sep = row["dense"], row["sep"]
+        good &= dense is not None and sep is not None
+        if isinstance(dense, float) and isinstance(sep, float):
+            row["ratio"] = sep / dense
+            print(f"S={length}: dense {dense:,.0f}, sep {sep:,.0f} tokens/s, ratio {sep / dense:.2f}", flush=True)
+        throughput.append(row)
+        _write(stage.output / "training.json", results)
+    results["loss"], finished = _loss_pair(stage, options)
+    _write(stage.output / "training.json", results)
+    return good and finished
+
+
+def install_missing(stage: Stage, options: argparse.Namespace) -> None:
+    """Puts the packages that this Python lacks into the output folder, from --wheels. Raises UserError."""
+    wanted = PACKAGES if options.data else PACKAGES | SAMPLE_PACKAGES
+    found = [str(stage.packages), *sys.path]
+    missing = [
+        name for module, name in wanted.items() if importlib.machinery.PathFinder.find_spec(module, found) is None
+    ]
+    if not missing:
+        return
+    if options.wheels is None:
+        raise UserError(f"Stage 3 needs {', '.join(missing)}: give a folder with their wheels to --wheels.")
+    if not options.wheels.is_dir():
+        raise UserError(f"--wheels {options.wheels} is not a folder: put wheels of {', '.join(missing)} there.")
+    flags = ("--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", stage.packages)
+    code = stage.run("pip", "-m", "pip", "install", *flags, "--find-links", options.wheels.resolve(), *missing)
+    if code != 0:
+        raise UserError(
+            f"pip could not install {', '.join(missing)} from {options.wheels}: see {stage.output}/pip.log."
+        )
+
+
+def _throughput(stage: Stage, options: argparse.Namespace, length: int, pattern: str) -> float | None:
+    """Tokens per second, the median of the last half of a few steps; None when the run did not come to an end."""
+    sequences = 2 if options.tiny else TOKENS_PER_STEP // length
+    steps = 4 if options.tiny else THROUGHPUT_STEPS
+    name = f"throughput-{pattern}-{length}"
+    batch = (
+        f"training.global_batch={sequences}",
+        f"training.micro_batch={1 if options.tiny else max(1, 16384 // length)}",
+    )
+    overrides = (f"data.sequence_length={length}", f"training.steps={steps}", *batch, "training.validation_samples=0")
+    share = stage.seconds_left / (2 * len(THROUGHPUT_LENGTHS) + 2)
+    records = _pretrain(stage, options, name, pattern, *overrides, seconds=None if options.tiny else 1.5 * share)
+    rates = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
+    return float(statistics.median(rates[len(rates) // 2 :])) if len(rates) == steps else None
+
+
+def _loss_pair(stage: Stage, options: argparse.Namespace) -> tuple[dict[str, list[dict[str, float]]], bool]:
+    """Validation records of a dense and a separator run of as many steps as fit the time, and whether both ended."""
+    steps = 4
+    if not options.tiny:
+        seen = _records(stage.output / "runs" / "throughput-dense-2048")
+        seconds = statistics.median([record["train/step_seconds"] for record in seen[1:]] or [1.0])
+        # A third of the time goes to starting, validating and saving twice.
+        steps = max(10, int(stage.seconds_left / 3 / seconds))
+    if options.tiny:
+        shape: tuple[str, ...] = ("data.sequence_length=256", "training.global_batch=2", "training.micro_batch=1")
+    else:
+        shape = (f"training.global_batch={TOKENS_PER_STEP // 2048}", "training.micro_batch=8")
+    every = max(1, steps // 8)
+    overrides = (*shape, f"training.steps={steps}", f"training.validation_interval={every}")
+    pair, finished = {}, True
+    for number, pattern in enumerate(PATTERNS):
+        share = stage.seconds_left / (len(PATTERNS) - number)
+        name = f"loss-{pattern}"
+        samples = "training.validation_samples=4" if options.tiny else "training.validation_samples=64"
+        records = _pretrain(
+            stage, options, name, pattern, *overrides, samples, "optim.warmup_fraction=0.1", seconds=share
+        )
+        kept = ("step", "tokens", "seconds", "flops/model", "flops/dense", "val/loss")
+        pair[pattern] = [{key: record[key] for key in kept} for record in records if "val/loss" in record]
+        finished &= bool(records) and records[-1]["step"] == steps
+    if finished and importlib.util.find_spec("matplotlib") is not None:
+        runs = [stage.output / "runs" / f"loss-{pattern}" for pattern in PATTERNS]
+        stage.run("compare", REPOSITORY / "scripts" / "compare_runs.py", *runs, "--output", stage.output / "comparison")
+    return pair, finished
+
+
+def _pretrain(
+    stage: Stage, options: argparse.Namespace, name: str, pattern: str, *overrides: str, seconds: float | None
+) -> list[dict[str, float]]:
+    """Records of a training run, from its metrics.jsonl."""
+    experiment = f"demo_{pattern}" if options.tiny else f"pythia160m_{pattern}"
+    shutil.rmtree(stage.output / "runs" / name, ignore_errors=True)
+    arguments = [f"+experiment={experiment}", f"name={name}", "run_root=runs", "logging.interval=1"]
+    arguments.append("training.checkpoint_interval=0")
+    if options.tiny:
+        arguments += ["model.layers=2", "model.hidden=128", "model.heads=2", "model.ffn=256", "data.workers=0"]
+    elif options.data is None:
+        arguments.append(f"model.vocabulary={VOCABULARY}")
+    if options.data:
+        arguments += ["data=prefixes", f"data.prefixes=[{options.data.resolve()}]"]
+    program = REPOSITORY / "scripts" / "pretrain.py"
+    stage.run(name, program, *arguments, *overrides, seconds=seconds)
+    shutil.rmtree(stage.output / "runs" / name / "checkpoints", ignore_errors=True)  # gigabytes nobody resumes from
+    return _records(stage.output / "runs" / name)
+
+
+def _records(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+def _write(path: Path, content: object) -> None:
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+    aside.replace(path)
+
+
+STAGES = {1: correctness, 2: kernels, 3: training}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages asked for; 1 when one did not end well, 2 after a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of all results")
+    parser.add_argument("--stage", type=int, choices=tuple(STAGES), help="this one alone")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages this Python lacks")
+    parser.add_argument("--data", type=Path, metavar="PREFIX", help="prepared data set (default: the sample corpus)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the programs in small")
+    parser.add_argument("--tiny", action="store_true", help="stage 3 with models and lengths a CPU trains in seconds")
+    options = parser.parse_args(arguments)
+    try:
+        if options.device == "cpu" and options.stage in (None, 3) and not options.tiny:
+            raise UserError("Stage 3 trains 160M parameters: on --device cpu add --tiny.")
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot write to --output {options.output}: {error.strerror}.") from None
+        good = [STAGES[stage](options) for stage in ([options.stage] if options.stage else STAGES)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

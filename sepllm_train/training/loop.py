@@ -12,12 +12,12 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from sepllm_train import checkpoint
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.loader import Batch, MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.metrics.peak import peak_tflops
+from sepllm_train.training import checkpoint
 from sepllm_train.training.progress import StepProgress
 from sepllm_train.training.report import Facts, StepLine
 from sepllm_train.training.setup import Training

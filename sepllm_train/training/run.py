@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from sepllm_train import checkpoint
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
@@ -21,7 +20,7 @@ from sepllm_train.distributed.together import agree, together
 from sepllm_train.errors import UserError
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.model.build import check_model
-from sepllm_train.training import run_folder
+from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.report import Facts, derive, start_lines
 from sepllm_train.training.setup import build_training

@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from data_prep.files import write_whole
-from sepllm_train import checkpoint
 from sepllm_train.config.schema import Config
 from sepllm_train.errors import UserError
+from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
 

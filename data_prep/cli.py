@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
-        print(f"{error.filename or 'Writing failed'}: {error.strerror}.", file=sys.stderr)
+        print(f"error: {error.filename or 'Writing failed'}: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted: no unfinished output was kept.", file=sys.stderr)

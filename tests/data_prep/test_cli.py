@@ -55,7 +55,9 @@ def test_skipped_documents_are_named_and_counted(
     assert f"skipped {tmp_path}/bad.txt: not UTF-8 (byte 3)" in output.err
     assert "skipped 1 documents that are not UTF-8 and 0 without text" in output.out
     assert main([*command, "--strict", "--overwrite"]) == 2
-    assert capsys.readouterr().err == f"{tmp_path}/bad.txt is not UTF-8 (byte 3): convert it, or leave --strict.\n"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/bad.txt is not UTF-8 (byte 3): convert it, or leave --strict.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,5 +106,5 @@ def test_the_script_itself(dataset: Path, repository: Path) -> None:
     assert (fine.returncode, fine.stderr) == (0, "")
     Path(f"{dataset}.idx").unlink()
     failed = subprocess.run([*command, str(dataset)], capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr.startswith(f"{dataset}.idx is missing: ")
+    assert failed.returncode == 2 and failed.stderr.startswith(f"error: {dataset}.idx is missing: ")
     assert failed.stderr.count("\n") == 1

@@ -86,6 +86,7 @@ def _compiled(attend: Attention, plan: AttentionPlan) -> Attention:
 
     def uncompiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.requires_grad and torch.is_grad_enabled():
+            # What torch itself lacks: the benchmark records the sentence in the place of a figure.
             raise NotImplementedError("FlexAttention has no backward pass on CPU")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")

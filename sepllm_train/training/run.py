@@ -45,7 +45,7 @@ class Prepared:
 def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     """Check everything a run would check and print its derived numbers."""
     _prepare(config, world_size, device)
-    say(f"dry run: the configuration is sound for {world_size} processes; nothing was trained.")
+    say(f"dry run: the configuration is sound for a world of size {world_size}; nothing was trained.")
 
 
 def train(config: Config, launch: Launch, device: torch.device) -> None:

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from hydra import compose, initialize_config_dir
 from sep_attention import attended_pairs
-from sep_attention.blocked import BLOCK
-from sep_attention.layout import block_layouts
+from sep_attention.blocked import row_layouts
 
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
@@ -80,7 +79,7 @@ def prepare(pattern: AttentionPattern, group: list[Batch]) -> None:
         for layer in dict.fromkeys(pattern.layers):
             attended_pairs(plan, layer.window, layer.horizons)
             if plan.tier.device.type == "cpu":
-                block_layouts(plan, layer.window, layer.horizons, BLOCK)
+                row_layouts(plan, layer.window, layer.horizons)
 
 
 def side_car(dataset: object, numbers: range) -> None:

@@ -1,8 +1,8 @@
 """Separator attention for CPU: query blocks over gathered keys, with a backward pass of its own.
 
 A block of queries attends the special keys before its window and its local band; other keys are never touched.
-Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens, D head dimension, C gathered special
-keys, R queries of a block, L keys of a block.
+Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens of which the last Q are queries, D
+head dimension, C gathered special keys, R queries of a block, L keys of a block.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ class _Scratch:
 
 
 class _Row:
-    """One sequence in the dtype of the computation; queries [N, G, S, D], keys and values [N, S, D]."""
+    """One sequence in the dtype of the computation; queries [N, G, Q, D], keys and values [N, S, D]."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layout: RowLayout, scale: float, scratch: _Scratch
     ) -> None:
         self.heads = (k.shape[0], q.shape[0] // k.shape[0])
         self.layout, self.scale, self.scratch = layout, scale, scratch
+        # Blocks count positions; queries are those of the last ones.
+        self.first_query = k.shape[1] - q.shape[1]
         self.queries = q.to(scratch.dtype).unflatten(0, self.heads)
         self.sink = None if sink is None else sink.to(scratch.dtype).view(*self.heads, 1)
         self.keys, self.values = k.to(scratch.dtype), v.to(scratch.dtype)
@@ -53,8 +55,12 @@ class _Row:
         self.null = [] if sink is None else [torch.zeros(self.heads[0], 1, k.shape[-1], dtype=scratch.dtype)]
 
     def rows(self, tensor: Tensor, block: QueryBlock) -> Tensor:
-        """Rows of [N, G, S, D] that belong to a block, as [N, G * R, D]."""
-        return tensor[:, :, block.start : block.end].reshape(self.heads[0], -1, tensor.shape[-1])
+        """Rows of [N, G, Q, D] that belong to a block, as [N, G * R, D]."""
+        return tensor[:, :, self.slots(block)].reshape(self.heads[0], -1, tensor.shape[-1])
+
+    def slots(self, block: QueryBlock) -> slice:
+        """A block's queries among the Q that there are."""
+        return slice(block.start - self.first_query, block.end - self.first_query)
 
     def read(self, name: str, far: Tensor, near: Tensor, block: QueryBlock) -> Tensor:
         """The block's keys or values, [N, L, D]."""
@@ -75,18 +81,18 @@ class _Row:
         return torch.softmax(scores, -1, out=self.scratch.matrix("weights", *shape))
 
     def forward(self, out: Tensor) -> None:
-        """Fills out [N, G, S, D]."""
+        """Fills out [N, G, Q, D]."""
         for block in self.layout.blocks:
             queries = self.rows(self.queries, block)
             weights = self.weights(queries, self.read("keys", self.far_keys, self.keys, block), block)
             values = self.read("values", self.far_values, self.values, block)
             result = torch.bmm(weights, values, out=self.scratch.matrix("result", *queries.shape))
-            out[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
+            out[:, :, self.slots(block)] = result.view(*self.heads, -1, result.shape[-1])
 
     def backward(
         self, upstream: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_sink: Tensor | None
     ) -> None:
-        """Fills grad_q [N, G, S, D] and grad_k, grad_v [N, S, D]; adds to grad_sink [H] when there is one."""
+        """Fills grad_q [N, G, Q, D] and grad_k, grad_v [N, S, D]; adds to grad_sink [H] when there is one."""
         upstream = upstream.to(self.scratch.dtype)
         near_k, near_v = self.accumulator(grad_k), self.accumulator(grad_v)
         far_k, far_v = torch.zeros_like(self.far_keys), torch.zeros_like(self.far_values)
@@ -105,7 +111,7 @@ class _Row:
             if grad_sink is not None:
                 grad_sink += slopes[..., -1].unflatten(1, (self.heads[1], -1)).sum(-1).flatten()
             result = self.scratch.matrix("result", *queries.shape).baddbmm_(slopes, keys, beta=0, alpha=self.scale)
-            grad_q[:, :, block.start : block.end] = result.view(*self.heads, -1, result.shape[-1])
+            grad_q[:, :, self.slots(block)] = result.view(*self.heads, -1, result.shape[-1])
         for near, far, target in ((near_k, far_k, grad_k), (near_v, far_v, grad_v)):
             # Every special key was gathered once: no duplicate index, so the sum has one fixed order.
             near.index_add_(1, self.layout.gathered, far)
@@ -166,9 +172,14 @@ class _Blocked(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None if grad_sink is None else grad_sink.to(sink.dtype), None, None
 
 
-def row_layouts(plan: AttentionPlan, window: int, horizons: Sequence[int] | None) -> list[RowLayout]:
-    """The layouts `blocked_attention` works with; deriving them ahead of the first layer is optional."""
-    return block_layouts(plan, window, horizons, BLOCK)
+def row_layouts(
+    plan: AttentionPlan, window: int, horizons: Sequence[int] | None, queries: int | None = None
+) -> list[RowLayout]:
+    """The layouts `blocked_attention` works with for the last `queries` positions (None: all of them).
+
+    Deriving them ahead of the first layer is optional.
+    """
+    return block_layouts(plan, window, horizons, BLOCK, queries or plan.sequence_length)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -187,10 +198,10 @@ def blocked_attention(
     sink: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """q [B, H, S, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, S, D] laid out like q.
+    """q [B, H, Q, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, Q, D] laid out like q.
 
     Half types are computed in float32. Deterministic. Only q, k, v and sink are saved for the backward pass, which
     recomputes the softmax block by block. Under torch.compile it runs as it is, between two graphs.
     """
-    layouts = row_layouts(plan, window, horizons)
+    layouts = row_layouts(plan, window, horizons, q.shape[2])
     return _Blocked.apply(q, k, v, sink, layouts, q.shape[-1] ** -0.5 if scale is None else scale)

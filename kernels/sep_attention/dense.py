@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from sep_attention.plan import AttentionPlan, effective_reach
@@ -23,10 +24,11 @@ def flash_attn_installed() -> bool:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Full causal attention of q [B, H, S, D] on k, v [B, N, S, D]; returns [B, H, S, D].
+    """Full causal attention of q [B, H, Q, D] on k, v [B, N, S, D]; returns [B, H, Q, D].
 
-    On a GPU in half precision: flash-attn when installed, else cuDNN's or the built-in flash kernel. Elsewhere
-    whatever `scaled_dot_product_attention` picks.
+    The queries are those of the last Q positions. On a GPU in half precision: flash-attn when installed, else cuDNN's
+    or the built-in flash kernel. Elsewhere, and where Q < S without flash-attn, whatever
+    `scaled_dot_product_attention` picks.
     """
     half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if half_on_gpu and flash_attn_installed():
@@ -35,6 +37,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         rows = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return flash_attn_func(*rows, softmax_scale=scale, causal=True, deterministic=deterministic).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    if q.shape[2] != k.shape[2]:
+        # is_causal would align the mask to the first key.
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     if half_on_gpu and not torch.are_deterministic_algorithms_enabled():
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(order, set_priority=True):
@@ -56,8 +62,8 @@ def masked_attention(
 
     The mask is kept on the plan, so that all layers with the same window share one.
     """
-    key = ("mask", window, *effective_reach(plan, window, horizons))
+    key = ("mask", q.shape[2], window, *effective_reach(plan, window, horizons))
     if key not in plan.derived:
-        plan.derived[key] = visible_mask(plan, window, horizons)[:, None]
+        plan.derived[key] = visible_mask(plan, window, horizons)[:, None, -q.shape[2] :]
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, attn_mask=plan.derived[key], scale=scale, enable_gqa=grouped)

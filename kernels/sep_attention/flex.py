@@ -18,20 +18,27 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def block_mask(plan: AttentionPlan, window: int, horizons: Sequence[int] | None = None) -> BlockMask:
-    """FlexAttention's mask of a layer, kept on the plan so that layers with the same window share it."""
+def block_mask(
+    plan: AttentionPlan, window: int, horizons: Sequence[int] | None = None, queries: int | None = None
+) -> BlockMask:
+    """FlexAttention's mask of a layer for the last `queries` positions (None: all of them).
+
+    Kept on the plan so that layers with the same window share it.
+    """
+    length = plan.sequence_length
+    queries = queries or length
     reach_of_tier = [window, *effective_reach(plan, window, horizons)]
-    key = ("flex", *reach_of_tier)
+    key = ("flex", queries, *reach_of_tier)
     if key not in plan.derived:
         reach = torch.tensor(reach_of_tier, device=plan.tier.device)[plan.tier.long()]
         document = torch.zeros_like(plan.tier) if plan.document_start is None else plan.document_start
 
-        def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        def visible(batch: Tensor, head: Tensor, row: Tensor, j: Tensor) -> Tensor:
+            i = row + (length - queries)
             return (i >= j) & (i - j < reach[batch, j]) & (document[batch, i] == document[batch, j])
 
-        length = plan.sequence_length
         plan.derived[key] = create_block_mask(
-            visible, plan.batch_size, None, length, length, device=str(plan.tier.device)
+            visible, plan.batch_size, None, queries, length, device=str(plan.tier.device)
         )
     return plan.derived[key]
 
@@ -46,11 +53,11 @@ def flex_sep_attention(
     horizons: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """q [B, H, S, D] on k, v [B, N, S, D] through FlexAttention; returns [B, H, S, D].
+    """q [B, H, Q, D] of the last Q positions on k, v [B, N, S, D] through FlexAttention; returns [B, H, Q, D].
 
     Compiled on a GPU; on CPU the library's own unfused form, whose backward is refused by `op.select_backend`.
     """
-    mask = block_mask(plan, window, horizons)
+    mask = block_mask(plan, window, horizons, q.shape[2])
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda:
         return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -1,7 +1,7 @@
 """Query blocks of the blocked backend: which keys each reads and where a mask is needed.
 
 The special keys of a row are gathered once, tier by tier, so that what a block reads is one slice of them per tier and
-one of the whole keys. Shape letters: S tokens, C gathered special keys, R queries of a block, L keys of a block.
+one of the whole keys. Shape letters: S tokens of which the last Q are queries, C gathered special keys, R queries of a block, L keys of a block.
 """
 
 from __future__ import annotations
@@ -41,20 +41,24 @@ class RowLayout(NamedTuple):
     blocks: list[QueryBlock]
 
 
-def block_layouts(plan: AttentionPlan, window: int, horizons: Sequence[int] | None, block_size: int) -> list[RowLayout]:
-    """Layout of each sequence of a plan on CPU, kept on the plan for the other layers with this window.
+def block_layouts(
+    plan: AttentionPlan, window: int, horizons: Sequence[int] | None, block_size: int, queries: int
+) -> list[RowLayout]:
+    """Layout of the last `queries` positions of each sequence of a plan on CPU, kept on the plan for the other layers with this window.
 
     Raises ValueError for a window or horizon below 1 or a wrong count of horizons.
     """
     reach = effective_reach(plan, window, horizons)
-    key = ("blocked", window, *reach, block_size)
+    key = ("blocked", queries, window, *reach, block_size)
     if key not in plan.derived:
         rows = range(plan.batch_size)
-        plan.derived[key] = [_row_layout(plan, row, window, reach, block_size) for row in rows]
+        plan.derived[key] = [_row_layout(plan, row, window, reach, block_size, queries) for row in rows]
     return plan.derived[key]
 
 
-def _row_layout(plan: AttentionPlan, row: int, window: int, reach: list[int], block_size: int) -> RowLayout:
+def _row_layout(
+    plan: AttentionPlan, row: int, window: int, reach: list[int], block_size: int, queries: int
+) -> RowLayout:
     length = plan.sequence_length
     far = [tier for tier in range(plan.num_tiers) if window < min(reach[tier], length)]
     prefix = plan.prefix[far, row]
@@ -62,7 +66,7 @@ def _row_layout(plan: AttentionPlan, row: int, window: int, reach: list[int], bl
     gathered = [plan.positions[tier, row, :count].long() for tier, count in zip(far, counts, strict=True)]
     offsets = [sum(counts[:index]) for index in range(len(far))]
 
-    starts = torch.arange(0, length, block_size)
+    starts = torch.arange(length - queries, length, block_size)
     floor = torch.zeros_like(starts) if plan.document_start is None else plan.document_start[row, starts].long()
     local = torch.maximum(starts - window + 1, floor)
     bounds = [torch.empty(0, len(starts), dtype=torch.int64)]

@@ -40,6 +40,7 @@ def select_backend(
     *,
     sequence_length: int,
     window: int,
+    queries: int | None = None,
     device: torch.device | str = "cpu",
     separate_documents: bool = False,
     sink: bool = False,
@@ -49,7 +50,7 @@ def select_backend(
 ) -> BackendChoice:
     """Picks the backend of a layer, or checks the one asked for by name.
 
-    `auto` takes the library's dense kernel where the layer is plain causal attention, and else the fastest exact
+    `queries` counts the last positions that ask, None for all `sequence_length` of them. `auto` takes the library's dense kernel where the layer is plain causal attention, and else the fastest exact
     backend of the device that takes the head size and dtype, where these are given. Raises ValueError when the named
     backend is unknown or cannot do the job.
     """
@@ -58,7 +59,8 @@ def select_backend(
     if backend != "auto":
         _check_named(backend, device, full, sink, needs_grad)
         return BackendChoice(backend, "asked for by name")
-    if full and not sink:
+    # Library kernels are at their best on whole sequences.
+    if full and not sink and queries in (None, sequence_length):
         return BackendChoice("dense", "plain causal attention")
     if device.type == "cpu":
         if sequence_length <= MASKED_UP_TO and not sink:
@@ -102,16 +104,17 @@ def sep_attention(
     and `0 <= i - j < max(window, R(j))`, R(j) being the horizon of j's tier (0 for ordinary tokens).
 
     Args:
-        q: [B, H, S, D]; any strides with a contiguous last axis, such as a view of [S, B, H, D].
+        q: [B, H, Q, D], the queries of the last Q <= S positions (of all of them in training without context
+            parallelism); any strides with a contiguous last axis, such as a view of [Q, B, H, D].
         k, v: [B, N, S, D], H a multiple of N; same dtype and device as q.
-        plan: of the same B and S, on the same device.
+        plan: of the B and S of k, on the same device.
         window: tokens in sight, the token itself included; S or more is full causal attention.
         horizons: R of tiers 1..T; FOREVER for all when None.
         sink: [H], learned logit of each head that joins the softmax denominator.
         scale: multiplies q @ k^T; D ** -0.5 when None.
         backend: "auto" or a name from `available_backends`.
 
-    Returns [B, H, S, D] in the dtype of q, its axes in memory in q's order where the backend is ours.
+    Returns [B, H, Q, D] in the dtype of q, its axes in memory in q's order where the backend is ours.
     Differentiable in q, k, v and sink. Raises ValueError for input that does not fit together, and for a backend
     that cannot do the job.
     """
@@ -120,7 +123,8 @@ def sep_attention(
     leaves = (q, k, v) if sink is None else (q, k, v, sink)
     choice = select_backend(
         backend,
-        sequence_length=q.shape[2],
+        sequence_length=k.shape[2],
+        queries=q.shape[2],
         window=window,
         device=q.device,
         separate_documents=plan.document_start is not None,
@@ -157,16 +161,19 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, sink: T
             raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype} and, for {name}, {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"q is on {q.device} but {name} is on {tensor.device}")
-    batch, heads, length, width = q.shape
+    batch, heads, queries, width = q.shape
+    length = k.shape[2]
     if k.shape != v.shape:
         raise ValueError(f"k is {list(k.shape)} but v is {list(v.shape)}")
-    if (k.shape[0], k.shape[2], k.shape[3]) != (batch, length, width):
-        raise ValueError(f"q is {list(q.shape)} but k is {list(k.shape)}: batch, tokens and head dimension must agree")
+    if (k.shape[0], k.shape[3]) != (batch, width):
+        raise ValueError(f"q is {list(q.shape)} but k is {list(k.shape)}: batch and head dimension must agree")
+    if not 1 <= queries <= length:
+        raise ValueError(f"{queries} queries but {length} keys: queries are those of the last positions, at least one")
     if k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(f"{heads} query heads are not a multiple of {k.shape[1]} key-value heads")
     if (plan.batch_size, plan.sequence_length) != (batch, length):
         raise ValueError(
-            f"the plan is for {plan.batch_size} sequences of {plan.sequence_length} tokens, q holds {batch} of {length}"
+            f"the plan is for {plan.batch_size} sequences of {plan.sequence_length} tokens, k holds {batch} of {length}"
         )
     if plan.tier.device != q.device:
         raise ValueError(f"the plan is on {plan.tier.device} but q is on {q.device}")

@@ -1,6 +1,7 @@
 """The naive oracle: a dense mask and a plain softmax. Slow and obvious; every backend is held to it.
 
-Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens, D head dimension.
+Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens of which the last Q are queries,
+D head dimension.
 """
 
 from __future__ import annotations
@@ -43,18 +44,19 @@ def reference_attention(
     """Separator attention through a dense S x S mask, in the dtype of q (float64 included).
 
     Args:
-        q: [B, H, S, D].
+        q: [B, H, Q, D], the queries of the last Q positions.
         k, v: [B, N, S, D], H a multiple of N.
         plan, window, horizons: what is visible, see `visible_mask`.
         sink: [H], logit of an extra softmax column that carries no value.
         scale: multiplies q @ k^T; D ** -0.5 when None.
 
-    Returns [B, H, S, D]. Raises what `visible_mask` raises.
+    Returns [B, H, Q, D]. Raises what `visible_mask` raises.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~visible_mask(plan, window, horizons)[:, None], float("-inf"))
+    visible = visible_mask(plan, window, horizons)[:, None, -q.shape[2] :]
+    scores = scores.masked_fill(~visible, float("-inf"))
     if sink is not None:
         column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, column), dim=-1)

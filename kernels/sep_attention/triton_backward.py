@@ -1,7 +1,7 @@
 """Backward kernels of separator attention: dQ and dK/dV, one launch each, no atomics, the same bits every time.
 
-Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens, P = S rounded up to a multiple
-of 128, T tiers; M query rows of a tile (in dQ: M / PACK queries of each of PACK heads), N keys of a tile, D head
+Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens of which the last ROWS are
+queries, P = ROWS rounded up to a multiple of 128, T tiers; M query rows of a tile (in dQ: M / PACK queries of each of PACK heads), N keys of a tile, D head
 dimension.
 """
 
@@ -70,6 +70,7 @@ def attention_backward_q(
     H,
     G,
     S,
+    ROWS,
     window,
     reach1,
     reach2,
@@ -87,36 +88,37 @@ def attention_backward_q(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """DQ [B, H, S, D]; also what the dK/dV kernel and the sink need.
+    """DQ [B, H, ROWS, D]; also what the dK/dV kernel and the sink need.
 
     STATISTICS f32 [2, B, H, P]: the forward pass's LSE in base 2, and delta = rowsum(OUT * DOUT).
     DSINK f32 [B, H, blocks of queries]: each block's share of the sink's gradient.
     """
     QUERIES: tl.constexpr = M // PACK
-    num_blocks = tl.cdiv(S, QUERIES)
+    num_blocks = tl.cdiv(ROWS, QUERIES)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks  # the longest first
     pack = tl.program_id(0) // num_blocks
     batch = (pack // (H // PACK)).to(tl.int64)
     head = pack % (H // PACK) * PACK
-    first_query = block * QUERIES
+    first_query = S - ROWS + block * QUERIES
     last_query = tl.minimum(first_query + QUERIES, S) - 1
 
     row = tl.arange(0, M)
     columns = tl.arange(0, PADDED)
     query = first_query + row % QUERIES
+    query_row = block * QUERIES + row % QUERIES
     row_head = (head + row // QUERIES).to(tl.int64)
-    row_ok = query < S
-    safe_query = tl.minimum(query, S - 1).to(tl.int64)
-    q = load_rows(Q + batch * q_batch, row_head * q_head + safe_query * q_row, columns, D, PADDED)
-    upstream = load_rows(DOUT + batch * dout_batch, row_head * dout_head + safe_query * dout_row, columns, D, PADDED)
-    out = load_rows(OUT + batch * out_batch, row_head * out_head + safe_query * out_row, columns, D, PADDED)
+    row_ok = query_row < ROWS
+    safe_row = tl.minimum(query_row, ROWS - 1).to(tl.int64)
+    q = load_rows(Q + batch * q_batch, row_head * q_head + safe_row * q_row, columns, D, PADDED)
+    upstream = load_rows(DOUT + batch * dout_batch, row_head * dout_head + safe_row * dout_row, columns, D, PADDED)
+    out = load_rows(OUT + batch * out_batch, row_head * out_head + safe_row * out_row, columns, D, PADDED)
     delta = tl.sum(out.to(tl.float32) * upstream.to(tl.float32), 1)
     head_row = batch * H + row_head
-    lse = tl.load(LSE + head_row * S + safe_query) * LOG2E
-    padded_length = tl.cdiv(S, ROW_PADDING) * ROW_PADDING
-    statistics = STATISTICS + head_row * padded_length + query
+    lse = tl.load(LSE + head_row * ROWS + safe_row) * LOG2E
+    padded_rows = tl.cdiv(ROWS, ROW_PADDING) * ROW_PADDING
+    statistics = STATISTICS + head_row * padded_rows + query_row
     tl.store(statistics, lse, mask=row_ok)
-    tl.store(statistics + B.to(tl.int64) * H * padded_length, delta, mask=row_ok)
+    tl.store(statistics + B.to(tl.int64) * H * padded_rows, delta, mask=row_ok)
     if HAS_SINK:
         sink = tl.load(SINK + row_head).to(tl.float32) * LOG2E
         share = tl.where(row_ok, -tl.math.exp2(sink - lse) * delta, 0.0)
@@ -160,7 +162,7 @@ def attention_backward_q(
                 weights = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), weights, 0.0)
             slopes = weights * (tl.dot(upstream, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq = tl.dot(slopes.to(k.dtype), k, dq, input_precision=PRECISION)
-    offsets = row_head * dq_head + query.to(tl.int64) * dq_row
+    offsets = row_head * dq_head + query_row.to(tl.int64) * dq_row
     store_rows(DQ + batch * dq_batch, offsets, columns, dq * scale, row_ok, D, PADDED)
 
 
@@ -224,6 +226,7 @@ def attention_backward_kv(
     H,
     G,
     S,
+    ROWS,
     window,
     reach1,
     reach2,
@@ -275,29 +278,30 @@ def attention_backward_kv(
         end = tl.minimum(end, key + reach)  # the first query after the key that does not see it
         first_end = tl.min(tl.where(valid, end, S), 0)
         last_key = tl.max(key, 0)
-        first_query = tl.multiple_of(tl.min(tl.where(valid, key, S), 0) // M * M, M)
+        # Rows count the queries there are. No row reads a key whose queries all lie before them.
+        before = S - ROWS
+        first_row = tl.multiple_of(tl.maximum(tl.min(tl.where(valid, key, S), 0) - before, 0) // M * M, M)
         last_end = tl.max(tl.where(valid, end, 0), 0)
-        blocks = tl.cdiv(last_end - first_query, M)
+        blocks = tl.cdiv(tl.maximum(last_end - before - first_row, 0), M)
 
         k = load_rows(K + batch * k_batch + kv_head * k_head, key * k_row, columns, D, PADDED)  # [N, D]
         v = load_rows(V + batch * v_batch + kv_head * v_head, key * v_row, columns, D, PADDED)
         dk = tl.zeros([N, PADDED], tl.float32)
         dv = tl.zeros([N, PADDED], tl.float32)
-        padded_length = tl.multiple_of(tl.cdiv(S, ROW_PADDING) * ROW_PADDING, ROW_PADDING)
-        delta_offset = B.to(tl.int64) * H * padded_length
+        padded_rows = tl.multiple_of(tl.cdiv(ROWS, ROW_PADDING) * ROW_PADDING, ROW_PADDING)
+        delta_offset = B.to(tl.int64) * H * padded_rows
         span = end - key
         # One loop over heads and query blocks, so that the pipeline runs on from head to head.
         for step in tl.range(0, blocks * G):
             group = step // blocks
             head = kv_head * G + group
-            start = first_query + (step - group * blocks) * M
-            query = start + tl.arange(0, M)
-            safe_query = tl.minimum(query, S - 1)
-            q = load_rows(Q + batch * q_batch + head * q_head, safe_query * q_row, columns, D, PADDED)  # [M, D]
-            upstream = load_rows(
-                DOUT + batch * dout_batch + head * dout_head, safe_query * dout_row, columns, D, PADDED
-            )
-            statistics = STATISTICS + (batch * H + head) * padded_length + query
+            row = first_row + (step - group * blocks) * M + tl.arange(0, M)
+            start = before + first_row + (step - group * blocks) * M
+            query = before + row
+            safe_row = tl.minimum(row, ROWS - 1)
+            q = load_rows(Q + batch * q_batch + head * q_head, safe_row * q_row, columns, D, PADDED)  # [M, D]
+            upstream = load_rows(DOUT + batch * dout_batch + head * dout_head, safe_row * dout_row, columns, D, PADDED)
+            statistics = STATISTICS + (batch * H + head) * padded_rows + row
             lse = tl.load(statistics)
             delta = tl.load(statistics + delta_offset)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]

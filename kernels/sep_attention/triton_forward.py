@@ -1,7 +1,7 @@
 """Forward kernel of separator attention: one launch, one online softmax over gathered keys and the local band.
 
-Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens, T tiers; M rows of a tile, that
-is M / PACK queries of each of PACK heads; N keys of a tile; D head dimension.
+Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens of which the last ROWS are
+queries, T tiers; M rows of a tile, that is M / PACK queries of each of PACK heads; N keys of a tile; D head dimension.
 """
 
 # The compiler types the arguments of kernels, anew for each launch.
@@ -28,7 +28,7 @@ from sep_attention.triton_tiles import (
 )
 
 # Values that differ between layers and batches: the compiled kernel must not depend on them.
-VARYING = ["B", "H", "G", "S", "window", "reach1", "reach2", "reach3", "reach4"]
+VARYING = ["B", "H", "G", "S", "ROWS", "window", "reach1", "reach2", "reach3", "reach4"]
 
 
 @triton.jit
@@ -115,6 +115,7 @@ def attention_forward(
     H,
     G,
     S,
+    ROWS,
     window,
     reach1,
     reach2,
@@ -132,23 +133,24 @@ def attention_forward(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """OUT [B, H, S, D] and LSE f32 [B, H, S], the natural logarithm of the softmax denominators (sink included)."""
+    """OUT [B, H, ROWS, D] and LSE f32 [B, H, ROWS], the natural logarithm of the softmax denominators (sink included)."""
     QUERIES: tl.constexpr = M // PACK
-    num_blocks = tl.cdiv(S, QUERIES)
+    num_blocks = tl.cdiv(ROWS, QUERIES)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks  # the longest first
     pack = tl.program_id(0) // num_blocks
     batch = (pack // (H // PACK)).to(tl.int64)
     head = pack % (H // PACK) * PACK
-    first_query = block * QUERIES
+    first_query = S - ROWS + block * QUERIES
     last_query = tl.minimum(first_query + QUERIES, S) - 1
 
     row = tl.arange(0, M)
     columns = tl.arange(0, PADDED)
     query = first_query + row % QUERIES
+    query_row = block * QUERIES + row % QUERIES
     row_head = (head + row // QUERIES).to(tl.int64)
-    row_ok = query < S
-    safe_query = tl.minimum(query, S - 1).to(tl.int64)
-    q = load_rows(Q + batch * q_batch, row_head * q_head + safe_query * q_row, columns, D, PADDED)
+    row_ok = query_row < ROWS
+    safe_row = tl.minimum(query_row, ROWS - 1).to(tl.int64)
+    q = load_rows(Q + batch * q_batch, row_head * q_head + safe_row * q_row, columns, D, PADDED)
     k_base = K + batch * k_batch + (head // G).to(tl.int64) * k_head
     v_base = V + batch * v_batch + (head // G).to(tl.int64) * v_head
     tiers = TIER + batch * S
@@ -180,6 +182,6 @@ def attention_forward(
             reaches, scale * LOG2E, D, PADDED, N, T, DOCUMENTS, PRECISION,
         )  # fmt: skip
 
-    offsets = row_head * out_head + query.to(tl.int64) * out_row
+    offsets = row_head * out_head + query_row.to(tl.int64) * out_row
     store_rows(OUT + batch * out_batch, offsets, columns, out / total[:, None], row_ok, D, PADDED)
-    tl.store(LSE + (batch * H + row_head) * S + query, (peak + tl.math.log2(total)) * LN2, mask=row_ok)
+    tl.store(LSE + (batch * H + row_head) * ROWS + query_row, (peak + tl.math.log2(total)) * LN2, mask=row_ok)

@@ -1,6 +1,7 @@
 """The Triton backend: launches the kernels, as ops that autograd and torch.compile know.
 
-Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens, D head dimension, T tiers.
+Shape letters: B sequences, H query heads, N key-value heads, G = H / N, S tokens of which the last Q
+are queries, D head dimension, T tiers.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ class _Layer(NamedTuple):
     scale: float
 
     def scalars(self, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
-        """B, H, G, S, window, four reaches, scale; what no query can use is cut at S."""
-        batch, heads, length, _ = q.shape
+        """B, H, G, S, Q, window, four reaches, scale; what no query can use is cut at S."""
+        batch, heads, queries, _ = q.shape
+        length = k.shape[2]
         window = min(self.window, length)
         reaches = [min(max(horizon, window), length) for horizon in self.horizons]
         reaches += [window] * (MAX_TIERS - len(reaches))
-        return batch, heads, heads // k.shape[1], length, window, *reaches, self.scale
+        return batch, heads, heads // k.shape[1], length, queries, window, *reaches, self.scale
 
     def documents(self) -> tuple[Tensor, Tensor]:
         """Starts and ends, or stand-ins of their type that the kernels do not read."""
@@ -105,8 +107,8 @@ def compiler_options(tile: Tile) -> dict[str, int]:
 
 def _query_grid(q: Tensor, options: dict[str, Any]) -> tuple[int, int]:
     """Blocks of queries of a head, and programs in all."""
-    batch, heads, length, _ = q.shape
-    blocks = triton.cdiv(length, options["M"] // options["PACK"])
+    batch, heads, queries, _ = q.shape
+    blocks = triton.cdiv(queries, options["M"] // options["PACK"])
     return blocks, blocks * batch * heads // options["PACK"]
 
 
@@ -168,11 +170,11 @@ def _backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     _check_offsets(dout=dout)
-    batch, heads, length, _ = q.shape
+    batch, heads, queries, _ = q.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # Rows past the last token are read but count for nothing; they only must not be NaN.
-    make = torch.empty if length % ROW_PADDING.value == 0 else torch.zeros
-    rows = triton.cdiv(length, ROW_PADDING.value) * ROW_PADDING.value
+    make = torch.empty if queries % ROW_PADDING.value == 0 else torch.zeros
+    rows = triton.cdiv(queries, ROW_PADDING.value) * ROW_PADDING.value
     statistics = make(2, batch, heads, rows, dtype=torch.float32, device=q.device)
     (options,) = layer.launches(q, k, "backward_q")
     blocks, programs = _query_grid(q, options)
@@ -199,7 +201,7 @@ def _backward(
             **options,
         )
         for options in layer.launches(q, k, "backward_kv"):
-            tiles = triton.cdiv(length, options["N"])
+            tiles = triton.cdiv(k.shape[2], options["N"])
             attention_backward_kv[((2 * tiles + len(layer.horizons) - 1) * batch * k.shape[1],)](
                 q,
                 k,
@@ -278,7 +280,7 @@ def triton_attention(
     sink: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """q [B, H, S, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, S, D] with its axes in q's order.
+    """q [B, H, Q, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, Q, D] with its axes in q's order.
 
     bf16, fp16 or fp32 (multiplied as tf32 where torch's own matrix products are), summed in fp32; D one of
     HEAD_SIZES. Strides are taken as they come. Differentiable once in q, k, v and sink, deterministic, without a host

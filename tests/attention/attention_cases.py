@@ -15,6 +15,7 @@ class Case:
     """Everything that decides one call; tensors follow from the seed."""
 
     length: int = 70
+    queries: int | None = None
     batch: int = 2
     kv_heads: int = 2
     groups: int = 1
@@ -57,7 +58,7 @@ class Case:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
         heads = self.kv_heads * self.groups
-        wide = (self.batch, heads, self.length, self.width)
+        wide = (self.batch, heads, self.queries or self.length, self.width)
         narrow = (self.batch, self.kv_heads, self.length, self.width)
         tensors = {"q": draw(*wide), "k": draw(*narrow), "v": draw(*narrow), "upstream": draw(*wide)}
         return tensors | ({"sink": draw(heads)} if self.sink else {})
@@ -105,6 +106,7 @@ def cases(draw: st.DrawFn, sink: bool | None = None, longest: int = 300) -> Case
     tiers = draw(st.integers(1, 4))
     return Case(
         length=length,
+        queries=draw(st.one_of(st.none(), st.integers(1, length))),
         batch=draw(st.integers(1, 3)),
         kv_heads=draw(st.integers(1, 2)),
         groups=draw(st.integers(1, 3)),

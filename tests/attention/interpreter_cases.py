@@ -94,6 +94,15 @@ EDGES = {
     "documents": KernelCase(document_density=0.02, length=150),
     "one-token-documents": KernelCase(document_density=1.0),
     "documents-full-window": KernelCase(document_density=0.05, window=1000),
+    "last-query": KernelCase(queries=1, length=111),
+    "last-queries": KernelCase(queries=70, length=150, kv_heads=2),
+    "last-queries-of-whole-blocks": KernelCase(queries=64, length=128, window=20),
+    "last-queries-past-some-windows": KernelCase(queries=33, length=150, density=0.0, initial_tokens=0),
+    "last-queries-full-window": KernelCase(queries=50, length=111, window=1000),
+    "last-queries-and-everything": KernelCase(
+        queries=61, horizons=(FOREVER, 60, 20), density=0.5, document_density=0.03, sink=True, groups=2, length=133,
+        window=9, tiles=UNEQUAL,
+    ),
     "sink": KernelCase(sink=True),
     "sink-packed": KernelCase(sink=True, groups=2, length=63, tiles=UNEQUAL),
     "everything": KernelCase(

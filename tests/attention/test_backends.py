@@ -30,6 +30,12 @@ EDGES = {
     "grouped-queries": Case(groups=3, length=140),
     "one-row": Case(batch=1, length=260),
     "rows-differ": Case(batch=4, density=0.6, length=200),
+    "last-query": Case(queries=1, length=300),
+    "last-queries": Case(queries=131, length=300, groups=2, sink=True),
+    "last-queries-full-window": Case(queries=150, length=300, window=1000),
+    "last-queries-documents-tiers": Case(
+        queries=90, document_density=0.02, horizons=(FOREVER, 60, 20), density=0.5, length=200
+    ),
     "learned-sink": Case(sink=True, groups=2, length=260),
     "three-tiers": Case(horizons=(FOREVER, 40, 90), density=0.4, length=300),
     "horizon-below-window": Case(horizons=(FOREVER, 5), density=0.4, window=30, length=200),

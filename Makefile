@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types demo bench-cpu sm90 bench-kernels tune gpu-check clean
+.PHONY: help install test lint types demo bench-cpu sm90 sanitize bench-kernels tune gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ $(STAMP): setup.py constraints.txt
 # Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-test: install lint types  ## Lint, types and tests
+test: install lint types sm90  ## Lint, types, compiled kernels and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: install  ## ruff: rules and format
@@ -43,6 +43,14 @@ bench-cpu: install  ## CPU benchmarks, each beside its rival: attention, plan, t
 
 sm90: install  ## Compile every shipped kernel for sm_90 and sm_80 without a GPU and check it; count touched pairs
 	$(BIN)/python kernels/benchmarks/compile_gate.py
+
+sanitize: install  ## Run the GPU tests of the kernels under compute-sanitizer: no access out of bounds
+	@command -v compute-sanitizer >/dev/null \
+		|| { echo "error: compute-sanitizer is not on the PATH: install it, it comes with the CUDA toolkit"; exit 2; }
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "error: there is no GPU here: the sanitizer has nothing to watch"; exit 2; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/attention/test_triton_gpu.py -k "random_shapes or plain_attention or float32"
 
 bench-kernels: install  ## Time the kernels beside their rivals on this GPU and draw the results
 	$(BIN)/python kernels/benchmarks/gpu_attention.py

@@ -104,7 +104,7 @@ def _compile(target: Target) -> Any:
     chosen = constants[max(0, target.part - 1)]
     signature, attributes = _signature(function.arg_names, dtype, chosen)
     source = ASTSource(function, signature, constexprs=chosen, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler_options(tile))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler_options(tile, chosen))
 
 
 def _signature(

@@ -65,7 +65,7 @@ class _Layer(NamedTuple):
             documents=self.document_start is not None,
             sink=self.sink is not None,
         )
-        return [constants | compiler_options(tile) for constants in launches]
+        return [constants | compiler_options(tile, constants) for constants in launches]
 
 
 def kernel_constants(
@@ -99,10 +99,12 @@ def kernel_constants(
     return [constants | {"WITH_K": with_k, "WITH_V": with_v} for with_k, with_v in parts]
 
 
-def compiler_options(tile: Tile) -> dict[str, int]:
-    """num_warps, num_stages and, where the tile limits them, maxnreg."""
+def compiler_options(tile: Tile, constants: dict[str, Any]) -> dict[str, int]:
+    """num_warps, num_stages and, where the tile limits them for the paper's pattern, maxnreg."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return options if tile.registers is None else options | {"maxnreg": tile.registers}
+    # What the general masks keep beside the paper's would be spilled under its limit.
+    general = constants["T"] > 1 or any(constants.get(name) for name in ("FINITE", "DOCUMENTS", "HAS_SINK"))
+    return options if tile.registers is None or general else options | {"maxnreg": tile.registers}
 
 
 def _query_grid(q: Tensor, options: dict[str, Any]) -> tuple[int, int]:

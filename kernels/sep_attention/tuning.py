@@ -26,7 +26,8 @@ class Tile(NamedTuple):
     Attributes:
         queries, keys: rows of a tile.
         warps, stages: of the program and of its software pipeline.
-        registers: most registers a thread may take, so that two programs share a multiprocessor; None for no limit.
+        registers: most registers a thread may take under the paper's pattern, so that two programs share a
+            multiprocessor; None for no limit.
         split: dK and dV come from a launch each, because their sums do not fit the registers together.
     """
 
@@ -63,7 +64,7 @@ class ShippedTile(NamedTuple):
 _TABLE: dict[tuple[int, str, int], tuple[Tile, Tile, Tile]] = {
     (90, "half", 32): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2)),
     (90, "half", 64): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2)),
-    (90, "half", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    (90, "half", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     (90, "half", 256): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2, split=True)),
     (90, "tf32", 32): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     (90, "tf32", 64): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),

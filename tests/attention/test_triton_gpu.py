@@ -104,6 +104,7 @@ def _random_case(draw: random.Random) -> Case:
     reach = [FOREVER, draw.randint(1, length + 40), draw.randint(1, 100), draw.randint(1, 300)]
     return Case(
         length=length,
+        queries=draw.choice([None, draw.randint(1, length)]),
         batch=draw.randint(1, 3),
         kv_heads=draw.randint(1, 3),
         groups=groups,

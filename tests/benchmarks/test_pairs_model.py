@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pairs_model import Row, Touched, dense_touched, needed_of_plan, needed_pairs, shipped_tiles, touched_pairs
 from sep_attention import build_plan, visible_mask
 from sep_attention.tuning import KERNELS, Tile
-from separator_text import load_separators, text_rows, write_positions
+from separator_text import load_separators, random_rows, text_rows, write_positions
 
 from data_prep.errors import UserError
 
@@ -101,11 +101,12 @@ def test_speedups_by_hand() -> None:
     assert row.speedups == pytest.approx((256 * 257 / 2 / 800, 49152 / 1000, 14 * 49152 / 26000))
 
 
-def test_bars_on_the_text_that_ships() -> None:
+@pytest.mark.parametrize("source", ["text", "chance"])
+def test_bars(source: str) -> None:
     """The longest length is left to the gate: counting its pairs one by one takes seconds."""
-    separators = load_separators()
     for length, bar in ((2048, 1.65), (8192, 1.27)):
-        rows = text_rows(separators, length, 65536 // length)
+        count = 65536 // length
+        rows = text_rows(load_separators(), length, count) if source == "text" else random_rows(0.12, length, count)
         needed = sum(needed_pairs(row, 128) for row in rows)
         for head_size in (64, 128):
             touched = sum(touched_pairs(row, 128, shipped_tiles(head_size)).mean for row in rows)

@@ -1,7 +1,8 @@
 """Query blocks of the blocked backend: which keys each reads and where a mask is needed.
 
 The special keys of a row are gathered once, tier by tier, so that what a block reads is one slice of them per tier and
-one of the whole keys. Shape letters: S tokens of which the last Q are queries, C gathered special keys, R queries of a block, L keys of a block.
+one of the whole keys. Shape letters: S tokens of which the last Q are queries, C gathered special keys, R queries of a
+block, L keys of a block.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class RowLayout(NamedTuple):
 def block_layouts(
     plan: AttentionPlan, window: int, horizons: Sequence[int] | None, block_size: int, queries: int
 ) -> list[RowLayout]:
-    """Layout of the last `queries` positions of each sequence of a plan on CPU, kept on the plan for the other layers with this window.
+    """Layout of the last `queries` positions of each sequence of a plan on CPU.
 
+    Kept on the plan for the other layers with this window.
     Raises ValueError for a window or horizon below 1 or a wrong count of horizons.
     """
     reach = effective_reach(plan, window, horizons)

@@ -50,9 +50,10 @@ def select_backend(
 ) -> BackendChoice:
     """Picks the backend of a layer, or checks the one asked for by name.
 
-    `queries` counts the last positions that ask, None for all `sequence_length` of them. `auto` takes the library's dense kernel where the layer is plain causal attention, and else the fastest exact
-    backend of the device that takes the head size and dtype, where these are given. Raises ValueError when the named
-    backend is unknown or cannot do the job.
+    `queries` counts the last positions that ask, None for all `sequence_length` of them. `auto` takes the library's
+    dense kernel where the layer is plain causal attention over whole sequences, and else the fastest exact backend of
+    the device that takes the head size and dtype, where these are given. Raises ValueError when the named backend is
+    unknown or cannot do the job.
     """
     device = torch.device(device)
     full = window >= sequence_length and not separate_documents

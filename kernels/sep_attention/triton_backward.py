@@ -1,8 +1,8 @@
 """Backward kernels of separator attention: dQ and dK/dV, one launch each, no atomics, the same bits every time.
 
 Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens of which the last ROWS are
-queries, P = ROWS rounded up to a multiple of 128, T tiers; M query rows of a tile (in dQ: M / PACK queries of each of PACK heads), N keys of a tile, D head
-dimension.
+queries, P = ROWS rounded up to a multiple of 128, T tiers; M query rows of a tile (in dQ: M / PACK queries of each of
+PACK heads), N keys of a tile, D head dimension.
 """
 
 # The compiler types the arguments of kernels, anew for each launch.

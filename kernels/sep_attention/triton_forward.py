@@ -133,7 +133,7 @@ def attention_forward(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """OUT [B, H, ROWS, D] and LSE f32 [B, H, ROWS], the natural logarithm of the softmax denominators (sink included)."""
+    """OUT [B, H, ROWS, D] and LSE f32 [B, H, ROWS], the natural logarithm of the softmax denominators with the sink."""
     QUERIES: tl.constexpr = M // PACK
     num_blocks = tl.cdiv(ROWS, QUERIES)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks  # the longest first

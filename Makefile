@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types demo bench-cpu sm90 sanitize bench-kernels tune gpu-check clean
+.PHONY: help install test lint types demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: install  ## ruff: rules and format
 types: install  ## mypy
 	$(BIN)/mypy
 
+chaos: install  ## Kill a two-rank run 50 times at random, resume it, compare it bitwise (CHAOS_ARGS='--kills 200 --seed 7')
+	$(BIN)/python scripts/chaos.py $(CHAOS_ARGS)
+
 demo: install  ## Train a dense and a separator model on the sample corpus (minutes on two cores) and compare them
 	$(BIN)/python scripts/demo.py
 
@@ -40,6 +43,13 @@ bench-cpu: install  ## CPU benchmarks, each beside its rival: attention, plan, t
 	$(BIN)/python kernels/benchmarks/cpu_attention.py
 	$(BIN)/python scripts/benchmark_plan.py
 	$(BIN)/python scripts/benchmark_tokenize.py $(TEXT)
+
+# On a GPU more: make bench-training BENCH='--model pythia160m --lengths 2048 8192'
+BENCH ?=
+
+bench-training: install  ## Training steps with dense and separator attention in turns; figures to runs/bench_training.json
+	mkdir -p runs
+	$(BIN)/python scripts/benchmark_training.py --output runs/bench_training.json $(BENCH)
 
 sm90: install  ## Compile every shipped kernel for sm_90 and sm_80 without a GPU and check it; count touched pairs
 	$(BIN)/python kernels/benchmarks/compile_gate.py

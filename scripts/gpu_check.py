@@ -22,12 +22,12 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -52,7 +52,10 @@ PACKAGES = {
 SAMPLE_PACKAGES = {"sentencepiece": "sentencepiece"}
 THROUGHPUT_LENGTHS = (2048, 8192, 32768)
 TOKENS_PER_STEP = 65536
-THROUGHPUT_STEPS = 8
+TINY_BENCHMARK = (
+    *("--model", "demo", "--turns", 2, "--steps", 1, "model.layers=2", "model.hidden=128", "model.heads=2"),
+    *("model.ffn=256", "data.sample_vocabulary=4096", "data.workers=0"),
+)
 VOCABULARY = 50277
 PATTERNS = ("dense", "sep")
 
@@ -148,22 +151,15 @@ def training(options: argparse.Namespace) -> bool:
     """Stage 3; writes training.json."""
     stage = Stage(options)
     install_missing(stage, options)
-    throughput: list[dict[str, object]] = []
+    throughput: list[dict[str, Any]] = []
     results: dict[str, object] = {"device": options.device, "tiny": options.tiny, "throughput": throughput}
-    lengths = (256,) if options.tiny else THROUGHPUT_LENGTHS
     good = True
-    for length in lengths:
-        row: dict[str, object] = {"length": length}
-        for pattern in PATTERNS:
-            row[pattern] = _throughput(stage, options, length, pattern)
-        dense, sep = row["dense"], row["sep"]
-        good &= dense is not None and sep is not None
-        if isinstance(dense, float) and isinstance(sep, float):
-            row["ratio"] = sep / dense
-            print(f"S={length}: dense {dense:,.0f}, sep {sep:,.0f} tokens/s, ratio {sep / dense:.2f}", flush=True)
-        throughput.append(row)
+    for length in (256,) if options.tiny else THROUGHPUT_LENGTHS:
+        row = _throughput(stage, options, length)
+        good &= row is not None
+        throughput.append(row or {"length": length})
         _write(stage.output / "training.json", results)
-    results["loss"], finished = _loss_pair(stage, options)
+    results["loss"], finished = _loss_pair(stage, options, throughput)
     _write(stage.output / "training.json", results)
     return good and finished
 
@@ -189,28 +185,41 @@ def install_missing(stage: Stage, options: argparse.Namespace) -> None:
         )
 
 
-def _throughput(stage: Stage, options: argparse.Namespace, length: int, pattern: str) -> float | None:
-    """Tokens per second, the median of the last half of a few steps; None when the run did not come to an end."""
-    sequences = 2 if options.tiny else TOKENS_PER_STEP // length
-    steps = 4 if options.tiny else THROUGHPUT_STEPS
-    name = f"throughput-{pattern}-{length}"
-    batch = (
-        f"training.global_batch={sequences}",
-        f"training.micro_batch={1 if options.tiny else max(1, 16384 // length)}",
-    )
-    overrides = (f"data.sequence_length={length}", f"training.steps={steps}", *batch, "training.validation_samples=0")
-    share = stage.seconds_left / (2 * len(THROUGHPUT_LENGTHS) + 2)
-    records = _pretrain(stage, options, name, pattern, *overrides, seconds=None if options.tiny else 1.5 * share)
-    rates = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
-    return float(statistics.median(rates[len(rates) // 2 :])) if len(rates) == steps else None
+def _throughput(stage: Stage, options: argparse.Namespace, length: int) -> dict[str, Any] | None:
+    """Dense and separator training in turns, by benchmark_training.py: its figures, or None when it did not end well.
+
+    `dense` and `sep` are tokens per second, `ratio` the median of the turns' ratios.
+    """
+    result = stage.output / f"throughput-{length}.json"
+    result.unlink(missing_ok=True)
+    arguments: list[object] = ["--output", result, "--lengths", length, *TINY_BENCHMARK]
+    if not options.tiny:
+        sequences = TOKENS_PER_STEP // length
+        arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--turns", 4, "--steps", 2]
+        arguments.append(f"training.global_batch={sequences}")
+    if options.data:
+        arguments += ["--data", options.data.resolve()]
+    share = stage.seconds_left / (len(THROUGHPUT_LENGTHS) + 1)
+    program = REPOSITORY / "scripts" / "benchmark_training.py"
+    limit = None if options.tiny else 1.5 * share
+    if stage.run(f"throughput-{length}", program, *arguments, seconds=limit) != 0:
+        return None
+    (figures,) = json.loads(result.read_text(encoding="utf8"))["results"]
+    if "failure" in figures:
+        return None
+    dense, sep = (figures[pattern]["tokens_per_second"] for pattern in PATTERNS)
+    print(f"S={length}: dense {dense:,.0f}, sep {sep:,.0f} tokens/s, ratio {figures['ratio']:.2f}", flush=True)
+    return {"length": length, "dense": dense, "sep": sep, "ratio": figures["ratio"], "figures": figures}
 
 
-def _loss_pair(stage: Stage, options: argparse.Namespace) -> tuple[dict[str, list[dict[str, float]]], bool]:
+def _loss_pair(
+    stage: Stage, options: argparse.Namespace, throughput: list[dict[str, Any]]
+) -> tuple[dict[str, list[dict[str, float]]], bool]:
     """Validation records of a dense and a separator run of as many steps as fit the time, and whether both ended."""
     steps = 4
     if not options.tiny:
-        seen = _records(stage.output / "runs" / "throughput-dense-2048")
-        seconds = statistics.median([record["train/step_seconds"] for record in seen[1:]] or [1.0])
+        seen = [row["figures"]["dense"]["step_seconds"] for row in throughput if "figures" in row]
+        seconds = seen[0] if seen else 1.0
         # A third of the time goes to starting, validating and saving twice.
         steps = max(10, int(stage.seconds_left / 3 / seconds))
     if options.tiny:

@@ -30,6 +30,11 @@ class LayerPattern:
         """Whether the layer is plain causal attention."""
         return self.window >= FOREVER
 
+    @property
+    def reach(self) -> int:
+        """Tokens within which any key may be visible; beyond, only keys of tiers that are seen for ever are."""
+        return max(self.window, *(horizon for horizon in (1, *self.horizons) if horizon < FOREVER))
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPattern:

@@ -1,4 +1,4 @@
-"""How programs tell a user's mistake: one sentence, once, exit code 2."""
+"""How programs tell why they end: one sentence, once, and an exit code that a script can act on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,72 @@ from collections.abc import Callable
 
 from data_prep.errors import UserError
 
-__all__ = ["EXIT_USER_ERROR", "UserError", "exit_on_user_error"]
+__all__ = [
+    "EXIT_BAD_STEPS",
+    "EXIT_INTERRUPTED",
+    "EXIT_LOST_RANK",
+    "EXIT_USER_ERROR",
+    "BadSteps",
+    "Interrupted",
+    "LostRank",
+    "RankError",
+    "RunStopped",
+    "UserError",
+    "exit_on_user_error",
+]
 
 EXIT_USER_ERROR = 2
+# Loss or gradients were unusable too many steps in a row.
+EXIT_BAD_STEPS = 3
+# A process of the run hangs, never arrived, or is gone.
+EXIT_LOST_RANK = 4
+# A signal stopped the run after it had saved: start it again. EX_TEMPFAIL of sysexits.h.
+EXIT_INTERRUPTED = 75
+
+
+class RankError(UserError):
+    """A mistake that one rank alone has found, while the others wait for it: that rank tells it."""
+
+
+class RunStopped(Exception):
+    """A run ended before its last step for a reason of its own, told in the message; `code` is the exit code."""
+
+    code = 1
+    title = "error"
+
+
+class BadSteps(RunStopped):
+    """Too many steps in a row were skipped. Raised on all ranks."""
+
+    code = EXIT_BAD_STEPS
+
+
+class Interrupted(RunStopped):
+    """A signal stopped the run after it had saved. Raised on all ranks."""
+
+    code = EXIT_INTERRUPTED
+    title = "interrupted"
+
+
+class LostRank(RunStopped):
+    """This rank cannot reach another one. Each rank that notices tells it: which of them will is not known."""
+
+    code = EXIT_LOST_RANK
 
 
 def exit_on_user_error(program: Callable[[], None]) -> None:
-    """Run `program`; a UserError is printed by rank 0 as its sentence alone and ends the process with code 2."""
+    """Run `program`; a UserError or RunStopped ends the process with its code and is printed as its sentence alone.
+
+    Rank 0 prints what all ranks know, the rank itself what it alone knows.
+    """
     try:
         program()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (UserError, RunStopped) as error:
+        rank = os.environ.get("RANK", "0")
+        alone = isinstance(error, RankError | LostRank)
+        if rank == "0" or alone:
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+            title = error.title if isinstance(error, RunStopped) else "error"
+            where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
+            print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
+        raise SystemExit(error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR) from None

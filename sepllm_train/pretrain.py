@@ -27,16 +27,23 @@ def pretrain(config: Config) -> None:
     """
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
     from sepllm_train.distributed.launch import device_of, launch_from_environment, process_grid, reading_group
+    from sepllm_train.distributed.lost import lost_rank
+    from sepllm_train.model.build import check_model
     from sepllm_train.training.run import dry_run, train
 
     launch = launch_from_environment()
-    grid = config.parallel.tensor * config.parallel.pipeline
     # A dry run by hand stands for the smallest launch that fits.
-    world_size = grid if config.dry_run and not launch.by_torchrun else launch.world_size
+    world_size = config.parallel.processes if config.dry_run and not launch.by_torchrun else launch.world_size
     validate(config, world_size)
+    check_model(config)
     if config.dry_run:
         with reading_group(launch):
             dry_run(config, world_size, device_of(launch))
         return
-    with process_grid(config, launch) as device:
-        train(config, launch, device)
+    try:
+        with process_grid(config, launch) as device:
+            interrupted = train(config, launch, device)
+    except RuntimeError as error:
+        raise lost_rank(error, config.parallel.timeout_seconds) or error from None
+    if interrupted is not None:
+        raise interrupted

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sepllm_train.config import schema
-from sepllm_train.errors import UserError
+from sepllm_train.errors import RunStopped, UserError
 
 
 def config_folder() -> Path:
@@ -52,14 +52,14 @@ def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-    failures: list[UserError] = []
+    failures: list[UserError | RunStopped] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="pretrain")
     def decorated(config: DictConfig) -> None:
         # Raised through Hydra, the sentence would come with Hydra's own lines on every rank.
         try:
             task(to_config(config))
-        except UserError as error:
+        except (UserError, RunStopped) as error:
             failures.append(error)
 
     try:

@@ -169,10 +169,16 @@ class ParallelConfig:
     pipeline: int = 1
     # Model chunks per pipeline stage (interleaved schedule); None = 1.
     virtual_pipeline: int | None = None
+    # Processes that share each sequence, a part of its tokens each.
+    context: int = 1
     sequence: bool = False
+    # Each data-parallel replica keeps and updates its share of Adam's state (ZeRO-1) in place of all of it.
+    sharded_optimizer: bool = False
+    # Seconds that a process waits for another one, at the start and in every exchange.
+    timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        positive("parallel", self, "tensor", "pipeline", "virtual_pipeline")
+        positive("parallel", self, "tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds")
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence=true shards along the tensor-parallel group: it needs parallel.tensor above 1.",
@@ -181,6 +187,11 @@ class ParallelConfig:
             self.virtual_pipeline in (None, 1) or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline above 1.",
         )
+
+    @property
+    def processes(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass
@@ -235,17 +246,39 @@ class TrainingConfig:
     # Sequences per dataset in one validation; 0 = no validation.
     validation_samples: int = 256
     checkpoint_interval: int = 1000
-    # Newest checkpoints that stay on the disk.
+    # Newest checkpoints that stay on the disk, and with keep_every=N those of every N-th step besides (0 = none).
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    # Write checkpoints while training goes on, from a copy in host memory.
+    async_checkpoint: bool = True
     deterministic: bool = False
+    # Steps in a row that may be skipped for a loss or gradient that is not finite, or for a spike; then the run stops.
+    # 0 = any number.
+    max_bad_steps: int = 10
+    # A gradient norm above this many times the median of recent ones is a spike, and the step is skipped; 0 = never.
+    spike_factor: float = 0.0
+    # Seconds without progress after which a process shows where it hangs and ends; 0 = never. Longer than the longest
+    # of a micro-batch, the compilation in the first one, and the writing of a checkpoint.
+    hang_seconds: float = 1200.0
 
     def __post_init__(self) -> None:
         positive("training", self, "steps", "global_batch", "micro_batch", "keep_checkpoints")
         one_of("training.precision", self.precision, ("fp32", "bf16", "fp16"))
         one_of("training.recompute", self.recompute, ("none", "selective", "full"))
-        for key in ("validation_interval", "validation_samples", "checkpoint_interval"):
+        for key in (
+            "validation_interval",
+            "validation_samples",
+            "checkpoint_interval",
+            "keep_every",
+            "max_bad_steps",
+            "hang_seconds",
+        ):
             value = getattr(self, key)
             require(value >= 0, f"training.{key}={value} must be 0 or more.")
+        require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"training.spike_factor={self.spike_factor} must be above 1, or 0 to skip no spikes.",
+        )
 
 
 @dataclass
@@ -256,9 +289,20 @@ class LoggingConfig:
     interval: int = 10
     # Dense bf16 peak of one device in TFLOP/s for MFU; None looks the device up and leaves MFU out when unknown.
     peak_tflops: float | None = None
+    # [first, last] step of a trace by torch's profiler, written to RUN/profile by each of profile_ranks.
+    profile: list[int] | None = None
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
         positive("logging", self, "interval")
+        require(
+            self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
+            f"logging.profile={self.profile} must be [FIRST,LAST], two step numbers from 1 on.",
+        )
+        require(
+            min(self.profile_ranks, default=0) >= 0,
+            f"logging.profile_ranks={self.profile_ranks} must be numbers of processes, counted from 0.",
+        )
         require(
             self.peak_tflops is None or self.peak_tflops > 0,
             f"logging.peak_tflops={self.peak_tflops} must be above 0.",

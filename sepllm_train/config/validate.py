@@ -3,73 +3,132 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
 from sepllm_train.config.schema import Config, ParallelConfig, require
+from sepllm_train.errors import UserError
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Replicas of the model: world size / (TP x PP). Raises UserError when that is not whole."""
-    grid = parallel.tensor * parallel.pipeline
+    """Replicas of the model: world size / (TP x PP x CP). Raises UserError when that is not whole."""
+    grid = parallel.processes
     require(
         world_size % grid == 0,
         f"a world of size {world_size} cannot be split into parallel.tensor={parallel.tensor} x "
-        f"parallel.pipeline={parallel.pipeline}: start a multiple of {grid} processes (torchrun --nproc-per-node).",
+        f"parallel.pipeline={parallel.pipeline}"
+        + (f" x parallel.context={parallel.context}" if parallel.context > 1 else "")
+        + f": start a multiple of {grid} processes (torchrun --nproc-per-node).",
     )
     return world_size // grid
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Check the groups against each other for a run of `world_size` processes. Raises UserError."""
-    _check_grid(config)
-    replicas = data_parallel_size(config.parallel, world_size)
-    batch, micro = config.training.global_batch, config.training.micro_batch
-    require(
-        batch % (micro * replicas) == 0,
-        f"training.global_batch={batch} must be a multiple of training.micro_batch={micro} x {replicas} "
-        "data-parallel replicas.",
-    )
-    chunks = config.parallel.virtual_pipeline or 1
-    require(
-        chunks == 1 or (batch // (micro * replicas)) % config.parallel.pipeline == 0,
-        f"parallel.virtual_pipeline={chunks} needs the {batch // (micro * replicas)} micro-batches of a step to be a "
-        f"multiple of parallel.pipeline={config.parallel.pipeline}.",
-    )
-    optim, steps = config.optim, config.training.steps
-    require(
-        optim.warmup_steps is None or 0 <= optim.warmup_steps <= steps,
-        f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and training.steps={steps}.",
-    )
-    decay = optim.decay_fraction * steps if optim.schedule == "wsd" else 0
-    require(
-        optim.warmup_steps is None or optim.warmup_steps + decay <= steps,
-        f"optim.warmup_steps={optim.warmup_steps} reach into the decay, the last optim.decay_fraction="
-        f"{optim.decay_fraction} of training.steps={steps}.",
-    )
+    """Check the groups against each other for a run of `world_size` processes.
+
+    Raises one UserError that tells of every mistake there is.
+    """
+    mistakes = [message for holds, message in _checks(config, world_size) if not holds]
+    if len(mistakes) == 1:
+        raise UserError(mistakes[0])
+    if mistakes:
+        raise UserError("\n- ".join((f"{len(mistakes)} settings do not fit:", *mistakes)))
+
+
+def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, what to tell otherwise) of every condition."""
+    yield from _grid(config)
+    yield from _sequence(config)
+    yield from _batch(config, world_size)
+    yield from _schedule(config)
+    yield from _profile(config, world_size)
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require(gpus == 0 or local <= gpus, f"{local} processes were started on a node of {gpus} GPUs: one each is needed.")
+    yield gpus == 0 or local <= gpus, f"{local} processes were started on a node of {gpus} GPUs: one each is needed."
 
 
-def _check_grid(config: Config) -> None:
+def _grid(config: Config) -> Iterator[tuple[bool, str]]:
     """Model dimensions against tensor and pipeline sizes."""
     model, parallel = config.model, config.parallel
-    for key, value in (("heads", model.heads), ("kv_heads", model.query_groups), ("ffn", model.ffn)):
-        require(
-            value % parallel.tensor == 0,
+    for key in ("heads", "kv_heads", "ffn"):
+        value = getattr(model, key)
+        yield (
+            value is None or value % parallel.tensor == 0,
             f"parallel.tensor={parallel.tensor} must divide model.{key}={value}.",
         )
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    require(
+    yield (
         model.layers % stages == 0,
         f"model.layers={model.layers} must be a multiple of parallel.pipeline x parallel.virtual_pipeline = {stages}.",
     )
-    require(
-        not parallel.sequence or config.data.sequence_length % parallel.tensor == 0,
-        f"parallel.sequence=true needs data.sequence_length={config.data.sequence_length} to be a multiple of "
-        f"parallel.tensor={parallel.tensor}.",
-    )
-    require(
-        not (config.model.tied_embeddings and parallel.virtual_pipeline not in (None, 1)),
+    yield (
+        not (model.tied_embeddings and parallel.virtual_pipeline not in (None, 1)),
         "model.tied_embeddings=true cannot be used with parallel.virtual_pipeline.",
+    )
+
+
+def _sequence(config: Config) -> Iterator[tuple[bool, str]]:
+    """The parts into which sequences are cut."""
+    parallel, length = config.parallel, config.data.sequence_length
+    context, tensor = parallel.context, parallel.tensor
+    yield (
+        context == 1 or length % (2 * context) == 0,
+        f"parallel.context={context} cuts sequences into {2 * context} equal chunks: data.sequence_length={length} "
+        f"must be a multiple of {2 * context}.",
+    )
+    yield (
+        not parallel.sequence or length % (context * tensor) == 0,
+        f"parallel.sequence=true needs data.sequence_length={length} to be a multiple of "
+        + (f"parallel.context={context} x " if context > 1 else "")
+        + f"parallel.tensor={tensor}.",
+    )
+
+
+def _batch(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    """Processes and micro-batches."""
+    try:
+        replicas = data_parallel_size(config.parallel, world_size)
+    except UserError as error:
+        yield False, str(error)
+        return
+    batch, micro = config.training.global_batch, config.training.micro_batch
+    whole = batch % (micro * replicas) == 0
+    yield (
+        whole,
+        f"training.global_batch={batch} must be a multiple of training.micro_batch={micro} x {replicas} "
+        "data-parallel replicas.",
+    )
+    chunks, micro_batches = config.parallel.virtual_pipeline or 1, batch // (micro * replicas)
+    yield (
+        chunks == 1 or not whole or micro_batches % config.parallel.pipeline == 0,
+        f"parallel.virtual_pipeline={chunks} needs the {micro_batches} micro-batches of a step to be a "
+        f"multiple of parallel.pipeline={config.parallel.pipeline}.",
+    )
+
+
+def _profile(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    """The steps and processes that are profiled."""
+    steps, ranks = config.logging.profile, config.logging.profile_ranks
+    yield (
+        steps is None or steps[1] <= config.training.steps,
+        f"logging.profile={steps} ends after the last step: training.steps={config.training.steps}.",
+    )
+    yield (
+        steps is None or max(ranks, default=0) < world_size,
+        f"logging.profile_ranks={ranks}: the {world_size} processes are numbered from 0 to {world_size - 1}.",
+    )
+
+
+def _schedule(config: Config) -> Iterator[tuple[bool, str]]:
+    """The learning rate's phases against the length of the run."""
+    optim, steps = config.optim, config.training.steps
+    if optim.warmup_steps is None:
+        return
+    inside = 0 <= optim.warmup_steps <= steps
+    yield inside, f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and training.steps={steps}."
+    decay = optim.decay_fraction * steps if optim.schedule == "wsd" else 0
+    yield (
+        not inside or optim.warmup_steps + decay <= steps,
+        f"optim.warmup_steps={optim.warmup_steps} reach into the decay, the last optim.decay_fraction="
+        f"{optim.decay_fraction} of training.steps={steps}.",
     )

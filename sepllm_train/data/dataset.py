@@ -36,6 +36,12 @@ class SeparatorDataset(GPTDataset):
         """Open PREFIX.bin, PREFIX.idx and PREFIX.sep.bin."""
         return TokenStore(dataset_path)
 
+    def documents(self, idx: int) -> tuple[str, list[int]]:
+        """(prefix of the dataset, numbers of the documents in its .idx) that sample `idx` is cut from."""
+        sample = self.shuffle_index[idx]
+        first, last = int(self.sample_index[sample][0]), int(self.sample_index[sample + 1][0])
+        return self.dataset.path_prefix, [int(number) for number in self.document_index[first : last + 1]]
+
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = self.shuffle_index[idx]
         (first, begin), (last, end) = self.sample_index[sample], self.sample_index[sample + 1]

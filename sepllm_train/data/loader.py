@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sepllm_train.errors import RankError
+
 Batch = dict[str, Tensor]
+# Losses of a data worker in a row, without a micro-batch in between, that are met with new workers.
+RESTARTS = 3
 
 
 class MicroBatchSampler:
@@ -24,14 +32,34 @@ class MicroBatchSampler:
         self.micro_batch = micro_batch
         self.replica = replica
         self.replicas = replicas
+        self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self.steps) * self.global_batch // (self.micro_batch * self.replicas)
+        return len(self.steps) * self._per_step - self.skipped
+
+    @property
+    def _per_step(self) -> int:
+        """Micro-batches of a step on this replica."""
+        return self.global_batch // (self.micro_batch * self.replicas)
+
+    def after(self, done: int) -> MicroBatchSampler:
+        """What is left after the first `done` micro-batches."""
+        steps, rest = divmod(self.skipped + done, self._per_step)
+        left = MicroBatchSampler(
+            self.steps[steps:],
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            replica=self.replica,
+            replicas=self.replicas,
+        )
+        left.skipped = rest
+        return left
 
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.micro_batch * self.replicas
-        for step in self.steps:
-            for begin in range(step * self.global_batch, (step + 1) * self.global_batch, stride):
+        for number, step in enumerate(self.steps):
+            skipped = self.skipped * stride if number == 0 else 0
+            for begin in range(step * self.global_batch + skipped, (step + 1) * self.global_batch, stride):
                 first = begin + self.replica * self.micro_batch
                 yield list(range(first, first + self.micro_batch))
 
@@ -52,7 +80,11 @@ class PaddedSampler:
         ]
 
     def __len__(self) -> int:
-        return self.rounds
+        return len(self.batches)
+
+    def after(self, done: int) -> list[list[int]]:
+        """What is left after the first `done` micro-batches."""
+        return self.batches[done:]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
@@ -61,15 +93,66 @@ class PaddedSampler:
 class MaskedDataset(Dataset):
     """Adds `counted` (f32 scalar) to each sample: 0 for the filling of a last micro-batch, else 1."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return {**self.dataset[max(number, 0)], "counted": torch.tensor(float(number >= 0))}
 
+    def documents(self, number: int) -> tuple[str, list[int]]:
+        """(prefix of the dataset, numbers of the documents) that sample `number` is cut from."""
+        return self.dataset.documents(max(number, 0))
 
-def micro_batches(dataset: Dataset, sampler: Any, *, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Micro-batches of `sampler` on `device`: each entry of a sample stacked to [B, ...]."""
+
+def micro_batches(
+    dataset: Any,
+    sampler: Any,
+    *,
+    workers: int,
+    device: torch.device,
+    on_host: Sequence[str] = (),
+    vocabulary: int | None = None,
+    lost: Callable[[str], None] | None = None,
+) -> Iterator[Batch]:
+    """Micro-batches of `sampler` on `device`: each entry of a sample stacked to [B, ...]. Those named in `on_host` stay
+    on the host.
+
+    A worker that dies is replaced, and the micro-batches come in the same order; `lost` is told each time, in a
+    sentence. Raises RankError when new workers die RESTARTS times in a row, and when a token is not below `vocabulary`.
+    """
+    loaded = _load(dataset, sampler, workers, device)
+    delivered = failures = 0
+    while True:
+        try:
+            batch = next(loaded, None)
+        except RuntimeError as error:
+            if not re.search(r"DataLoader worker \(pid", str(error)):
+                raise
+            failures += 1
+            if failures > RESTARTS:
+                raise RankError(
+                    f"data workers died {failures} times in a row, the last time at micro-batch {delivered + 1} since "
+                    "the start: they may be short of memory (see the kernel's log); lower data.workers, 0 reads in "
+                    "the main process."
+                ) from None
+            (lost or _tell)(f"a data worker died ({_first_line(error)}): starting new ones at the same micro-batch")
+            loaded = _load(dataset, sampler.after(delivered), workers, device)
+            continue
+        if batch is None:
+            return
+        if vocabulary is not None:
+            _check_tokens(batch, vocabulary, dataset, sampler, delivered)
+        failures = 0
+        delivered += 1
+        yield {
+            key: value if key in on_host else value.to(device, non_blocking=True)
+            for key, value in batch.items()
+            if torch.is_tensor(value)
+        }
+
+
+def _load(dataset: Dataset, sampler: Any, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Micro-batches on the host, prefetched by `workers` processes."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -79,5 +162,39 @@ def micro_batches(dataset: Dataset, sampler: Any, *, workers: int, device: torch
         # Its own generator: a loader draws a seed when it starts, and a resumed run starts more of them.
         generator=torch.Generator().manual_seed(0),
     )
-    for batch in loader:
-        yield {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    handler = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    # torch tells of a lost worker from a signal handler, in the middle of a step or of a save. Without that handler it
+    # tells when the next micro-batch is asked for, which is where it can be met.
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return loaded
+
+
+def _check_tokens(batch: Batch, vocabulary: int, dataset: Any, sampler: Any, delivered: int) -> None:
+    """Raise RankError for a token that the model does not have, before it is looked up on the device."""
+    for key in ("tokens", "labels"):
+        low, high = (int(value) for value in batch[key].aminmax())
+        if low >= 0 and high < vocabulary:
+            continue
+        wrong = low if low < 0 else high
+        row, place = (int(value) for value in (batch[key] == wrong).nonzero()[0])
+        number = next(iter(sampler.after(delivered)))[row]
+        prefix, documents = dataset.documents(number)
+        # Documents of the sample that began up to this token.
+        begun = len(batch["document_start"][row, : place + 1].unique())
+        raise RankError(
+            f"{prefix}.bin holds token {wrong} in document {documents[begun - 1]}, but the vocabulary has "
+            f"{vocabulary:,} entries: the file is damaged or was made with another tokenizer; check it with "
+            f"prepare_data.py verify {prefix}."
+        )
+
+
+def _tell(sentence: str) -> None:
+    """Tell a warning of this process alone."""
+    print(f"warning: {sentence}.", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without torch's advice."""
+    return str(error).splitlines()[0].rstrip(".")

@@ -6,6 +6,7 @@ grows with them. Here an index covers one epoch, and what is beyond it follows f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,21 @@ class Epochs(Dataset):
         self.permutation = np.arange(len(dataset))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.dataset[self._place(number)]
+
+    def documents(self, number: int) -> tuple[str, list[int]]:
+        """(prefix of the dataset, numbers of the documents) that sample `number` is cut from."""
+        return self.dataset.documents(self._place(number))
+
+    def _place(self, number: int) -> int:
+        """Sample of the dataset that sample `number` of the endless order is."""
         epoch, place = divmod(number, len(self.dataset))
         if epoch != self.epoch:
             self.epoch = epoch
             self.permutation = np.arange(len(self.dataset))
             if epoch:
                 np.random.default_rng((self.seed, epoch)).shuffle(self.permutation)
-        return self.dataset[int(self.permutation[place])]
+        return int(self.permutation[place])
 
 
 class Blend(Dataset):
@@ -41,7 +50,7 @@ class Blend(Dataset):
     megatron-core's blending fills one period; period after period, each source goes on where it was.
     """
 
-    def __init__(self, datasets: list[Dataset], weights: list[float]) -> None:
+    def __init__(self, datasets: Sequence[Any], weights: list[float]) -> None:
         self.datasets = datasets
         self.source = np.zeros(BLEND_PERIOD, dtype=np.int16)
         self.place = np.zeros(BLEND_PERIOD, dtype=np.int64)
@@ -49,6 +58,16 @@ class Blend(Dataset):
         self.per_period = np.bincount(self.source, minlength=len(datasets))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        source, place = self._place(number)
+        return self.datasets[source][place]
+
+    def documents(self, number: int) -> tuple[str, list[int]]:
+        """(prefix of the dataset, numbers of the documents) that sample `number` is cut from."""
+        source, place = self._place(number)
+        return self.datasets[source].documents(place)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(source, its sample) that sample `number` of the blend is."""
         period, offset = divmod(number, BLEND_PERIOD)
         source = int(self.source[offset])
-        return self.datasets[source][period * int(self.per_period[source]) + int(self.place[offset])]
+        return source, period * int(self.per_period[source]) + int(self.place[offset])

@@ -4,6 +4,7 @@ Patched by `install`, with the call sites in megatron-core 0.16.1 that need it:
 
 - `device="cuda"` literals become "cpu": the overflow buffers and norms of `optimizer/clip_grads.py`, `found_inf` of
   `optimizer/optimizer.py`, the result checks of `dist_checkpointing/strategies/state_dict_saver.py`.
+- `pin_memory=True` is left out: `models/common/embeddings/rope_utils.py` (context parallelism).
 - `Tensor.cuda()` returns the tensor: `pipeline_parallel/schedules.py` (token counts), tied embeddings in
   `models/common/language_module/language_module.py`, `dist_checkpointing/exchange_utils.py`.
 - `Tensor.type()` names a CUDA type, for `optimizer/` only: `clip_grads.py` and `optimizer.py` compare it with strings.
@@ -34,6 +35,8 @@ class CudaOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `func`, its CUDA device replaced by the CPU."""
         kwargs = kwargs or {}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if func is torch.Tensor.cuda:

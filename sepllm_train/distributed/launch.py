@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sepllm_train.config.schema import Config
+from sepllm_train.config.schema import Config, ParallelConfig
+from sepllm_train.distributed.context import ContextGroup
+from sepllm_train.distributed.lost import not_all_arrived
 from sepllm_train.distributed.optional import quiet_imports
 
 with quiet_imports():
@@ -59,25 +61,26 @@ def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _process_group(launch, backend):
-        _start_megatron(config, device)
+    with _process_group(launch, backend, config.parallel.timeout_seconds), model_parallel(config, device):
         yield device
-        parallel_state.destroy_model_parallel()
 
 
 @contextmanager
 def reading_group(launch: Launch) -> Iterator[None]:
     """Processes that only read data together: what a dry run needs of the grid."""
-    with _process_group(launch, "gloo"):
+    with _process_group(launch, "gloo", ParallelConfig.timeout_seconds):
         yield
 
 
 @contextmanager
-def _process_group(launch: Launch, backend: str) -> Iterator[None]:
-    """torch.distributed's default group, alone without torchrun."""
-    timeout = datetime.timedelta(minutes=30)
+def _process_group(launch: Launch, backend: str, timeout_seconds: float) -> Iterator[None]:
+    """torch.distributed's default group, alone without torchrun. Raises LostRank when others do not come in time."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     if launch.by_torchrun:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except RuntimeError as error:
+            raise not_all_arrived(error, launch.world_size, timeout_seconds) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     yield
@@ -85,8 +88,9 @@ def _process_group(launch: Launch, backend: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _start_megatron(config: Config, device: torch.device) -> None:
-    """Parallel groups and random number generators of megatron-core."""
+@contextmanager
+def model_parallel(config: Config, device: torch.device) -> Iterator[None]:
+    """Parallel groups and random number generators of megatron-core, inside torch.distributed's default group."""
     if device.type == "cpu":
         from sepllm_train.distributed import cpu
 
@@ -94,6 +98,7 @@ def _start_megatron(config: Config, device: torch.device) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=virtual_stages(config),
     )
     torch.manual_seed(config.seed)
@@ -101,6 +106,17 @@ def _start_megatron(config: Config, device: torch.device) -> None:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+def context_group() -> ContextGroup | None:
+    """The ranks that share this rank's sequences; None where each rank has its own."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return None
+    rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
+    return ContextGroup(rank, size, group)
 
 
 def virtual_stages(config: Config) -> int | None:

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_whole
+from sepllm_train.console import say
 
 
 class MetricsLog:
-    """Appends records to RUN/metrics.jsonl; the file is closed after each line, so a killed run loses none."""
+    """Appends records to a file of JSON lines; it is closed after each one, so a killed run loses none.
+
+    A record that cannot be written (the disk is full) does not stop the run: it is kept and written with a later one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.waiting: list[str] = []
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Numbers that JSON does not have (nan, inf) become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, "a", encoding="utf8") as file:
-            file.write(json.dumps(clean) + "\n")
+        self.waiting.append(json.dumps(clean) + "\n")
+        try:
+            self._append("".join(self.waiting).encode())
+        except OSError as error:
+            if len(self.waiting) == 1:
+                say(
+                    f"warning: {self.path} cannot be written ({error.strerror}): training goes on, and the records are "
+                    "written when there is room again."
+                )
+        else:
+            self.waiting.clear()
+
+    def _append(self, data: bytes) -> None:
+        """Append all of `data` or nothing. Raises OSError."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = 0
+                while written < len(data):
+                    written += file.write(data[written:])
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
 
     def rewind(self, step: int) -> None:
         """Keep the records up to `step`, which a resumed run will not write again, and drop a torn last line."""

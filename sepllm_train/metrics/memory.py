@@ -2,83 +2,163 @@
 
 from __future__ import annotations
 
-from sepllm_train.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+import importlib.util
+from dataclasses import dataclass
+
+from sepllm_train.config.schema import Config
 from sepllm_train.metrics.flops import layer_parameters, norm_parameters
 
 
+@dataclass(frozen=True)
+class _LayerBytes:
+    """Bytes per token of one layer on one rank.
+
+    `hidden` is a hidden state between layers, `gathered` the same one where sequence parallelism has put it together
+    again. `norm` is what a norm keeps beside its input. `kept` waits for the backward pass, `repeated` comes back by
+    recomputation, `passing` are the gradients that are there at once while a layer is differentiated.
+    """
+
+    hidden: float
+    gathered: float
+    norm: float
+    kept: float
+    repeated: float
+    passing: float
+
+
 def memory_estimate(
-    model: ModelConfig,
-    padded_vocabulary: int,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    sequence_length: int,
+    config: Config, padded_vocabulary: int, *, replicas: int = 1, attended_share: float = 1.0, device: str = "cuda"
 ) -> dict[str, int]:
     """Bytes on the rank that needs the most: `weights`, `gradients`, `optimizer`, `activations` and their `total`.
 
-    Weights are kept in the training precision and gradients in fp32; the optimizer holds Adam's two moments in fp32
-    and, for half precision, an fp32 copy of the weights, all of it on every data-parallel rank. Activations follow
-    Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix
-    B), adapted to this model: no dropout masks, no S x S tensors because attention is computed in blocks,
-    recompute=selective repeating the MLP, gated MLPs and grouped keys counted by their own widths, rotated copies of
-    queries and keys, one input for the two norms of a parallel-residual block. Temporary and communication buffers
-    and the allocator's fragmentation come on top.
-    """
-    stages, tensor = parallel.pipeline, parallel.tensor
-    element = 4 if training.precision == "fp32" else 2
-    outside, saved, working = _layer_activations(model, parallel, training.recompute, element)
-    layers = -(-model.layers // stages)
-    # The final norm's input and output, the logits, and in half precision their fp32 copy, which becomes the softmax.
-    head = 2 * outside + (4 if element == 4 else element + 4) * padded_vocabulary / tensor
-    last = layers * saved + working + head
-    # The first stage of the 1F1B schedule holds one micro-batch per stage, so the activations of as many layers as
-    # the model has, and more when chunks are interleaved; the last stage holds one micro-batch.
-    chunks = parallel.virtual_pipeline or 1
-    first = model.layers * (1 + (stages - 1) / (stages * chunks) if chunks > 1 else 1) * saved + working
+    `replicas` is the data-parallel size, `device` the device's type, `attended_share` that of the causal triangle:
+    with context parallelism it tells how many keys are fetched from other ranks. Weights are kept in the training
+    precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
+    copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them. `activations` is
+    the peak of what comes and goes within a step: the worst of the loss and the output layer's gradient, the backward
+    pass of a transformer layer, and the update of the weights. What layers keep follows Korthikanti et al. 2022,
+    "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix B), adapted to this model:
+    no dropout masks, no S x S tensors because attention is computed in blocks, recompute=selective repeating the MLP,
+    gated MLPs and grouped keys counted by their own widths, rotated copies of queries and keys, one input for the two
+    norms of a parallel-residual block.
 
+    On top come the attention backend's own buffers (`blocked`: a few MiB for each sequence of a micro-batch), the
+    fragmentation of the allocator, and the buffers of CUDA, NCCL and gloo.
+    """
+    model, parallel = config.model, config.parallel
     sharded, whole = layer_parameters(model)
-    body = layers * (sharded // tensor + whole)
-    table = padded_vocabulary * model.hidden // tensor
+    body = model.layers // parallel.pipeline * (sharded // parallel.tensor + whole)
+    table = padded_vocabulary * model.hidden // parallel.tensor
     norm = norm_parameters(model)
-    if stages == 1:
-        candidates = [(body + table * (1 if model.tied_embeddings else 2) + norm, last)]
+    if parallel.pipeline == 1:
+        stages = [(body + table * (1 if model.tied_embeddings else 2) + norm, True)]
     else:
-        candidates = [(body + table, first), (body + table + norm, last)]
-    tokens = training.micro_batch * sequence_length
-    estimates = [_bytes(parameters, round(activations * tokens), element) for parameters, activations in candidates]
+        stages = [(body + table, False), (body + table + norm, True)]
+    estimates = []
+    for parameters, last in stages:
+        held = _held(config, parameters, replicas)
+        activations = _activations(config, padded_vocabulary, replicas, attended_share, device, last=last)
+        peak = round(max(activations, _update(config, parameters, table, replicas, device)))
+        estimates.append({**held, "activations": peak, "total": sum(held.values()) + peak})
     return max(estimates, key=lambda estimate: estimate["total"])
 
 
-def _bytes(parameters: int, activations: int, element: int) -> dict[str, int]:
-    """Bytes by purpose of a rank with so many parameters."""
-    estimate = {
+def _held(config: Config, parameters: int, replicas: int) -> dict[str, int]:
+    """Bytes that a rank with so many parameters holds all the time."""
+    element = _element(config)
+    return {
         "weights": element * parameters,
         "gradients": 4 * parameters,
-        "optimizer": (8 if element == 4 else 12) * parameters,
-        "activations": activations,
+        "optimizer": (8 if element == 4 else 12) * parameters // _optimizer_shards(config, replicas),
     }
-    return estimate | {"total": sum(estimate.values())}
 
 
-def _layer_activations(
-    model: ModelConfig, parallel: ParallelConfig, recompute: str, element: int
-) -> tuple[float, float, float]:
-    """Bytes per token: of one hidden state, of what a layer keeps for its backward pass, of recomputing one layer."""
-    tensor = parallel.tensor
+def _optimizer_shards(config: Config, replicas: int) -> int:
+    """Ranks that share one copy of the optimizer's state: with a sharded optimizer all that hold the same weights."""
+    return replicas * config.parallel.context if config.parallel.sharded_optimizer else 1
+
+
+def _update(config: Config, parameters: int, table: int, replicas: int, device: str) -> float:
+    """Bytes that come and go in the optimizer: torch's Adam takes the root of all second moments at once on a GPU and
+    of one tensor at a time on a CPU, twice over; a fused Adam takes nothing."""
+    if device == "cuda":
+        fused = any(importlib.util.find_spec(module) is not None for module in ("amp_C", "transformer_engine"))
+        return 0 if fused else 4 * parameters / _optimizer_shards(config, replicas)
+    return 8 * table / _optimizer_shards(config, replicas)
+
+
+def _element(config: Config) -> int:
+    """Bytes of a number in the training precision."""
+    return 4 if config.training.precision == "fp32" else 2
+
+
+def _activations(
+    config: Config, padded_vocabulary: int, replicas: int, attended_share: float, device: str, *, last: bool
+) -> float:
+    """Peak bytes of the forward and backward passes of the first or the last pipeline stage."""
+    model, parallel, training = config.model, config.parallel, config.training
+    element, tensor, stages = _element(config), parallel.tensor, parallel.pipeline
+    layer = _layer(config, attended_share, device)
+    tokens = training.micro_batch * config.data.sequence_length / parallel.context
+    flying = _micro_batches_in_flight(config, replicas, last=last)
+    # Between stages, a hidden state of each micro-batch waits for its gradient.
+    kept = tokens * flying * (model.layers / stages * layer.kept + (layer.hidden if stages > 1 else 0))
+    # Sequence parallelism gathers its inputs in one buffer that stays.
+    kept += tokens * layer.gathered if parallel.sequence else 0
+    # The gradient of a weight is summed into the fp32 ones once it is there as a whole.
+    weight = element * model.ffn * model.hidden * (2 if model.activation == "swiglu" else 1) / tensor
+    backward = kept + tokens * (layer.repeated + layer.passing) + weight
+    if not last:
+        return backward
+    rows = padded_vocabulary / tensor
+    # The final norm's input and output; the logits, in half precision with their fp32 copy, which becomes the softmax
+    # and then their gradient; after that the gradient in the training precision and that of the output layer.
+    norm = tokens * (2 * layer.hidden + layer.norm)
+    loss = tokens * rows * (4 if element == 4 else 6)
+    gradient = element * rows * (tokens + model.hidden) + tokens * layer.gathered
+    return max(backward, kept + norm + max(loss, gradient))
+
+
+def _micro_batches_in_flight(config: Config, replicas: int, *, last: bool) -> float:
+    """Micro-batches whose activations a stage holds at once.
+
+    Of 1F1B's P stages the first holds P and the last one; interleaving C chunks per stage adds (P - 1) / C to the
+    first (Korthikanti et al. 2022, section 4.2.3) and (C - 1) / C to the last (Narayanan et al. 2021, section 2.2).
+    """
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    training = config.training
+    interleaved = (stages - 1) / chunks if chunks > 1 else 0.0
+    flying = 1 + (chunks - 1) / chunks if last else stages + interleaved
+    return min(flying, training.global_batch // (training.micro_batch * replicas))
+
+
+def _layer(config: Config, attended_share: float, device: str) -> _LayerBytes:
+    """What one layer needs on `device`, in bytes per token of a rank's part of the sequence."""
+    model, tensor, element = config.model, config.parallel.tensor, _element(config)
+    gathered = float(element * model.hidden)
     # Tensor parallelism splits what lies inside attention and MLP; the rest only with sequence parallelism.
-    outside = element * model.hidden / (tensor if parallel.sequence else 1)
+    hidden = gathered / (tensor if config.parallel.sequence else 1)
     query, key = model.heads * model.head_dim, model.query_groups * model.head_dim
     # What the projection returns stays whole because the values are a part of it; queries and keys are rotated into
     # copies; the attended values are the input of the next projection.
-    attention = query + 2 * key + (query + key if model.rotary_fraction > 0 else 0) + query
+    attention: float = query + 2 * key + (query + key if model.rotary_fraction > 0 else 0) + query
+    gated = model.activation == "swiglu"
+    # Under context parallelism keys and values are put together with those fetched for the rank's two chunks: all
+    # special keys before each, and the window's.
+    parts = config.parallel.context
+    attention += 2 * key * (1 + attended_share * (parts - 0.5)) if parts > 1 else 0
     # Before and after the activation; a gate adds its half of the projection and keeps both factors as copies.
-    mlp = model.ffn * (5 if model.activation == "swiglu" else 2)
-    mlp_inside = element * mlp / tensor
+    mlp = element * model.ffn * (5 if gated else 2) / tensor
     statistics = 4 * model.heads / tensor  # the softmax denominators of the queries
+    # On a CPU torch computes RMSNorm from parts: the normalised values stay, and with half precision an fp32 input.
+    norm = hidden * (1 if element == 4 else 3) if model.norm == "rmsnorm" and device == "cpu" else 0.0
     # Inputs of the two norms, and of the two projections that read what the norms return.
-    attention_inside = element * attention / tensor + statistics
-    everything = outside * ((1 if model.parallel_residual else 2) + 2) + attention_inside + mlp_inside
-    if recompute == "full":
-        return outside, outside, everything
-    if recompute == "selective":
-        return outside, everything - mlp_inside, mlp_inside
-    return outside, everything, 0.0
+    norms = hidden * ((1 if model.parallel_residual else 2) + 2) + 2 * norm
+    everything = norms + element * attention / tensor + statistics + mlp
+    passing = gathered + element * model.ffn * (2 if gated else 1) / tensor
+    kept, repeated = {
+        "none": (everything, 0.0),
+        "selective": (everything - mlp, mlp),
+        "full": (hidden, everything),
+    }[config.training.recompute]
+    return _LayerBytes(hidden, gathered, norm, kept, repeated, passing)

@@ -11,10 +11,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide, get_pg_size
-from sep_attention import sep_attention
+from sep_attention import AttentionPlan, sep_attention
 from torch import Tensor
 
 from sepllm_train.attention_pattern import AttentionPattern
+from sepllm_train.distributed.context import ContextPlan, fetch_keys
 from sepllm_train.model.sequence import SeparatorSequence
 
 
@@ -63,23 +64,37 @@ class SeparatorAttention(MegatronModule):
     ) -> Tensor:
         """Attend. query [S, B, H, D], key and value [S, B, Hkv, D] of this rank's heads; gives [S, B, H * D].
 
-        S is the whole sequence, also under sequence parallelism. Mask and bias are megatron-core's and unused: what
-        is visible is in the plan that `packed_seq_params` carries.
+        S is the whole sequence, also under sequence parallelism; under context parallelism it is this rank's part.
+        Mask and bias are megatron-core's and unused: what is visible is in the plan that `packed_seq_params` carries.
         """
         assert packed_seq_params is not None, "the model was called without an attention plan"
-        length, batch, heads, width = query.shape
+        plan = packed_seq_params.plan
+        if isinstance(plan, ContextPlan):
+            fetched = fetch_keys(key, value, plan.exchange(self.layer.reach), plan.group)
+            out = torch.cat(
+                [
+                    self._attend(queries, k, v, chunk.plan)
+                    for queries, (chunk, k, v) in zip(query.chunk(2), fetched, strict=True)
+                ]
+            )
+        else:
+            out = self._attend(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), plan)
+        return out.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        """[Q, B, H, D] queries, the last of the sequences behind key and value [B, Hkv, S, D]; gives [Q, B, H, D]."""
         out = sep_attention(
             query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            packed_seq_params.plan,
+            key,
+            value,
+            plan,
             window=self.layer.window,
             horizons=self.layer.horizons,
             sink=self.sink,
             scale=self.scale,
             backend=self.backend,
         )
-        return out.permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+        return out.permute(2, 0, 1, 3)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -95,6 +95,7 @@ def _split(parallel: ParallelConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
         "virtual_pipeline_model_parallel_size": chunks if interleaved else None,
         # Of two stages each is the other's next and previous one: batched messages between them would be mixed up.
         "batch_p2p_comm": not interleaved,

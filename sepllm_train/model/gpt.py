@@ -9,6 +9,7 @@ from megatron.core.utils import get_pg_rank
 from sep_attention import AttentionPlan
 from torch import Tensor
 
+from sepllm_train.distributed.context import ContextPlan
 from sepllm_train.model.sequence import SeparatorSequence
 
 
@@ -23,13 +24,18 @@ class SepGPTModel(GPTModel):
         self.vocabulary = vocabulary
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, plan: AttentionPlan, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        plan: AttentionPlan | ContextPlan,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Run this pipeline stage.
 
         tokens, position_ids, labels: i64 [B, S]; plan: of the same micro-batch, on the same device. Every pipeline
         stage needs the plan; only the first reads tokens and only the last labels. Positions are those of the sequence
-        (the rotary embedding counts them itself, across documents).
+        (the rotary embedding counts them itself, across documents). Under context parallelism S is this rank's part
+        of the sequences, and the plan a ContextPlan.
 
         Gives the loss of each token in nats, fp32 [B, S], on the last stage; without labels the logits
         [B, S, padded vocabulary / TP] of this rank, -inf where there is no entry; hidden states on other stages.

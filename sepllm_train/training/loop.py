@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
@@ -18,6 +20,10 @@ from sepllm_train.data.loader import Batch, MaskedDataset, MicroBatchSampler, Pa
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.metrics.peak import peak_tflops
 from sepllm_train.training import checkpoint
+from sepllm_train.training.anomalies import BadStepDetector, documents_of
+from sepllm_train.training.clock import step_parts
+from sepllm_train.training.guards import Guards
+from sepllm_train.training.profile import StepProfiler
 from sepllm_train.training.progress import StepProgress
 from sepllm_train.training.report import Facts, StepLine
 from sepllm_train.training.setup import Training
@@ -36,7 +42,9 @@ class Loop:
         stepper: Stepper,
         state: TrainState,
         *,
+        guards: Guards,
         metrics: MetricsLog | None,
+        bad_steps: MetricsLog | None,
         run_folder: Any,
         identities: dict[str, Any],
         token_bytes: list[int],
@@ -47,10 +55,26 @@ class Loop:
         self.training = training
         self.stepper = stepper
         self.state = state
+        self.guards = guards
+        self.detector = BadStepDetector(config.training, state)
+        # Whether the ranks have agreed to stop early, after the step that is done.
+        self.stopping = False
         self.metrics = metrics
+        self.bad_steps = bad_steps
         self.run_folder = run_folder
-        self.identities = identities
+        self.saver = checkpoint.Saver(
+            run_folder,
+            training,
+            identities,
+            keep=config.training.keep_checkpoints,
+            keep_every=config.training.keep_every,
+            background=config.training.async_checkpoint,
+        )
+        # Figures of the last checkpoint that no record has yet, and failures so far.
+        self.checkpoint_record: dict[str, float] = {}
+        self.failed_checkpoints = 0
         self.device = device
+        self.profiler = StepProfiler(config.logging, run_folder / "profile", dist.get_rank(), device)
         self.token_bytes = torch.tensor(token_bytes, device=device)
         self.replica = parallel_state.get_data_parallel_rank()
         self.micro_batches = config.training.global_batch // (config.training.micro_batch * facts.replicas)
@@ -60,21 +84,38 @@ class Loop:
         self._new_interval()
 
     def run(self, dataset: Dataset, validation: dict[str, Dataset]) -> None:
-        """Train to training.steps, validating and saving on the way and at the end."""
+        """Train to training.steps, validating and saving on the way and at the end.
+
+        When any rank is asked to stop, the step is finished and saved, and that is the end: `stopping` is true.
+        Raises UserError when a file of the data changes; nothing that was trained since the last look is saved then.
+        Raises BadSteps after training.max_bad_steps bad steps in a row.
+        """
         training = self.config.training
         iterators = [self._training_batches(dataset) for _ in self.training.chunks]
-        if self.state.step == 0 and training.validation_interval > 0:
+        self._agree_to_stop()
+        if self.state.step == 0 and training.validation_interval > 0 and not self.stopping:
             self._validate(validation)
         progress = StepProgress(self.micro_batches, training.steps)
-        while self.state.step < training.steps:
+        while self.state.step < training.steps and not self.stopping:
+            self.profiler.before(self.state.step + 1)
             self._step(iterators, progress)
-            step, last = self.state.step, self.state.step == training.steps
-            if last or step % self.config.logging.interval == 0:
+            self._profiled()
+            if self.last.bad is not None:
+                self._skipped(self.last.bad, dataset)
+            step, end = self.state.step, self.stopping or self.state.step == training.steps
+            log = end or step % self.config.logging.interval == 0
+            validate = step == training.steps or _due(step, training.validation_interval)
+            save = end or _due(step, training.checkpoint_interval)
+            if log or validate or save:
+                self.guards.check_data()
+            if log:
                 self._log()
-            if last or _due(step, training.validation_interval):
+            if validate:
                 self._validate(validation)
-            if last or _due(step, training.checkpoint_interval):
+            if save:
                 self._save()
+            self._report_checkpoints(self.saver.poll())
+        self._finish_checkpoint()
 
     def _training_batches(self, dataset: Dataset) -> Iterator[Batch]:
         """Micro-batches of this replica from the next step on."""
@@ -86,37 +127,109 @@ class Loop:
             replica=self.replica,
             replicas=self.facts.replicas,
         )
-        return micro_batches(dataset, sampler, workers=self.config.data.workers, device=self.device)
+        return micro_batches(
+            dataset,
+            sampler,
+            workers=self.config.data.workers,
+            device=self.device,
+            on_host=self.stepper.on_host,
+            vocabulary=self.facts.vocabulary,
+            lost=self.guards.worker_lost,
+        )
+
+    def _agree_to_stop(self) -> None:
+        """Find out whether any rank was asked to stop before there was a step to finish."""
+        asked = torch.tensor(self.guards.numbers(), dtype=torch.float64, device=self.device)
+        dist.all_reduce(asked)
+        self.stopping = bool(asked[0] > 0)
 
     def _step(self, iterators: list[Iterator[Batch]], progress: StepProgress) -> None:
-        """One optimizer step; sums stay on the device until the interval is logged."""
+        """One optimizer step; sums stay on the device until the interval is logged. A bad step has no loss in them."""
+        number = self.state.step + 1
+
+        def micro_batch(part: int) -> None:
+            self.guards.watchdog.beat(f"step {number}, micro-batch {part}")
+            progress.micro_batch(part)
+
+        def own_numbers() -> list[float]:
+            self.guards.watchdog.beat(f"the update of step {number}")
+            return self.guards.numbers()
+
         begin = time.perf_counter()
+        self.stepper.clock.begin()
         progress.begin(self.state.step + 1)
-        result = self.stepper.train(iterators, self.micro_batches, progress.micro_batch)
+        result = self.stepper.train(
+            iterators, self.micro_batches, micro_batch, judge=self.detector.judge, own=own_numbers
+        )
         progress.end()
-        self.sums += torch.stack((result.loss, self._counted, result.pairs.double()))
+        nothing = torch.zeros_like(result.loss)
+        loss, counted = (result.loss, self._counted) if result.bad is None else (nothing, nothing)
+        self.sums += torch.stack((loss, counted, result.pairs.double()))
+        self.context_bytes += result.context_bytes
+        asked_to_stop, lost_workers = result.sums
+        self.stopping = asked_to_stop > 0
+        self.lost_workers += round(lost_workers)
         self.last = result
         self.skipped += result.skipped
+        self.bad += result.bad is not None
         self.interval_steps += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        self.stepper.clock.end()
         self.interval_seconds += time.perf_counter() - begin
         self.state.step += 1
+
+    def _skipped(self, reason: str, dataset: Any) -> None:
+        """Tell of the step that was just left out, and stop when there were too many in a row."""
+        step, batch = self.state.step, self.config.training.global_batch
+        if self.bad_steps is not None:
+            documents = documents_of(dataset, range((step - 1) * batch, step * batch))
+            self.bad_steps.write(
+                {
+                    "step": step,
+                    "reason": reason,
+                    "loss": self.last.mean_loss,
+                    "grad_norm": self.last.grad_norm,
+                    "documents": documents,
+                }
+            )
+        if self.state.bad_in_a_row == 1:
+            say(
+                f"warning: step {step} is skipped: {reason}. Weights and optimizer are as before it; its documents are "
+                f"in {self.run_folder / 'bad_steps.jsonl'}."
+            )
+        if self.detector.exhausted:
+            self._log()
+            raise self.detector.failure(step, reason)
+
+    def _profiled(self) -> None:
+        """Write the trace of logging.profile when its last step is done."""
+        self.guards.watchdog.beat(f"the profile up to step {self.state.step}")
+        try:
+            trace = self.profiler.after(self.state.step)
+        except OSError as error:
+            say(f"warning: the profile could not be written ({error.strerror}): training goes on")
+            return
+        if trace is not None:
+            say(f"profile: {trace}, for chrome://tracing or ui.perfetto.dev; operators by time in the .txt beside it")
 
     def _new_interval(self) -> None:
         """Start the sums between two log lines: losses, micro-batches behind them, pairs (f64 [3])."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._counted = torch.tensor(float(self.micro_batches * holds_loss), dtype=torch.float64, device=self.device)
+        self.context_bytes = 0
         self.interval_steps = 0
         self.interval_seconds = 0.0
         self.skipped = 0
+        self.bad = 0
+        self.lost_workers = 0
 
     def _log(self) -> None:
         """Reduce the interval over ranks, move it into the counters, write a line."""
         if not self.interval_steps:
             return
-        loss, count, pairs = reduce_over_ranks(self.sums)
+        loss, count, pairs, sent = reduce_over_ranks(self.sums, self.context_bytes)
         tokens = self.interval_steps * self.facts.tokens_per_step
         seconds = self.interval_seconds
         self.state.tokens += tokens
@@ -126,16 +239,22 @@ class Loop:
         flops = self.facts.counter.training(tokens, round(pairs))["flops/model"]
         mfu = self._mfu(flops / seconds)
         record = {
-            "train/loss": loss / count,
+            "train/loss": loss / count if count else math.nan,
             "train/grad_norm": self.last.grad_norm,
             "train/lr": self.last.learning_rate,
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds / self.interval_steps,
             "train/attended_share": share,
             "train/skipped_steps": self.skipped,
+            "train/bad_steps": self.bad,
+            "train/lost_workers": self.lost_workers,
             "train/memory_bytes": _memory(self.device),
+            **step_parts(self.stepper.clock.take(), self.interval_steps, self.device),
+            **({} if self.config.parallel.context == 1 else {"train/context_bytes": sent / self.interval_steps}),
             **({} if mfu is None else {"train/mfu": mfu}),
+            **self.checkpoint_record,
         }
+        self.checkpoint_record = {}
         self._write(record)
         elapsed = time.perf_counter() - self.began
         left = elapsed / (self.state.step - self.first_step) * (self.config.training.steps - self.state.step)
@@ -151,7 +270,9 @@ class Loop:
             share,
             left,
         )
-        say(str(line) + (f" | {self.skipped} steps skipped (overflow)" if self.skipped else ""))
+        overflows = f" | {self.skipped} steps skipped (overflow)" if self.skipped else ""
+        bad = f" | {self.bad} bad steps skipped" if self.bad else ""
+        say(f"{line}{overflows}{bad}")
         self._new_interval()
 
     def _mfu(self, flops_per_second: float) -> float | None:
@@ -159,8 +280,8 @@ class Loop:
         peak = self.config.logging.peak_tflops
         if peak is None and self.device.type == "cuda":
             peak = peak_tflops(torch.cuda.get_device_name(self.device))
-        grid = self.config.parallel.tensor * self.config.parallel.pipeline * self.facts.replicas
-        return None if peak is None else flops_per_second / (peak * 1e12 * grid)
+        devices = self.config.parallel.processes * self.facts.replicas
+        return None if peak is None else flops_per_second / (peak * 1e12 * devices)
 
     def _validate(self, datasets: dict[str, Dataset]) -> None:
         """Loss of each held-out dataset, and their mean over tokens of equal count."""
@@ -192,18 +313,55 @@ class Loop:
             multiple=self.config.parallel.pipeline if len(self.training.chunks) > 1 else 1,
         )
         masked = MaskedDataset(dataset)
-        batches = [micro_batches(masked, sampler, workers=0, device=self.device) for _ in self.training.chunks]
+        batches = [self._validation_batches(masked, sampler) for _ in self.training.chunks]
         nats, nats_per_byte = self.stepper.validate(batches, len(sampler), self.token_bytes)
         return nats, nats_per_byte / torch.tensor(2.0).log().item()
 
-    def _save(self) -> None:
-        """Write a checkpoint of this step."""
-        self._log()
-        begin = time.perf_counter()
-        target = checkpoint.save(
-            self.run_folder, self.training, self.state, self.identities, keep=self.config.training.keep_checkpoints
+    def _validation_batches(self, dataset: Dataset, sampler: PaddedSampler) -> Iterator[Batch]:
+        """Micro-batches of one validation of one dataset."""
+        batches = micro_batches(
+            dataset,
+            sampler,
+            workers=0,
+            device=self.device,
+            on_host=self.stepper.on_host,
+            vocabulary=self.facts.vocabulary,
         )
-        say(f"checkpoint {target} in {duration(time.perf_counter() - begin)}")
+        for number, batch in enumerate(batches, 1):
+            self.guards.watchdog.beat(f"validation at step {self.state.step}, micro-batch {number}")
+            yield batch
+
+    def _save(self) -> None:
+        """Start a checkpoint of this step; it is written while training goes on."""
+        self._log()
+        self.guards.watchdog.beat(f"saving step {self.state.step}")
+        self.saver.save(self.state)
+
+    def _report_checkpoints(self, outcomes: list[checkpoint.Outcome]) -> None:
+        """Tell of checkpoints that were written or could not be; the next record has the figures of the last one."""
+        for outcome in outcomes:
+            if outcome.error is None:
+                say(f"checkpoint {outcome.checkpoint} in {duration(outcome.seconds)}")
+            else:
+                self.failed_checkpoints += 1
+                say(
+                    f"warning: checkpoint {outcome.checkpoint} could not be written ({outcome.error}): training goes "
+                    "on, earlier checkpoints are kept, and another is written when the next is due"
+                )
+            self.checkpoint_record = {
+                "checkpoint/seconds": outcome.seconds,
+                "checkpoint/stall_seconds": outcome.stall_seconds,
+                "checkpoint/bytes": outcome.bytes,
+                "checkpoint/failures": self.failed_checkpoints,
+            }
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for the checkpoint in flight. Raises UserError when it could not be written."""
+        self.guards.watchdog.beat("waiting for the last checkpoint")
+        self._report_checkpoints(self.saver.finish())
+        if self.checkpoint_record:
+            self._write(self.checkpoint_record)
+            self.checkpoint_record = {}
 
     def _totals(self) -> dict[str, int]:
         """FLOPs so far in the three conventions."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sep_attention import attended_pairs, select_backend
+from sep_attention import AttentionPlan, attended_pairs, select_backend
 
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.console import duration, quantity
 from sepllm_train.data.corpus import Corpus
+from sepllm_train.distributed.context import mean_keys_sent, ring_keys
 from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
@@ -24,7 +25,10 @@ PROBED_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Facts:
-    """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training."""
+    """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training.
+
+    `sent_keys`: for each reach of layers, the keys that a context-parallel rank sends forward per layer and sequence.
+    """
 
     replicas: int
     vocabulary: int
@@ -36,46 +40,65 @@ class Facts:
     backends: dict[str, str]
     memory: dict[str, int]
     counter: FlopsCounter
+    sent_keys: dict[int, float]
 
 
 def derive(
     config: Config, pattern: AttentionPattern, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
 ) -> Facts:
-    """Work out the facts of a run; the attended share is measured on the first samples of `dataset`."""
+    """Work out the facts of a run; attended share and sent keys are measured on the first samples of `dataset`."""
     model, length = config.model, config.data.sequence_length
     vocabulary = model.vocabulary or corpus.vocabulary
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
     counter = FlopsCounter(shape_of(model, padded), length, dense=pattern.dense)
     samples = PROBED_SAMPLES
-    pairs = sum(sample_pairs(pattern, dataset[number]) for number in range(samples))
+    plans = [sample_plan(pattern, dataset[number]) for number in range(samples)]
+    pairs = sum(attended_pairs_of_layers(pattern, plan) for plan in plans)
     flops = counter.training(samples * length, pairs)
+    replicas = data_parallel_size(config.parallel, world_size)
+    share = counter.attended_share(samples * length, pairs)
     return Facts(
-        replicas=data_parallel_size(config.parallel, world_size),
+        replicas=replicas,
         vocabulary=vocabulary,
         padded_vocabulary=padded,
         parameters=parameter_count(model, padded),
         tokens_per_step=config.training.global_batch * length,
-        attended_share=counter.attended_share(samples * length, pairs),
+        attended_share=share,
         flops_per_token={key: value / (samples * length) for key, value in flops.items()},
         backends=chosen_backends(config, pattern, device),
-        memory=memory_estimate(model, padded, config.parallel, config.training, length),
+        memory=memory_estimate(config, padded, replicas=replicas, attended_share=share, device=device.type),
         counter=counter,
+        sent_keys=sent_keys(config, pattern, plans),
     )
 
 
-def sample_pairs(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> int:
-    """Visible (query, key) pairs of one sample, summed over the layers of the model."""
-    plan = pattern.plan(sample["separator_class"][None], sample["document_start"][None])
+def sample_plan(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> AttentionPlan:
+    """Attention plan of one sample of the data."""
+    return pattern.plan(sample["separator_class"][None], sample["document_start"][None])
+
+
+def sent_keys(config: Config, pattern: AttentionPattern, plans: list[AttentionPlan]) -> dict[int, float]:
+    """Reach of a layer (S at most) -> mean keys that a rank sends for it; empty without context parallelism."""
+    size, length = config.parallel.context, config.data.sequence_length
+    reaches = dict.fromkeys(min(layer.reach, length) for layer in pattern.layers) if size > 1 else ()
+    return {reach: mean_keys_sent(plans, reach, size) for reach in reaches}
+
+
+def attended_pairs_of_layers(pattern: AttentionPattern, plan: AttentionPlan) -> int:
+    """Visible (query, key) pairs of a plan, summed over its sequences and the layers of the model."""
     return sum(int(attended_pairs(plan, layer.window, layer.horizons).sum()) for layer in pattern.layers)
 
 
 def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.device) -> dict[str, str]:
     """Attention backend -> why, over the layers of the model. Raises UserError for one that cannot do the job."""
+    context, length = config.parallel.context, config.data.sequence_length
+    queries = length // (2 * context) if context > 1 else None
     try:
         choices = [
             select_backend(
                 config.attention.backend,
                 sequence_length=config.data.sequence_length,
+                queries=queries,
                 window=layer.window,
                 device=device,
                 separate_documents=pattern.separate_documents,
@@ -100,11 +123,14 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
     saving = 1 - flops["flops/model"] / flops["flops/dense"]
     return [
         f"run: {config.run_root}/{config.name} | {_counted(world_size, 'process')} = tensor {parallel.tensor} x "
-        f"pipeline {parallel.pipeline} x data {facts.replicas} | {name} | {training.precision}",
+        f"pipeline {parallel.pipeline} x "
+        + (f"context {parallel.context} x " if parallel.context > 1 else "")
+        + f"data {facts.replicas} | {name} | {training.precision}",
         *_data_lines(corpus, facts),
         f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
         _attention_line(config, facts),
+        *_context_lines(config, facts),
         f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
         f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
         f"{training.steps:,} steps = {quantity(total)} tokens",
@@ -145,6 +171,23 @@ def _attention_line(config: Config, facts: Facts) -> str:
         f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
         f"first {PROBED_SAMPLES} samples | backend {backends}"
     )
+
+
+def _context_lines(config: Config, facts: Facts) -> list[str]:
+    """What context-parallel ranks send each other, a line for each reach of layers."""
+    model, parallel, length = config.model, config.parallel, config.data.sequence_length
+    element = PRECISIONS[config.training.precision].itemsize
+    per_key = 2 * model.query_groups // parallel.tensor * model.head_dim * element
+    ring = ring_keys(length, parallel.context) if parallel.context > 1 else 1
+    lines = []
+    for reach, keys in facts.sent_keys.items():
+        what = f"special keys and {reach - 1:,} neighbours" if reach < length else "every earlier key (no shortcut)"
+        lines.append(
+            f"context: each process holds 2 of {2 * parallel.context} chunks of a sequence and is sent {what} | "
+            f"{keys * per_key / 2**20:.3g} MiB per layer, sequence and process forward, as much back: "
+            f"{keys / ring:.1%} of ring attention's {ring * per_key / 2**20:.3g} MiB forward"
+        )
+    return lines
 
 
 @dataclass(frozen=True)

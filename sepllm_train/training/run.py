@@ -14,18 +14,22 @@ from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
+from sepllm_train.data.unchanged import DataFiles
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.distributed.optional import optional_packages
-from sepllm_train.distributed.together import agree, together
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.together import together
+from sepllm_train.errors import Interrupted, RunStopped, UserError
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.model.build import check_model
 from sepllm_train.training import checkpoint, run_folder
+from sepllm_train.training.guards import Guards
 from sepllm_train.training.loop import Loop
+from sepllm_train.training.out_of_memory import MemoryAdvice
 from sepllm_train.training.report import Facts, derive, start_lines
 from sepllm_train.training.setup import build_training
+from sepllm_train.training.signals import stop_on_signals
 from sepllm_train.training.state import TrainState
 from sepllm_train.training.step import Stepper
+from sepllm_train.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Prepared:
 
     pattern: AttentionPattern
     corpus: Corpus
+    files: DataFiles
     dataset: Dataset
     validation: dict[str, Dataset]
     facts: Facts
@@ -48,23 +53,41 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     say(f"dry run: the configuration is sound for a world of size {world_size}; nothing was trained.")
 
 
-def train(config: Config, launch: Launch, device: torch.device) -> None:
-    """Train. Every rank calls it inside the process grid."""
+def train(config: Config, launch: Launch, device: torch.device) -> Interrupted | None:
+    """Train. Every rank calls it inside the process grid. Gives why it ended early, if a signal made it."""
     prepared = _prepare(config, launch.world_size, device)
-    folder, facts = prepared.entry.folder, prepared.facts
+    folder = prepared.entry.folder
     lock = together(lambda: run_folder.claim(folder) if launch.main else None)
+    if launch.main:
+        run_folder.tidy(prepared.entry)
+    watchdog = Watchdog(folder, config.training.hang_seconds, launch.rank, launch.world_size)
+    memory = MemoryAdvice(config, prepared.facts, launch.world_size, device)
+    with stop_on_signals() as stop, watchdog, memory:
+        interrupted = _train(config, prepared, Guards(stop, watchdog, prepared.files), memory, launch, device)
+    if lock is not None:
+        lock.close()
+    return interrupted
+
+
+def _train(
+    config: Config, prepared: Prepared, guards: Guards, memory: MemoryAdvice, launch: Launch, device: torch.device
+) -> Interrupted | None:
+    """Train in a run folder that is ours, and record in run.json how it ended."""
+    folder, facts = prepared.entry.folder, prepared.facts
     training = build_training(config, facts.vocabulary, device)
     stepper = Stepper(config, prepared.pattern, training, device)
     state = TrainState()
     if prepared.entry.checkpoint is not None:
+        guards.watchdog.beat("the loading of the checkpoint")
         state = checkpoint.load(prepared.entry.checkpoint, training)
         say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")
     run = run_record(config, prepared, launch.world_size, device)
-    metrics = None
+    metrics = bad_steps = None
     if launch.main:
         run_folder.describe(folder, config, run)
-        metrics = MetricsLog(folder / "metrics.jsonl")
-        metrics.rewind(state.step if prepared.entry.checkpoint is not None else -1)
+        metrics, bad_steps = (MetricsLog(folder / name) for name in ("metrics.jsonl", "bad_steps.jsonl"))
+        for log in (metrics, bad_steps):
+            log.rewind(state.step if prepared.entry.checkpoint is not None else -1)
     dist.barrier()
     loop = Loop(
         config,
@@ -72,18 +95,37 @@ def train(config: Config, launch: Launch, device: torch.device) -> None:
         training,
         stepper,
         state,
+        guards=guards,
         metrics=metrics,
+        bad_steps=bad_steps,
         run_folder=folder,
         identities={"identity": prepared.identity, "schedule": prepared.schedule},
         token_bytes=prepared.corpus.token_bytes,
         device=device,
     )
-    loop.run(prepared.dataset, prepared.validation)
-    if launch.main:
-        run_folder.write_run(folder, {**run, "status": "finished"})
-    if lock is not None:
-        lock.close()
+
+    def record(status: str) -> None:
+        if launch.main:
+            run_folder.write_run(folder, {**run, "status": status})
+
+    try:
+        with memory:
+            loop.run(prepared.dataset, prepared.validation)
+    except (UserError, RunStopped):
+        record("failed")
+        loop.saver.abandon()
+        raise
+    if state.step < config.training.steps:
+        record("interrupted")
+        # A launcher ends the other ranks as soon as one has ended with a code of its own.
+        dist.barrier()
+        return Interrupted(
+            f"{guards.stop.name or 'a signal to another process'} stopped the run after step {state.step} of "
+            f"{config.training.steps}, which is saved in {folder}; the same command continues from there."
+        )
+    record("finished")
     say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
+    return None
 
 
 def run_record(config: Config, prepared: Prepared, world_size: int, device: torch.device) -> dict[str, Any]:
@@ -121,8 +163,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Raises UserError."""
     pattern = resolve_pattern(config.attention, config.model.layers)
-    check_model(config)
     corpus = together(lambda: open_corpus(config.data))
+    files = DataFiles(corpus)
     if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:
         raise UserError(
             f"model.vocabulary={config.model.vocabulary} is smaller than the {corpus.vocabulary} entries of the "
@@ -131,15 +173,10 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     vocabulary = config.model.vocabulary or corpus.vocabulary
     identity = checkpoint.identity(config, vocabulary, corpus.identity(), corpus.tokenizer_sha256)
     schedule = checkpoint.schedule_identity(config)
-    entry = together(lambda: run_folder.enter(config, identity, schedule))
-    agree(
-        (identity, str(entry.checkpoint)),
-        f"the nodes see different data or checkpoints: data and run_root={config.run_root} must be on a filesystem "
-        "that all of them share.",
-    )
+    entry = run_folder.settle(config, identity, schedule)
     dataset, validation = build_datasets(config, corpus)
     facts = derive(config, pattern, corpus, dataset, world_size, device)
     say(optional_packages())
     for line in start_lines(config, corpus, facts, world_size, device):
         say(line)
-    return Prepared(pattern, corpus, dataset, validation, facts, entry, identity, schedule)
+    return Prepared(pattern, corpus, files, dataset, validation, facts, entry, identity, schedule)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ from omegaconf import OmegaConf
 
 from data_prep.files import write_whole
 from sepllm_train.config.schema import Config
+from sepllm_train.console import say
+from sepllm_train.distributed.together import agree, together
 from sepllm_train.errors import UserError
 from sepllm_train.training import checkpoint
 
@@ -26,17 +29,46 @@ PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engin
 
 @dataclass(frozen=True)
 class Entry:
-    """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write."""
+    """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write.
+
+    `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
+    reason.
+    """
 
     folder: Path
     checkpoint: Path | None
+    step: int
+    skipped: dict[Path, str]
 
 
-def enter(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
-    """Decide what `resume` means here and check it. Touches nothing.
+def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
+    """Decide on every rank together how this run begins, from a checkpoint whose every byte is what was written.
+
+    Raises UserError on all ranks for what `enter` does, for a damaged checkpoint that `resume` names, and when the
+    nodes see different data or checkpoints.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        entry = together(partial(enter, config, identity, schedule, damaged))
+        agree(
+            (identity, str(entry.checkpoint)),
+            f"the nodes see different data or checkpoints: data and run_root={config.run_root} must be on a filesystem "
+            "that all of them share.",
+        )
+        reason = None if entry.checkpoint is None else checkpoint.altered_together(entry.checkpoint)
+        if entry.checkpoint is None or reason is None:
+            return entry
+        damaged = {**entry.skipped, entry.checkpoint: reason}
+
+
+def enter(
+    config: Config, identity: dict[str, Any], schedule: dict[str, Any], damaged: dict[Path, str] | None = None
+) -> Entry:
+    """Decide what `resume` means here and check it. Touches nothing. `damaged` checkpoints are left out.
 
     Raises UserError for a folder that holds a finished run, or another run than this one.
     """
+    skipped = dict(damaged or {})
     folder = Path(config.run_root) / config.name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
@@ -47,29 +79,36 @@ def enter(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) ->
     if config.resume == "never" and used:
         raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
     if config.resume in ("auto", "never"):
-        found = checkpoint.newest(folder) if config.resume == "auto" else None
+        found = checkpoint.newest(folder, skipped) if config.resume == "auto" else None
+        if found is None:
+            checkpoint.refuse_if_all_damaged(skipped, str(folder))
     else:
-        found = checkpoint.find(config.resume)
-        if used and found != checkpoint.newest(folder):
+        found = checkpoint.find(config.resume, skipped)
+        own = checkpoint.newest(folder, dict(skipped))
+        if used and own is not None and found.resolve() != own.resolve():
             raise UserError(f"{folder} is in use by an earlier run: give the run that continues {found} another name=.")
-    if used and found is None and "identity" in earlier:
+    in_place = used and found is not None and found.resolve().parent.parent == folder.resolve()
+    if used and not in_place and "identity" in earlier:
         # A run that was stopped before its first checkpoint starts again, but not as another run.
         remedy = "choose another name=, or delete it"
         checkpoint.check_identity(earlier["identity"], identity, str(folder), remedy)
         checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
+    step = 0
     if found is not None:
         content = checkpoint.read_state(found)
+        step = content["state"]["step"]
         checkpoint.check_identity(content["identity"], identity, str(found), "a run continues with what it began with")
-        if used:
+        if in_place:
             checkpoint.check_identity(
                 content["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
             )
-        if content["state"]["step"] >= config.training.steps:
+        # A run that was killed after its last checkpoint is continued, if only to be called finished.
+        if step >= config.training.steps and not in_place:
             raise UserError(
-                f"{found} is at step {content['state']['step']}, nothing is left of training.steps="
-                f"{config.training.steps}: give more steps, or start a new run."
+                f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
+                "steps, or start a new run."
             )
-    return Entry(folder, found)
+    return Entry(folder, found, step, skipped)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -95,6 +134,15 @@ def claim(folder: Path) -> IO[str]:
     except OSError:
         raise UserError(f"another process is training in {folder}: wait for it, or choose another name=.") from None
     return lock
+
+
+def tidy(entry: Entry) -> None:
+    """Say which checkpoints were skipped and make the folder ready to go on: half-written folders of a killed run go,
+    damaged checkpoints get another name."""
+    for path, reason in entry.skipped.items():
+        say(f"skipped the damaged checkpoint {path}: {reason}")
+    for renamed in checkpoint.tidy(entry.folder, entry.step):
+        say(f"kept aside, its step is trained again: {renamed}")
 
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:

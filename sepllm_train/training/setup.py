@@ -39,7 +39,11 @@ def build_training(config: Config, vocabulary: int, device: torch.device) -> Tra
     modules = [build_chunk(config, vocabulary, stage).to(device) for stage in _stages(config)]
     half = config.training.precision in ("bf16", "fp16")
     model_config = get_model_config(modules[0])
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.sharded_optimizer,
+    )
     wrapped = [Float16Module(model_config, module) if half else module for module in modules]
     chunks = [
         DistributedDataParallel(model_config, settings, module, disable_bucketing=number > 0)
@@ -86,6 +90,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         initial_loss_scale=2.0**16,
         bf16=precision == "bf16",
         params_dtype=PRECISIONS[precision],
+        use_distributed_optimizer=config.parallel.sharded_optimizer,
     )
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
 @dataclass
 class TrainState:
     """How far the run is. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
-    summed over sequences and layers, from which the FLOPs follow."""
+    summed over sequences and layers, from which the FLOPs follow. `bad_steps` were skipped for their loss or gradients,
+    `bad_in_a_row` of them just now; `recent_norms` are the gradient norms of the last good steps."""
 
     step: int = 0
     tokens: int = 0
     pairs: int = 0
     seconds: float = 0.0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    recent_norms: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -11,30 +11,46 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from sep_attention import AttentionPlan, attended_pairs
 from torch import Tensor
 
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import Config
 from sepllm_train.data.loader import Batch
+from sepllm_train.distributed.context import ContextPlan, part_of
+from sepllm_train.distributed.launch import context_group
+from sepllm_train.training.anomalies import not_finite
+from sepllm_train.training.clock import StepClock
 from sepllm_train.training.setup import Training, learning_rate
+from sepllm_train.training.update import Judge, update
 
 Progress = Callable[[int], None]
+# Numbers of this rank that are summed over all ranks with the step's reduction.
+Own = Callable[[], list[float]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of a step on this rank, before any reduction over ranks.
+    """Outcome of a step.
 
-    `loss` f64: sum of the micro-batches' mean losses (nats per token), 0 off the last pipeline stage.
-    `pairs` i64: visible pairs of this rank's sequences, summed over all layers of the model. Both on the device.
+    Of this rank, before any reduction: `loss` f64, the sum of the micro-batches' mean losses (nats per token), 0 off
+    the last pipeline stage and over this rank's tokens only under context parallelism; `pairs` i64, visible pairs of
+    its whole sequences, summed over all layers of the model. Both on the device. `context_bytes`: keys, values and
+    gradients that it sent to other context-parallel ranks.
+    The same on every rank: `grad_norm` before clipping; `skipped`, whether fp16 overflowed; `mean_loss` of the batch;
+    `bad`, why the step was left out (None when it was not); `sums` of the numbers of `Own`.
     """
 
     loss: Tensor
     pairs: Tensor
+    context_bytes: int
     grad_norm: float
     learning_rate: float
     skipped: bool
+    mean_loss: float
+    bad: str | None
+    sums: list[float]
 
 
 class Stepper:
@@ -47,11 +63,29 @@ class Stepper:
         self.device = device
         self.schedule = get_forward_backward_func()
         self.layer_groups = Counter(pattern.layers)
+        # Times the parts of the steps of `train`, for whoever begins and ends them on it.
+        self.clock = StepClock(device)
+        get_model_config(training.chunks[0]).timers = self.clock
+        self.context = context_group()
+        # Entries of a batch from which exchanges are planned.
+        self.on_host = ("separator_class", "document_start") if self.context else ()
         length = config.data.sequence_length
-        self.positions = torch.arange(length, device=device).expand(config.training.micro_batch, length)
+        self.positions = self._part(torch.arange(length, device=device).expand(config.training.micro_batch, length))
 
-    def train(self, batches: list[Iterator[Batch]], micro_batches: int, progress: Progress) -> StepResult:
-        """Forward and backward over `micro_batches` of each chunk's iterator, then the optimizer."""
+    def train(
+        self,
+        batches: list[Iterator[Batch]],
+        micro_batches: int,
+        progress: Progress,
+        *,
+        judge: Judge = not_finite,
+        own: Own = list,
+    ) -> StepResult:
+        """Forward and backward over `micro_batches` of each chunk's iterator, then the optimizer.
+
+        The optimizer is left out when `judge` objects. `own` is asked for this rank's numbers when forward and
+        backward are done.
+        """
         training = self.training
         for chunk in training.chunks:
             chunk.train()
@@ -61,23 +95,37 @@ class Stepper:
         done = Counter[str]()
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-            batch = next(iterator)
-            plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
+            with self.clock.part("data_wait"):
+                batch = next(iterator)
+            with self.clock.part("plan"):
+                tokens, labels, plan = self._inputs(batch)
             if model is training.chunks[0]:
                 pairs.add_(self._pairs(plan))
                 done["micro"] += 1
                 progress(done["micro"])
-            return model(batch["tokens"], self.positions, plan, labels=batch["labels"]), _mean_loss
+            return model(tokens, self.positions, plan, labels=labels), self._mean_loss
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
         rate = learning_rate(training.optimizer)
-        updated, grad_norm, _ = training.optimizer.step()
-        # Also after a skipped update (fp16 overflow): the rate belongs to the step, not to the update.
+        with self.clock.part("optimizer"):
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for loss in losses:
+                total += loss["loss"]
+            done_update = update(training.optimizer, total, len(losses), own(), judge)
+        # Also after a skipped update: the rate belongs to the step, not to the update.
         training.scheduler.step(increment=1)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for loss in losses:
-            total += loss["loss"]
-        return StepResult(total, pairs, float(grad_norm or 0.0), rate, not updated)
+        overflow = done_update.overflow and done_update.bad is None
+        return StepResult(
+            total,
+            pairs,
+            self.context.take_sent_bytes() if self.context else 0,
+            done_update.grad_norm,
+            rate,
+            overflow,
+            done_update.loss,
+            done_update.bad,
+            done_update.sums,
+        )
 
     @torch.no_grad()
     def validate(self, batches: list[Iterator[Batch]], micro_batches: int, token_bytes: Tensor) -> tuple[float, float]:
@@ -90,14 +138,14 @@ class Stepper:
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             batch = next(iterator)
-            plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
-            output = model(batch["tokens"], self.positions, plan, labels=batch["labels"])
+            tokens, labels, plan = self._inputs(batch)
+            output = model(tokens, self.positions, plan, labels=labels)
 
             def sums(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 counted = batch["counted"][:, None].double()
                 nats = (losses.double() * counted).sum()
                 tokens = (counted * torch.ones_like(losses, dtype=torch.float64)).sum()
-                size = (token_bytes[batch["labels"]].double() * counted).sum()
+                size = (token_bytes[labels].double() * counted).sum()
                 return losses.float().mean(), {"sums": torch.stack((nats, tokens, size))}
 
             return output, sums
@@ -107,6 +155,8 @@ class Stepper:
         for result in results:
             totals += result["sums"]
         dist.all_reduce(totals)
+        if self.context:
+            self.context.take_sent_bytes()
         nats, tokens, size = totals.tolist()
         return nats / tokens, nats / size if size else float("nan")
 
@@ -126,29 +176,52 @@ class Stepper:
             forward_only=forward_only,
         )
 
-    def _pairs(self, plan: AttentionPlan) -> Tensor:
-        """Visible pairs of a micro-batch, summed over sequences and all layers: i64 scalar."""
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionPlan | ContextPlan]:
+        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch.
+
+        Under context parallelism S is this rank's part, and the batch's `separator_class` and `document_start` are on
+        the host, where the exchange is planned.
+        """
+        plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
+        if self.context is None:
+            return batch["tokens"], batch["labels"], plan
+        shared = ContextPlan(plan, self.context, self.device)
+        return self._part(batch["tokens"]), self._part(batch["labels"]), shared
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """The part of [B, S] that belongs to this context-parallel rank."""
+        return tensor if self.context is None else part_of(tensor, self.context.rank, self.context.size)
+
+    def _mean_loss(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the gradients are of, and for the log the mean over this rank's tokens of a micro-batch.
+
+        Gradients are averaged over context-parallel ranks as over replicas, although theirs are of parts of one mean.
+        The schedule makes up for that by multiplying the loss by the number of ranks, so this rank's share of the mean
+        is due here. The schedule works in place: the log gets a tensor of its own.
+        """
+        loss = losses.float().mean()
+        return loss / (self.context.size if self.context else 1), {"loss": loss.detach()}
+
+    def _pairs(self, plan: AttentionPlan | ContextPlan) -> Tensor:
+        """Visible pairs of a micro-batch, summed over whole sequences and all layers: i64 scalar."""
+        whole = plan.whole if isinstance(plan, ContextPlan) else plan
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for layer, count in self.layer_groups.items():
-            total += count * attended_pairs(plan, layer.window, layer.horizons).sum()
+            total += count * attended_pairs(whole, layer.window, layer.horizons).sum()
         return total
 
 
-def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over the tokens of a micro-batch; the schedule divides the first value in place, so the log gets a copy."""
-    loss = losses.float().mean()
-    return loss, {"loss": loss.detach().clone()}
-
-
-def reduce_over_ranks(values: Tensor) -> list[float]:
-    """Sums over data-parallel replicas of `values` = (loss sum, count of micro-batches behind it, pairs).
+def reduce_over_ranks(values: Tensor, context_bytes: int) -> list[float]:
+    """Sums over data-parallel replicas of `values` = (loss sum, count of micro-batches behind it, pairs), and the mean
+    over all ranks of `context_bytes`, which each has sent to context-parallel ones.
 
     Every tensor-parallel rank and, for pairs, every stage holds a copy: the sums over all ranks are divided by the
-    number of copies. The losses come from the last stage only.
+    number of copies. The losses come from the last stage only. Context-parallel ranks hold copies of the count and the
+    pairs, and losses of equal parts of the tokens, of which the mean is wanted.
     """
-    total = values.double()
+    total = torch.cat((values.double(), torch.tensor([context_bytes], device=values.device)))
     dist.all_reduce(total)
-    copies = parallel_state.get_tensor_model_parallel_world_size()
+    copies = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    loss, count, pairs = total.tolist()
-    return [loss / copies, count / copies, pairs / (copies * stages)]
+    loss, count, pairs, sent = total.tolist()
+    return [loss / copies, count / copies, pairs / (copies * stages), sent / dist.get_world_size()]

@@ -91,11 +91,54 @@ def test_value(build, words: str) -> None:
             2,
             "data.sequence_length=127",
         ),
+        (Config(training=SMALL, parallel=ParallelConfig(context=2)), 3, "parallel.context=2: .*a multiple of 2"),
+        (
+            Config(training=SMALL, data=DataConfig(sequence_length=30), parallel=ParallelConfig(context=4)),
+            4,
+            "parallel.context=4 cuts sequences into 8 .*data.sequence_length=30 must be a multiple of 8",
+        ),
+        (
+            Config(
+                training=SMALL,
+                data=DataConfig(sequence_length=28),
+                parallel=ParallelConfig(context=2, tensor=3, sequence=True),
+                model=ModelConfig(heads=3, hidden=96),
+            ),
+            6,
+            "data.sequence_length=28 to be a multiple of parallel.context=2 x parallel.tensor=3",
+        ),
     ],
 )
 def test_groups_against_each_other(config: Config, world_size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate(config, world_size)
+
+
+def test_sequence_is_cut_by_context_then_tensor_ranks() -> None:
+    config = Config(
+        training=SMALL,
+        data=DataConfig(sequence_length=24),
+        parallel=ParallelConfig(context=2, tensor=3, sequence=True),
+        model=ModelConfig(heads=3, hidden=96),
+    )
+    validate(config, world_size=6)
+
+
+def test_all_mistakes_are_told_together() -> None:
+    config = Config(
+        training=SMALL,
+        data=DataConfig(sequence_length=30),
+        parallel=ParallelConfig(tensor=5, pipeline=5, context=4),
+        optim=OptimConfig(warmup_steps=11),
+    )
+    with pytest.raises(UserError) as refused:
+        validate(config, world_size=3)
+    first, *mistakes = str(refused.value).splitlines()
+    assert first == f"{len(mistakes)} settings do not fit:"
+    named = ("model.heads=12", "model.ffn=3072", "model.layers=12", "sequence_length=30", "size 3", "warmup_steps=11")
+    assert len(mistakes) == len(named)
+    for mistake, words in zip(mistakes, named, strict=True):
+        assert mistake.startswith("- ") and mistake.endswith(".") and words in mistake
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_experiment(name: str) -> None:
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
 def test_group_file(group: str, name: str) -> None:
     config = load("+experiment=demo_sep", f"{group}={name}")
-    validate(config, world_size=config.parallel.tensor * config.parallel.pipeline)
+    validate(config, world_size=config.parallel.processes)
     resolve_pattern(config.attention, config.model.layers)
 
 

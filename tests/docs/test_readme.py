@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from sep_attention.op import MASKED_UP_TO
 from torch.distributed.run import get_args_parser
 
 from data_prep.separators import CLASSES
+from sepllm_train import errors
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate
 from sepllm_train.metrics.flops import CONVENTIONS, FlopsCounter, shape_of
+from sepllm_train.training.clock import PARTS
 from tests.docs.markdown import PAGES, REPOSITORY, Command, commands, links, prose, spans, table
 
 GROUPS = {name: set(keys) for name, keys in dataclasses.asdict(Config()).items() if isinstance(keys, dict)}
@@ -75,6 +78,23 @@ def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
         runpy.run_path(str(REPOSITORY / path), run_name="__main__")
 
 
+def check_sbatch(words: list[str]) -> None:
+    """A job of scripts/slurm: the world of its nodes and GPUs, and what its arguments train."""
+    (script,) = (word for word in words if word.endswith(".sbatch"))
+    assert (REPOSITORY / script).is_file()
+    before, after = words[: words.index(script)], words[words.index(script) + 1 :]
+    options = dict(word.removeprefix("--").split("=") for word in before)
+    assert options.keys() <= {"nodes", "gpus-per-node", "time", "array"}
+    world_size = int(options.get("nodes", 1)) * int(options["gpus-per-node"])
+    runs = [after]
+    if script.endswith("sweep.sbatch"):
+        named = list(takewhile(lambda word: word != "--", after))
+        assert options["array"] == f"1-{len(named)}"
+        runs = [[f"+experiment={name}", *after[len(named) + 1 :]] for name in named]
+    for overrides in runs:
+        check_pretraining(overrides, world_size)
+
+
 def check_make(words: list[str]) -> None:
     """Targets and variables of the Makefile."""
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -100,6 +120,8 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
         check_make(words)
     elif program == "torchrun":
         check_torchrun(words)
+    elif program == "sbatch":
+        check_sbatch(words)
     elif program == "python" and words[0] == "scripts/pretrain.py":
         check_pretraining(words[1:], world_size=None)
     elif program == "python":
@@ -174,10 +196,9 @@ def test_separator_classes_are_those_of_the_code() -> None:
 
 
 def test_metrics_table_is_what_the_loop_writes() -> None:
-    loop = (REPOSITORY / "sepllm_train" / "training" / "loop.py").read_text()
-    written = {key.replace("{name}", "NAME") for key in re.findall(r'"((?:train|val)/[\w{}/]+)"', loop)}
-    written -= {key for key in written if "{" in key}
-    written |= {f"val/{key}" for key in ("loss", "bits_per_byte")}
+    source = "".join((REPOSITORY / "sepllm_train" / "training" / name).read_text() for name in ("loop.py", "clock.py"))
+    written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
+    written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
     told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
     assert told == written | {"val/NAME/loss", "val/NAME/bits_per_byte"}
 
@@ -208,6 +229,17 @@ def test_flops_floor_is_what_the_counter_gives() -> None:
         counter = FlopsCounter(shape, length)
         flops = counter.training(length, 0)
         assert words.format(f"{flops['flops/model'] / flops['flops/dense']:.1%}") in text
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert {int(row[0]) for row in table("docs/operations.md", "code")} == codes | {0}
+
+
+def test_variables_of_the_slurm_scripts_are_told() -> None:
+    used = set(re.findall(r"SEPLLM_\w+", (REPOSITORY / "scripts" / "slurm" / "pretrain.sbatch").read_text()))
+    rows = table("docs/operations.md", "variable of `scripts/slurm/pretrain.sbatch`")
+    assert {row[0].strip("`") for row in rows} == used
 
 
 def test_console_entry_points_are_named() -> None:

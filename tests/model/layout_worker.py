@@ -1,22 +1,23 @@
-"""Two optimizer steps of tiny models in one layout of processes; run through distributed_runner."""
+"""Two optimizer steps of tiny models in layouts of processes; run through distributed_runner."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from sepllm_train.config.schema import Config
-from sepllm_train.distributed.launch import launch_from_environment, process_grid
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.schema import Config, OptimConfig
+from sepllm_train.distributed.launch import Launch, launch_from_environment, model_parallel, process_grid
 from sepllm_train.distributed.optional import quiet_imports
-from sepllm_train.model.build import build_model
-from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
+from tests.model.tiny import LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 with quiet_imports():
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from sepllm_train.training.setup import build_training
+    from sepllm_train.training.step import Stepper, reduce_over_ranks
 
 # (model, attention) of each row of the table.
 PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -33,83 +34,74 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 MICRO_BATCHES = 4
 
 
-def train_all(layouts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train every pattern in each of `layouts` ({parallel, training, without}), which share a process grid.
-
-    Gives {index of the layout: {pattern: result of `train`}}, empty on ranks that see no loss.
-    """
-    first = tiny_config(parallel=layouts[0].get("parallel"))
-    results: dict[str, Any] = {}
-    with process_grid(first, launch_from_environment()):
-        for number, layout in enumerate(layouts):
-            results[str(number)] = {
-                pattern: train(tiny_config(model, attention, layout.get("parallel"), layout.get("training")))
-                for pattern, (model, attention) in PATTERNS.items()
-                if pattern != layout.get("without")
-            }
+def train_all(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train in each of `layouts` ({parallel, training, patterns}) every pattern, or those that it names; gives
+    {pattern: result of `train`} of each layout."""
+    launch = launch_from_environment()
+    results = []
+    with process_grid(tiny_config(), launch) as device:
+        parallel_state.destroy_model_parallel()
+        for layout in layouts:
+            settings = {"parallel": layout.get("parallel"), "training": layout.get("training")}
+            with model_parallel(tiny_config(**settings), device):
+                results.append(
+                    {
+                        pattern: train(tiny_config(*PATTERNS[pattern], **settings), launch, device)
+                        for pattern in layout.get("patterns", PATTERNS)
+                    }
+                )
+        parallel_state.initialize_model_parallel()
     return results
 
 
-def train(config: Config) -> dict[str, list[Any]]:
-    """Losses of every micro-batch of two steps (on the last stage), the gradient norm of each step, and the sinks'
-    places in a distributed checkpoint."""
+def train(config: Config, launch: Launch, device: torch.device) -> dict[str, Any]:
+    """Train on MICRO_BATCHES micro-batches a step, shared among the replicas.
+
+    Gives mean loss, gradient norm, visible pairs and bytes sent for context parallelism of each step, the validation
+    losses afterwards, and the sinks' places in a distributed checkpoint.
+    """
     torch.manual_seed(0)
-    chunks = _chunks(config)
-    settings = OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=1.0, weight_decay=0.1)
-    optimizer = get_megatron_optimizer(settings, chunks)
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
-    losses: list[float] = []
-    norms: list[float] = []
+    config.optim = OptimConfig(
+        lr=1e-2, min_lr=0.0, epsilon=1e-3, schedule="constant", warmup_fraction=0.0, clip_grad=1.0, weight_decay=0.1
+    )
+    training = build_training(config, VOCABULARY, device)
+    stepper = Stepper(config, resolve_pattern(config.attention, config.model.layers), training, device)
+    replicas = launch.world_size // config.parallel.processes
+    numbers = range(parallel_state.get_data_parallel_rank(), MICRO_BATCHES, replicas)
+
+    def batches() -> list[Iterator[dict[str, torch.Tensor]]]:
+        """The same micro-batches for each model chunk."""
+        return [map(_batch, [config] * len(numbers), numbers) for _ in training.chunks]
+
+    result: dict[str, Any] = {"losses": [], "norms": [], "pairs": [], "context_bytes": []}
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     for _ in range(2):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        batches = [micro_batch(config, seed=i) for i in range(MICRO_BATCHES)]
-        reduced = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=MICRO_BATCHES,
-            seq_length=LENGTH,
-            micro_batch_size=2,
-            forward_only=False,
-        )
-        losses += [entry["loss"].item() for entry in reduced]
-        _, norm, _ = optimizer.step()
-        norms.append(float(norm))
-    return {"losses": losses, "norms": norms, "sinks": [place for chunk in chunks for place in _sinks(chunk)]}
+        step = stepper.train(batches(), len(numbers), lambda number: None)
+        counted = torch.tensor(float(last_stage * len(numbers)))
+        sums = torch.stack((step.loss, counted, step.pairs.double()))
+        loss, count, pairs, sent = reduce_over_ranks(sums, step.context_bytes)
+        assert count == MICRO_BATCHES
+        result["losses"].append(loss / count)
+        result["norms"].append(step.grad_norm)
+        result["pairs"].append(pairs)
+        result["context_bytes"].append(sent)
+    result["validation"] = list(stepper.validate(batches(), len(numbers), torch.full((VOCABULARY,), 2)))
+    return result | {"sinks": [place for module in training.modules for place in _sinks(module)]}
 
 
-def _sinks(chunk: DistributedDataParallel) -> list[Any]:
-    """(global shape, global offset) of each sink of a chunk, [layers, heads]."""
-    shards = chunk.module.sharded_state_dict()
+def _batch(config: Config, number: int) -> dict[str, torch.Tensor]:
+    """A micro-batch as the data loader gives it."""
+    made = micro_batch(config, seed=number)
+    return {
+        "tokens": made.tokens,
+        "labels": made.labels,
+        "separator_class": made.classes,
+        "document_start": made.document_start,
+        "counted": torch.ones(len(made.tokens)),
+    }
+
+
+def _sinks(module: Any) -> list[Any]:
+    """(global shape, global offset) of each sink of a model chunk, [layers, heads]."""
+    shards = module.sharded_state_dict()
     return [(list(s.global_shape), list(s.global_offset)) for key, s in shards.items() if key.endswith("sink")]
-
-
-def _chunks(config: Config) -> list[DistributedDataParallel]:
-    """The model chunks of this rank, wrapped for data parallelism."""
-    stages = config.parallel.virtual_pipeline or 1
-    chunks = []
-    for stage in range(stages):
-        where = {"ignore_virtual": False, "vp_stage": stage} if stages > 1 else {}
-        model = build_model(
-            config,
-            VOCABULARY,
-            pre_process=parallel_state.is_pipeline_first_stage(**where),
-            post_process=parallel_state.is_pipeline_last_stage(**where),
-            vp_stage=stage if stages > 1 else None,
-        )
-        chunks.append(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model))
-    return chunks
-
-
-def _forward_step(batches: Any, model: Any) -> Any:
-    """One micro-batch, as the schedule calls it."""
-    data = next(batches)
-
-    def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = output.mean()
-        # The schedule divides the loss in place.
-        return loss, {"loss": loss.detach().clone()}
-
-    return model(data.tokens, data.positions, data.plan, labels=data.labels), loss_of

@@ -47,7 +47,7 @@ def tiny_config(
         attention=AttentionConfig(**({"window": 4, "initial_tokens": 2} | (attention or {}))),
         data=DataConfig(sequence_length=LENGTH),
         parallel=ParallelConfig(**(parallel or {})),
-        training=TrainingConfig(**({"precision": "fp32"} | (training or {}))),
+        training=TrainingConfig(**({"precision": "fp32", "micro_batch": 2, "global_batch": 8} | (training or {}))),
     )
 
 

@@ -23,7 +23,8 @@ from sepllm_train.pretrain import main
         (["training.steps=many"], "training.steps: Value 'many'"),
         (["attention.pattern=[1]"], "attention.pattern"),
         (["attention.window=0"], "attention.window=0"),
-        (["parallel.tensor=5"], "parallel.tensor=5 must divide model.heads=12"),
+        (["model.layers=11", "parallel.pipeline=2", "dry_run=true"], "model.layers=11 must be a multiple of"),
+        (["parallel.context=3", "dry_run=true"], "data.sequence_length=2048 must be a multiple of 6"),
         (["training.micro_batch=3"], "training.global_batch=1024"),
     ],
 )
@@ -130,4 +131,5 @@ def test_damaged_checkpoint_is_named(trainer: Any, finished: Callable) -> None:
         content = file.read_bytes()
         (damaged / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".distcp" else content)
     outcome = trainer("name=other", f"resume={damaged}")
-    assert outcome.code == 2 and "damaged cannot be loaded" in outcome.sentence
+    assert outcome.code == 2 and "the checkpoint is damaged" in outcome.sentence
+    assert f"{damaged}/__0_0.distcp has " in outcome.sentence

@@ -10,36 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.utils._pytree import tree_leaves
 
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
+from sepllm_train.training.checkpoint import digest, digests
 
 COUNTERS = {"step", "tokens", "seconds", "flops/model", "flops/dense", "flops/paper"}
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
-    reader = FileSystemReader(checkpoint)
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(entry, "size")
-    }
-    load(found, storage_reader=reader)
-    return found
-
-
-def random_states(checkpoint: Path) -> list[bytes]:
-    """The random number generators in a checkpoint, as bytes."""
-    reader = FileSystemReader(checkpoint)
-    names = [name for name in reader.read_metadata().state_dict_metadata if name.startswith("rng/")]
-    assert names
-    found: dict[str, Any] = dict.fromkeys(names)
-    load(found, storage_reader=reader)
-    return [leaf.numpy().tobytes() for leaf in tree_leaves(found) if torch.is_tensor(leaf)]
 
 
 def test_what_a_run_writes(trainer: Any, finished: Callable) -> None:
@@ -55,7 +31,7 @@ def test_what_a_run_writes(trainer: Any, finished: Callable) -> None:
     assert run["status"] == "finished" and run["comparable"]["vocabulary"] == 4096
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["steps"] == 4
     assert json.loads((folder / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "step_00000002", "step_00000004"]
     assert not list(folder.rglob("*.partial"))
 
 
@@ -109,16 +85,11 @@ def test_resume_is_bitwise(trainer: Any, finished: Callable) -> None:
     finished("one")
     source = trainer.root / "one" / "checkpoints"
     assert trainer("name=again", f"resume={source / 'step_00000002'}").code == 0
-    whole = tensors_of(source / "step_00000004")
     again = trainer.root / "again" / "checkpoints" / "step_00000004"
-    halves = tensors_of(again)
-    assert whole.keys() == halves.keys() and len(whole) > 20
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    states = [json.loads((p / "state.json").read_text()) for p in (source / "step_00000004", again)]
-    for state in states:
-        state["state"].pop("seconds")
-    assert states[0] == states[1]
-    assert random_states(source / "step_00000004") == random_states(again) != []
+    whole = dict(digests(source / "step_00000004"))
+    assert len(whole) > 50 and {"rng.cpu", "optimizer.step", "state.pairs"} < whole.keys()
+    assert dict(digests(again)) == whole
+    assert digest(again) == digest(source / "step_00000004") != digest(source / "step_00000002")
     assert trainer.values("again", "train/loss") == trainer.values("one", "train/loss")[2:]
     assert trainer.records("again")[-1]["flops/model"] == trainer.records("one")[-1]["flops/model"]
 
@@ -140,17 +111,6 @@ def test_resume_auto_continues_a_killed_run(trainer: Any, finished: Callable) ->
     assert outcome.code == 0 and "resumed from" in outcome.output
     assert [r["step"] for r in trainer.records("killed")] == [r["step"] for r in trainer.records("one")]
     assert trainer.values("killed", "train/loss") == trainer.values("one", "train/loss")
-
-
-@pytest.mark.distributed
-def test_checkpoint_loads_into_another_layout(trainer: Any, finished: Callable) -> None:
-    finished("one")
-    source = trainer.root / "one" / "checkpoints" / "step_00000002"
-    outcome = trainer("name=moved", f"resume={source}", "parallel.tensor=2", processes=2)
-    assert outcome.code == 0, outcome.errors[-2000:]
-    np.testing.assert_allclose(
-        trainer.values("moved", "train/loss"), trainer.values("one", "train/loss")[2:], rtol=1e-4
-    )
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "linear", "constant"])

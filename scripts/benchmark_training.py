@@ -1,0 +1,309 @@
+"""Times training steps with separator attention beside dense ones: same weights' shapes, tokens, process and moment.
+
+    python scripts/benchmark_training.py --output training.json
+    python scripts/benchmark_training.py --model pythia160m pythia410m --lengths 2048 8192 32768 --output training.json
+
+Without --model a CPU takes pythia14m with 8,192 tokens of vocabulary in fp32 at 2,048 and 8,192 tokens, and a GPU
+pythia160m, pythia410m and pythia1.4b in bf16 from 2,048 to 32,768. Both patterns train real models on the sample
+corpus (or --data) through the loader, schedules and optimizer of a run. They take turns of a few steps, the first of a
+turn changing each time; the ratio is the median of the turns' ratios. The dense rival is the fastest library kernel
+that attention.backend=auto finds: causal flash attention on a CPU, flash or cuDNN attention on a GPU. Further
+arguments are overrides of the configuration, for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from sepllm_train.config.load import config_folder, register_schema, to_config
+from sepllm_train.config.schema import Config
+from sepllm_train.config.validate import validate
+from sepllm_train.console import duration, say
+from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
+from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.metrics.peak import peak_tflops
+
+PATTERNS = ("dense", "sep")
+# Sep over dense in tokens per second on a CPU that must be reached, by length; data_wait as a share of the step.
+CPU_BARS = {2048: 1.15, 8192: 1.8}
+DATA_WAIT_BAR = 0.01
+CPU: dict[str, Any] = {"models": ["pythia14m"], "lengths": [2048, 8192], "precision": "fp32", "tokens": 1}
+GPU: dict[str, Any] = {
+    "models": ["pythia160m", "pythia410m", "pythia1.4b"],
+    "lengths": [2048, 4096, 8192, 16384, 32768],
+    "precision": "bf16",
+    "tokens": 16384,
+}
+# Without --data the sample corpus gives the tokens, and this the vocabulary: Pythia's, or a small one on a CPU.
+VOCABULARY = {"cpu": ["data.sample_vocabulary=8192"], "cuda": ["model.vocabulary=50277"]}
+
+
+@dataclass
+class Rival:
+    """One pattern in training: `seconds` of each turn, `parts` of them as {part: seconds}, and pairs per step."""
+
+    config: Config
+    stepper: Any
+    training: Any
+    facts: Any
+    batches: list[Iterator[Any]]
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    pairs: int = 0
+    done: int = 0
+
+    def turn(self, steps: int, device: torch.device) -> None:
+        """Train `steps` steps and note what they took."""
+        micro_batches = self.config.training.global_batch // (self.config.training.micro_batch * self.facts.replicas)
+        pairs = torch.zeros((), dtype=torch.int64, device=device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.stepper.clock.begin()
+            pairs += self.stepper.train(self.batches, micro_batches, lambda number: None).pairs
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            self.stepper.clock.end()
+        self.seconds.append((time.perf_counter() - begin) / steps)
+        self.parts.append({part: total / steps for part, total in self.stepper.clock.take().items()})
+        self.pairs += int(pairs)
+        self.done += steps
+
+    def forget(self) -> None:
+        """Leave out what was measured so far: the first turn warms up."""
+        self.seconds, self.parts, self.pairs, self.done = [], [], 0, 0
+
+
+def main() -> None:
+    """Entry point."""
+    exit_on_user_error(lambda: run(parse()))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises UserError for an output that cannot be written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file of the results")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="model configurations")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="sequence lengths")
+    parser.add_argument("--window", type=int, default=64, help="attention.window of the separator runs (64)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences (default: 1 on a CPU, 16,384 tokens)")
+    parser.add_argument("--turns", type=int, default=9, metavar="N", help="turns that count, after one to warm up (9)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a turn (4)")
+    parser.add_argument("--data", metavar="PREFIX", help="prepared data set (default: the sample corpus)")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 peak of one device, for MFU")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration of both")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("turns", "steps", "window"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1.")
+    folder = options.output.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {options.output}: {folder} is not a folder that can be written to.")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time every model at every length and write the results as they come."""
+    launch = launch_from_environment()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    default = GPU if kind == "cuda" else CPU
+    cases = [
+        (model, length)
+        for model in options.model or default["models"]
+        for length in options.lengths or default["lengths"]
+    ]
+    configs = {case: {p: configuration(options, *case, p, kind, launch.world_size) for p in PATTERNS} for case in cases}
+    with process_grid(configs[cases[0]]["dense"], launch) as device:
+        results: dict[str, Any] = {"settings": settings(options), "machine": machine(device), "results": []}
+        for model, length in cases:
+            row = time_case(configs[model, length], launch, device, options)
+            results["results"].append({"model": model, "length": length, **row})
+            if launch.main:
+                write(options.output, results)
+            say(line(model, length, row, device))
+
+
+def configuration(
+    options: argparse.Namespace, model: str, length: int, pattern: str, kind: str, world_size: int
+) -> Config:
+    """The configuration of one rival, checked. Raises UserError."""
+    default = GPU if kind == "cuda" else CPU
+    micro = options.micro_batch or max(1, default["tokens"] // length)
+    steps = (options.turns + 1) * options.steps
+    overrides = [
+        f"model={model}",
+        f"attention={pattern}",
+        *([f"attention.window={options.window}"] if pattern == "sep" else []),
+        *(["data=prefixes", f"data.prefixes=[{options.data}]"] if options.data else VOCABULARY[kind]),
+        f"data.sequence_length={length}",
+        f"training.steps={steps}",
+        f"training.micro_batch={micro}",
+        f"training.precision={default['precision']}",
+        *options.overrides,
+    ]
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        config = to_config(compose("pretrain", overrides))
+    replicas = world_size // config.parallel.processes
+    if not any(override.startswith("training.global_batch=") for override in options.overrides):
+        config.training.global_batch = config.training.micro_batch * max(1, replicas)
+    validate(config, world_size)
+    return config
+
+
+def time_case(
+    configs: dict[str, Config], launch: Launch, device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of both patterns at one length, or why there are none."""
+    from sepllm_train.training.out_of_memory import is_out_of_memory
+
+    try:
+        rivals = {pattern: build(config, launch, device) for pattern, config in configs.items()}
+        began = time.perf_counter()
+        for turn in range(options.turns + 1):
+            for pattern in PATTERNS if turn % 2 else reversed(PATTERNS):
+                rivals[pattern].turn(options.steps, device)
+                if turn == 0:
+                    rivals[pattern].forget()
+            left = (time.perf_counter() - began) / (turn + 1) * (options.turns - turn)
+            say(f"turn {turn}/{options.turns}, about {duration(left)} left")
+        figures = {pattern: figures_of(rival, device, options) for pattern, rival in rivals.items()}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"failure": "out of memory"}
+    ratios = [dense / sep for dense, sep in zip(rivals["dense"].seconds, rivals["sep"].seconds, strict=True)]
+    return {**figures, "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def build(config: Config, launch: Launch, device: torch.device) -> Rival:
+    """Model, optimizer and data of one pattern, as a run makes them."""
+    from megatron.core import parallel_state
+
+    from sepllm_train.attention_pattern import resolve_pattern
+    from sepllm_train.data.corpus import open_corpus
+    from sepllm_train.data.loader import MicroBatchSampler, micro_batches
+    from sepllm_train.data.splits import build_datasets
+    from sepllm_train.distributed.together import together
+    from sepllm_train.training.report import derive
+    from sepllm_train.training.setup import build_training
+    from sepllm_train.training.step import Stepper
+
+    corpus = together(lambda: open_corpus(config.data))
+    dataset, _ = build_datasets(config, corpus)
+    pattern = resolve_pattern(config.attention, config.model.layers)
+    facts = derive(config, pattern, corpus, dataset, launch.world_size, device)
+    training = build_training(config, facts.vocabulary, device)
+    stepper = Stepper(config, pattern, training, device)
+
+    def batches() -> Iterator[Any]:
+        sampler = MicroBatchSampler(
+            range(config.training.steps),
+            global_batch=config.training.global_batch,
+            micro_batch=config.training.micro_batch,
+            replica=parallel_state.get_data_parallel_rank(),
+            replicas=facts.replicas,
+        )
+        return micro_batches(
+            dataset,
+            sampler,
+            workers=config.data.workers,
+            device=device,
+            on_host=stepper.on_host,
+            vocabulary=facts.vocabulary,
+        )
+
+    return Rival(config, stepper, training, facts, [batches() for _ in training.chunks])
+
+
+def figures_of(rival: Rival, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the turns of one pattern, per step."""
+    facts = rival.facts
+    seconds = statistics.median(rival.seconds)
+    tokens = facts.tokens_per_step
+    pairs = rival.pairs * facts.replicas // rival.done
+    flops = facts.counter.training(tokens, pairs)["flops/model"]
+    peak = options.peak_tflops
+    if peak is None and device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(device))
+    devices = rival.config.parallel.processes * facts.replicas
+    parts = {part: statistics.median(turn[part] for turn in rival.parts) for part in rival.parts[0]}
+    return {
+        "backends": facts.backends,
+        "micro_batch": rival.config.training.micro_batch,
+        "parameters": facts.parameters,
+        "attended_share": facts.counter.attended_share(tokens, pairs),
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "mfu": None if peak is None else flops / seconds / (peak * 1e12 * devices),
+        "seconds": parts,
+        "data_wait_share": parts["data_wait"] / seconds,
+        "checkpoint_stall_seconds": checkpoint_stall(rival),
+        "turns": rival.seconds,
+    }
+
+
+def checkpoint_stall(rival: Rival) -> float:
+    """Seconds that the steps wait for a checkpoint of this rival, which is really written."""
+    from sepllm_train.training.checkpoint import Saver
+    from sepllm_train.training.state import TrainState
+
+    with tempfile.TemporaryDirectory() as folder:
+        background = rival.config.training.async_checkpoint
+        saver = Saver(Path(folder), rival.training, {}, keep=1, keep_every=0, background=background)
+        saver.save(TrainState(step=1))
+        (outcome,) = saver.finish()
+    return outcome.stall_seconds
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The command line in the results."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Code, packages and machine."""
+    from sepllm_train.training.run_folder import environment
+
+    return {**environment(), "device": device.type, "cores": os.cpu_count()}
+
+
+def line(model: str, length: int, row: dict[str, Any], device: torch.device) -> str:
+    """One line of the table."""
+    if "failure" in row:
+        return f"{model} at {length:,} tokens: {row['failure']}"
+    cells = []
+    for pattern in PATTERNS:
+        figures = row[pattern]
+        parts = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in figures["seconds"].items())
+        mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%}"
+        cells.append(
+            f"\n  {pattern:<5} {figures['tokens_per_second']:>11,.0f} tokens/s{mfu} | step "
+            f"{1e3 * figures['step_seconds']:.1f} ms: {parts} | data wait {figures['data_wait_share']:.2%} "
+            f"(bar {DATA_WAIT_BAR:.0%}) | checkpoint stall {1e3 * figures['checkpoint_stall_seconds']:.1f} ms"
+        )
+    bar = CPU_BARS.get(length) if device.type == "cpu" and model == "pythia14m" else None
+    wanted = "" if bar is None else f" (bar {bar}x)"
+    return f"{model} at {length:,} tokens: sep {row['ratio']:.2f}x dense{wanted}{''.join(cells)}"
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file whole."""
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Checkpoints of a run: whole or not there, of any layout, written while the run goes on.
+
+identity  what a checkpoint must have in common with the run that continues from it
+files     folders: manifest, which are whole, which is the newest, which are dropped
+shards    what a rank holds: model, optimizer, generators as parts of whole tensors
+save      the writer in the background
+load      reading without running code
+fingerprint  one hash over the state of training
+"""
+
+from sepllm_train.training.checkpoint.files import find, newest, read_state, refuse_if_all_damaged, tidy
+from sepllm_train.training.checkpoint.fingerprint import digest, digests
+from sepllm_train.training.checkpoint.identity import check_identity, identity, schedule_identity
+from sepllm_train.training.checkpoint.load import altered_together, load
+from sepllm_train.training.checkpoint.save import Outcome, Saver
+
+__all__ = [
+    "Outcome",
+    "Saver",
+    "altered_together",
+    "check_identity",
+    "digest",
+    "digests",
+    "find",
+    "identity",
+    "load",
+    "newest",
+    "read_state",
+    "refuse_if_all_damaged",
+    "schedule_identity",
+    "tidy",
+]

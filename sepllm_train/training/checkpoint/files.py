@@ -1,0 +1,195 @@
+"""Checkpoints as folders: which are whole, which is the newest, which are dropped.
+
+RUN/checkpoints/step_00000100/ holds the shards, `state.json` and, written last, `manifest.json` with the size and the
+SHA-256 of every other file. It is written under a name that ends in `.partial`, synced, and renamed; then
+RUN/checkpoints/latest names it, and only then are older ones dropped. So whatever moment a run is killed at, each
+folder with a final name was whole when it got that name, and the newest of them is newer than anything dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.errors import UserError
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+DAMAGED = ".damaged"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name. Raises ValueError for any other folder."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint} is not named as a checkpoint")
+    return int(match[1])
+
+
+def checkpoints_of(run_folder: Path) -> list[Path]:
+    """Every checkpoint of a run, whole or not, oldest first."""
+    folder = run_folder / FOLDER
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def newest(run_folder: Path, damaged: dict[Path, str] | None = None) -> Path | None:
+    """The newest checkpoint of a run of which every file is there in full length, or None.
+
+    `damaged` (checkpoint: reason) are left out; those found damaged on the way are added to it.
+    """
+    reasons = {} if damaged is None else damaged
+    for checkpoint in reversed(checkpoints_of(run_folder)):
+        if checkpoint in reasons:
+            continue
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        reasons[checkpoint] = reason
+    return None
+
+
+def find(path: str, damaged: dict[Path, str] | None = None) -> Path:
+    """The checkpoint that `resume=PATH` means: a checkpoint folder, or the newest whole one of a run folder.
+
+    Raises UserError when there is none, or when the checkpoint that was named is damaged.
+    """
+    folder = Path(path).expanduser()
+    reasons = {} if damaged is None else damaged
+    if _NAME.fullmatch(folder.name) or (folder / MANIFEST).exists() or (folder / STATE).exists():
+        reason = (reasons.get(folder) or damage(folder)) if folder.is_dir() else None
+        if reason is not None:
+            raise UserError(f"resume={path}: the checkpoint is damaged, {reason}: resume from another.")
+        if folder.is_dir():
+            return folder
+    found = newest(folder, reasons)
+    if found is None:
+        refuse_if_all_damaged(reasons, f"resume={path}")
+        raise UserError(
+            f"resume={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN, "
+            "or resume=auto or never."
+        )
+    return found
+
+
+def refuse_if_all_damaged(damaged: dict[Path, str], where: str) -> None:
+    """Raise UserError when checkpoints were found and none of them is whole: starting over would lose the run."""
+    if damaged:
+        checkpoint, reason = next(iter(damaged.items()))
+        raise UserError(
+            f"{where}: no checkpoint there is whole (the newest, {checkpoint}: {reason}); restore one, or choose "
+            "another name= to start anew."
+        )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint by the names and sizes of its files, or None."""
+    try:
+        files = read_manifest(checkpoint)
+    except UserError as error:
+        return str(error)
+    for name, entry in files.items():
+        try:
+            size = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{checkpoint / name} is missing"
+        if size != entry["bytes"]:
+            return f"{checkpoint / name} has {size} bytes, {entry['bytes']} were written"
+    return None
+
+
+def altered(checkpoint: Path, part: int, parts: int) -> str | None:
+    """What is wrong with the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
+    files = read_manifest(checkpoint)
+    for name in sorted(files)[part::parts]:
+        if hash_file(checkpoint / name).sha256 != files[name]["sha256"]:
+            return f"the content of {checkpoint / name} is not what was written"
+    return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """{file: {bytes, sha256}} of a checkpoint. Raises UserError when it cannot be read."""
+    path = checkpoint / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf8"))["files"]
+        # Names of files in this folder only, whoever wrote the manifest.
+        plain = all(Path(name).name == name and {"bytes", "sha256"} <= entry.keys() for name, entry in files.items())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    if not plain:
+        raise UserError(f"{path} is not a manifest of this folder's files")
+    return files
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Counters and identities of a checkpoint. Raises UserError when they cannot be read."""
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / STATE} cannot be read ({error}): resume from another checkpoint.") from None
+
+
+def publish(aside: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Complete the folder `aside`, of which every file in `files` is on the disk, and make it the checkpoint `target`.
+
+    A whole checkpoint that is there already, from which the run has just been resumed, stays; a damaged one goes.
+    """
+    if target.exists():
+        if damage(target) is None:
+            shutil.rmtree(aside)
+            return
+        remove(target)
+    write_whole(aside / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+    sync_folder(aside)
+    os.rename(aside, target)
+    sync_folder(target.parent)
+    write_whole(target.parent / LATEST, f"{target.name}\n".encode())
+
+
+def drop_old(checkpoints: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0 = none)."""
+    for old in checkpoints_of(checkpoints.parent)[:-keep]:
+        if not (keep_every and step_of(old) % keep_every == 0):
+            remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which no longer has its name from the first moment on."""
+    gone = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(run_folder: Path, step: int) -> list[Path]:
+    """Make the folder of a run ready for going on from `step`: what a killed run left half written or half removed
+    goes, and damaged checkpoints beyond that step get another name. Gives these new names."""
+    folder = run_folder / FOLDER
+    if not folder.is_dir():
+        return []
+    for partial in folder.glob(f"*{PARTIAL}"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+    renamed = []
+    for checkpoint in checkpoints_of(run_folder):
+        if step_of(checkpoint) > step:
+            aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint, aside)
+            renamed.append(aside)
+    return renamed

@@ -1,0 +1,204 @@
+"""Loading a checkpoint, of any layout, without running anything that is in it.
+
+Two things in a checkpoint are pickles: torch's `.metadata`, read here with an unpickler that knows the types it is made
+of and no others, and each tensor's record, which torch reads with weights_only=True. Nothing else is unpickled: objects
+beside tensors, which torch would load without restriction, are not among those types.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.checkpointable import (
+    CheckpointableShardedTensor,
+    LocalShardsContainer,
+)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from sepllm_train.distributed.together import together
+from sepllm_train.errors import UserError
+from sepllm_train.training.checkpoint.files import altered, read_state
+from sepllm_train.training.checkpoint.shards import (
+    Shards,
+    complete_adam,
+    generator_shards,
+    layout,
+    set_generators,
+    set_optimizer_scalars,
+    training_shards,
+)
+from sepllm_train.training.setup import Training, set_schedule
+from sepllm_train.training.state import TrainState
+
+_ALLOWED = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "_MEM_FORMAT_ENCODING",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    ),
+}
+
+
+def load(checkpoint: Path, training: Training) -> TrainState:
+    """Load model, optimizer, random number generators and counters; the schedule follows from the step.
+
+    Any layout can load any other's checkpoint, with the optimizer sharded or not; random number generators are restored
+    when the layout is the same. Raises UserError when the files cannot be read as what this run needs.
+    """
+    content = read_state(checkpoint)
+    complete_adam(training.optimizer)
+    same_layout = content["layout"] == layout()
+    generators = generator_shards() if same_layout else {}
+    read_into(checkpoint, training_shards(training) | generators)
+    set_optimizer_scalars(training.optimizer, content["optimizer"])
+    if same_layout:
+        set_generators(generators)
+    state = TrainState.from_dict(content["state"])
+    set_schedule(training.scheduler, state.step)
+    return state
+
+
+def read_into(checkpoint: Path, shards: Shards) -> None:
+    """Fill the tensors of `shards` from a checkpoint. Every rank calls it.
+
+    Raises UserError on every rank when a tensor is not there, has another shape, or its file cannot be read.
+    """
+    containers = {
+        key: LocalShardsContainer([CheckpointableShardedTensor.from_sh_ten(shard) for shard in found])
+        for key, found in shards.items()
+    }
+    # Vocabularies are padded to a multiple that depends on the layout: what the checkpoint lacks of them is 0.
+    padded = {key: found[0] for key, found in shards.items() if found[0].allow_shape_mismatch}
+    fixed = [found[0] for key, found in shards.items() if key not in padded]
+    reader = SafeReader(checkpoint)
+    together(lambda: _readable(reader))
+    try:
+        with torch.no_grad():
+            for key in padded:
+                for shard in shards[key]:
+                    shard.data.zero_()
+            torch_checkpoint.load(
+                containers,
+                storage_reader=reader,
+                planner=MCoreLoadPlanner(
+                    shapes_validation_sharded_tensors=fixed, allow_shape_mismatch_sharded_tensors=padded
+                ),
+            )
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        raise _not_loaded(checkpoint, error) from error
+
+
+def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint by name, in the order of the names, one at a time and without a process group.
+
+    Raises UserError when the checkpoint cannot be read.
+    """
+    try:
+        metadata = SafeReader(checkpoint).read_metadata()
+        for name, entry in sorted(metadata.state_dict_metadata.items()):
+            assert isinstance(entry, TensorStorageMetadata)
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            for chunk in entry.chunks:
+                place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                with open(checkpoint / place.relative_path, "rb") as file:
+                    file.seek(place.offset)
+                    record = io.BytesIO(file.read(place.length))
+                block = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+                tensor[block] = torch.load(record, map_location="cpu", weights_only=True)
+            yield name, tensor
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({_cause(error)}).") from error
+
+
+def altered_together(checkpoint: Path) -> str | None:
+    """What is wrong with the content of a checkpoint's files, or None. Every rank calls it and hashes its share."""
+    try:
+        found = altered(checkpoint, dist.get_rank(), dist.get_world_size())
+    except UserError as error:
+        found = str(error)
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, found)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of checkpoint folders, with an unpickler that runs no code."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        self.checkpoint = checkpoint
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, rank: int | None = None) -> Metadata:
+        """Which tensors there are and where they lie. Raises UnpicklingError for anything but that."""
+        if self._metadata is None:
+            with open(self.checkpoint / ".metadata", "rb") as file:
+                self._metadata = _check(_Unpickler(file).load())
+        return self._metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes objects of the types that describe tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The type `name` of `module`. Raises UnpicklingError unless it is one of `_ALLOWED` or a tensor's dtype."""
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint needs")
+
+
+def _check(metadata: Any) -> Metadata:
+    """`metadata` if it describes tensors in files of its own folder. Raises UnpicklingError otherwise."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise pickle.UnpicklingError(".metadata does not describe a checkpoint")
+    for name, entry in metadata.state_dict_metadata.items():
+        # Anything else torch would unpickle without restriction.
+        if not isinstance(entry, TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"{name} is not stored as a tensor")
+    for place in metadata.storage_data.values():
+        if not isinstance(place, _StorageInfo) or Path(place.relative_path).name != place.relative_path:
+            raise pickle.UnpicklingError(".metadata refers to files outside of the checkpoint")
+    return metadata
+
+
+def _readable(reader: SafeReader) -> None:
+    """Read the description of a checkpoint. Raises UserError: torch would print a traceback first."""
+    try:
+        reader.read_metadata()
+    except Exception as error:
+        raise _not_loaded(reader.checkpoint, error) from None
+
+
+def _not_loaded(checkpoint: Path, error: BaseException) -> UserError:
+    """What to tell about a checkpoint that could not be loaded."""
+    return UserError(f"the checkpoint {checkpoint} cannot be loaded ({_cause(error)}): resume from another.")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong; torch wraps the errors of all ranks into one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

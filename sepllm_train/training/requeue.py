@@ -1,0 +1,64 @@
+"""Whether a batch job whose run was interrupted goes back into the queue: only while the run makes progress.
+
+    python -m sepllm_train.training.requeue JOB +experiment=pythia160m_sep name=first
+
+prints its answer in a sentence and ends with 0 for yes and 1 for no. RUN/requeue.json holds the job and the step it was
+last requeued at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from data_prep.files import write_whole
+from sepllm_train.config.load import run_with_hydra
+from sepllm_train.config.schema import Config
+from sepllm_train.errors import exit_on_user_error
+
+
+def decide(folder: Path, job: str) -> tuple[bool, str]:
+    """(requeue?, reason as a sentence) for the run in `folder`, interrupted in `job`; a yes is recorded there.
+
+    The answer is no when the newest whole checkpoint is still that of the job's previous requeue: the time limit is
+    then too short for a start and one step, and the job would go round for ever.
+    """
+    # Imported late: it takes seconds, which a typo on the command line should not cost.
+    from sepllm_train.training import checkpoint
+
+    found = checkpoint.newest(folder)
+    step = -1 if found is None else int(checkpoint.read_state(found)["state"]["step"])
+    saved = "no checkpoint" if found is None else f"step {step}"
+    record = folder / "requeue.json"
+    try:
+        earlier = json.loads(record.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        earlier = {}
+    if earlier.get("job") == job and step <= earlier["step"]:
+        return False, (
+            f"not requeued: {folder} has {saved}, as when job {job} was requeued before; give the job a longer time "
+            "limit, or an earlier --signal."
+        )
+    if not folder.is_dir():
+        return False, f"not requeued: the run did not get as far as making {folder}."
+    write_whole(record, (json.dumps({"job": job, "step": step}) + "\n").encode())
+    return True, f"requeued: {folder} has {saved} and continues from there."
+
+
+def main() -> None:
+    """Entry point: the first word is the job, the others are the run's overrides."""
+    job = sys.argv.pop(1)
+    answers: list[bool] = []
+
+    def task(config: Config) -> None:
+        yes, reason = decide(Path(config.run_root) / config.name, job)
+        print(reason, flush=True)
+        answers.append(yes)
+
+    exit_on_user_error(lambda: run_with_hydra(task))
+    sys.exit(0 if answers[0] else 1)
+
+
+if __name__ == "__main__":
+    main()

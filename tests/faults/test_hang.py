@@ -1,0 +1,101 @@
+"""A rank that hangs, never comes or is gone: the others end in time, with a sentence that names it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sepllm_train.errors import EXIT_LOST_RANK
+from tests.faults.processes import REPOSITORY, Launcher, kill
+
+LONG = "training.steps=100000"
+
+
+@pytest.mark.distributed
+def test_stopped_rank_is_named(launcher: Launcher) -> None:
+    with launcher.ranks("stopped", LONG, "training.hang_seconds=3") as run:
+        run.wait_for_text("step 3/")
+        kill(run.processes[1].pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert run.code(0, 40) == EXIT_LOST_RANK
+        assert time.monotonic() - begin < 20
+        sentence = run.text().strip().splitlines()[-1]
+        assert sentence.startswith("error: no progress for")
+        assert "rank 1 gave no sign of life, and rank 0 waited in step " in sentence
+        stacks = (run.folder / "stacks_rank0.txt").read_text()
+        # Where the main thread waits for the other rank.
+        for printed in (stacks, run.text()):
+            assert "Current thread" in printed and "/training/step.py" in printed and "distributed_c10d.py" in printed
+        assert run.status() == "running"
+
+
+@pytest.mark.distributed
+def test_rank_that_is_killed_ends_the_other(launcher: Launcher) -> None:
+    """Without torchrun, which would end the other rank itself."""
+    with launcher.ranks("killed", LONG) as run:
+        run.wait_for_text("step 3/")
+        kill(run.processes[1].pid, signal.SIGKILL)
+        assert run.code(0, 20) == EXIT_LOST_RANK
+        assert "error: another process of the run has ended or cannot be reached" in run.text()
+        assert "Traceback" not in run.text()
+
+
+def test_rank_that_never_comes(launcher: Launcher) -> None:
+    with launcher.ranks("waiting", LONG, "parallel.timeout_seconds=2", started=1) as run:
+        assert run.code(0, 60) == EXIT_LOST_RANK
+        assert "error: not all of the 2 processes came together within parallel.timeout_seconds=2" in run.text()
+        assert "Traceback" not in run.text() and not run.folder.exists()
+
+
+WATCHED = """
+import importlib.util, sys, time
+from pathlib import Path
+
+# The module alone: its package imports megatron-core, which takes seconds.
+spec = importlib.util.spec_from_file_location("watchdog", "sepllm_train/training/watchdog.py")
+module = sys.modules["watchdog"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+Watchdog = module.Watchdog
+
+folder, rank, beats, stays = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+with Watchdog(folder, 1.0, rank, 2) as watchdog:
+    for number in range(beats):
+        watchdog.beat(f"step {number}")
+        time.sleep(0.05)
+    time.sleep(stays)
+"""
+
+
+def watched(folder: Path, *ranks: tuple[int, float]) -> list[tuple[int, str]]:
+    """(exit code, output) of processes that beat so often, then sleep so many seconds."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHED, str(folder), str(rank), str(beats), str(stays)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, (beats, stays) in enumerate(ranks)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_rank_furthest_behind_is_named(tmp_path: Path) -> None:
+    """Both hang and can say where: the one with less progress holds up the other."""
+    (ahead, said), (behind, _) = watched(tmp_path, (8, 60), (4, 60))
+    assert ahead == behind == EXIT_LOST_RANK
+    assert "rank 1 hung in step 3, behind the others" in said
+    assert "rank 0 hangs in step 7" in said and "time.sleep" not in said and 'File "<string>"' in said
+
+
+def test_progress_is_no_hang(tmp_path: Path) -> None:
+    """Longer than the limit in all, but never without a beat for so long."""
+    assert [code for code, _ in watched(tmp_path, (30, 0), (1, 0))] == [0, 0]
+    assert not list(tmp_path.glob("stacks_*"))

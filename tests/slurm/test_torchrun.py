@@ -1,0 +1,100 @@
+"""The launcher of the batch scripts: exit codes of workers, signals, and env_report.py under it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+WORKER = """
+import os, signal, sys, time
+signals = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: signals.append(number))
+rank = int(os.environ["RANK"])
+open(sys.argv[1] + f"/ready{rank}", "w").close()
+if sys.argv[2] == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+end = time.monotonic() + 60
+while time.monotonic() < end and {signal.SIGUSR1, signal.SIGTERM} - set(signals):
+    # A rank that lost another one is ended by SIGTERM.
+    if sys.argv[2] == "killed" and signal.SIGTERM in signals:
+        sys.exit(1)
+    time.sleep(0.05)
+sys.exit(75)
+"""
+
+
+def launch(folder: Path, what: str) -> subprocess.Popen[str]:
+    """Two workers under the launcher."""
+    (folder / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "sepllm_train.distributed.torchrun", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*launcher, "worker.py", str(folder), what],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_signals_reach_the_workers_and_their_exit_code_comes_back(tmp_path: Path) -> None:
+    """As Slurm sends them: to every process, again and again, also before the workers listen."""
+    process = launch(tmp_path, "signalled")
+    # From here on the launcher is deaf: /proc says so.
+    deadline = time.monotonic() + 30
+    while not ignored(process.pid, signal.SIGUSR1):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while process.poll() is None and time.monotonic() < deadline + 60:
+        listening = all((tmp_path / f"ready{rank}").exists() for rank in range(2))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(process.pid)
+            for one in [launcher, *launcher.children(recursive=True)]:
+                one.send_signal(signal.SIGTERM if listening else signal.SIGUSR1)
+                one.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    assert process.wait(1) == 75
+    assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def ignored(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigIgn:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    process = launch(tmp_path, "killed")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors.splitlines()[-1].startswith("error: rank 1 on ") and "was killed by SIGKILL." in errors
+
+
+def test_nodes_that_do_not_meet(tmp_path: Path) -> None:
+    """One of two nodes alone."""
+    options = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=join_timeout=1"]
+    command = [sys.executable, "-m", "sepllm_train.distributed.torchrun", *options, "worker.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "has no contact with the other nodes of the run" in done.stderr.splitlines()[-1]
+
+
+def test_env_report_measures_the_launch(repository: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "sepllm_train.distributed.torchrun", "--standalone", "--nproc-per-node=2"]
+    script = [str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
+    done = subprocess.run([*launcher, *script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    report = json.loads(done.stdout)
+    assert report["variables"]["WORLD_SIZE"] == "2"
+    (test,) = report["self_test"].values()
+    assert test["processes"] == 2 and test["gigabytes_per_second"] > 0

@@ -1,0 +1,378 @@
+"""Checkpoints of a small model in one process: whole or skipped, safe to load, and written while tensors change."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from data_prep.files import hash_file
+from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
+from sepllm_train.distributed.launch import Launch, process_grid
+from sepllm_train.errors import UserError
+from sepllm_train.training import run_folder
+from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, newest
+from sepllm_train.training.checkpoint.shards import rectangles
+from sepllm_train.training.setup import Training, build_training
+from sepllm_train.training.state import TrainState
+
+VOCABULARY = 1000
+
+
+def config_of(root: Path, **training: Any) -> Config:
+    """A run named `run` under `root`."""
+    return Config(
+        name="run",
+        run_root=str(root),
+        model=ModelConfig(layers=2, hidden=64, heads=4, ffn=128),
+        training=TrainingConfig(**({"precision": "fp32", "steps": 100} | training)),
+    )
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[torch.device]:
+    """A single process as the whole grid, for the length of this module."""
+    with process_grid(Config(), Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)) as device:
+        yield device
+
+
+@pytest.fixture
+def training(grid: torch.device, tmp_path: Path) -> Training:
+    """A model and its optimizer after one update."""
+    made = build_training(config_of(tmp_path), VOCABULARY, grid)
+    update(made)
+    return made
+
+
+def update(training: Training) -> None:
+    """One step of Adam along random gradients."""
+    for chunk in training.chunks:
+        for parameter in chunk.parameters():
+            parameter.main_grad.normal_()
+    training.optimizer.step()
+
+
+def saver_for(root: Path, training: Training, **settings: Any) -> Saver:
+    """The writer of the run's checkpoints."""
+    defaults = {"keep": 2, "keep_every": 0, "background": True}
+    return Saver(root / "run", training, {"identity": {}, "schedule": {}}, **(defaults | settings))
+
+
+def save_steps(root: Path, training: Training, *steps: int, **settings: Any) -> list[Path]:
+    """A checkpoint after each of `steps`, with an update between them."""
+    saver = saver_for(root, training, **settings)
+    for step in steps:
+        update(training)
+        saver.save(TrainState(step=step, tokens=10 * step))
+    saver.finish()
+    return [files.step_folder(root / "run" / "checkpoints", step) for step in steps]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_load_gives_back_what_was_saved(tmp_path: Path, training: Training, background: bool) -> None:
+    (saved,) = save_steps(tmp_path, training, 7, background=background)
+    parameters = [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
+    torch.rand(1)
+    update(training)
+    state = load(saved, training)
+    assert state == TrainState(step=7, tokens=70)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, training.chunks[0].parameters(), strict=True))
+    again = saver_for(tmp_path / "again", training)
+    again.save(state)
+    again.finish()
+    assert dict(digests(tmp_path / "again" / "run")) == dict(digests(saved))
+
+
+def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, training: Training) -> None:
+    saver = saver_for(tmp_path, training)
+    saver.save(TrainState(step=1))
+    for chunk in training.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    (outcome,) = saver.finish()
+    assert outcome.error is None and 0 < outcome.stall_seconds < outcome.seconds + 1 and outcome.bytes > 1_000_000
+    load(outcome.checkpoint, training)
+    assert all(p.isfinite().all() for chunk in training.chunks for p in chunk.parameters())
+
+
+def test_old_checkpoints_are_dropped_and_latest_names_the_newest(tmp_path: Path, training: Training) -> None:
+    save_steps(tmp_path, training, 1, 2, 3, 4, 5, 6, 7, keep=2, keep_every=3)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", *(f"step_{step:08d}" for step in (3, 6, 7))]
+    assert (folder / "latest").read_text() == "step_00000007\n"
+
+
+def test_same_step_is_saved_once(tmp_path: Path, training: Training) -> None:
+    (saved,) = save_steps(tmp_path, training, 3)
+    before = saved.stat().st_ino, digest(saved)
+    save_steps(tmp_path, training, 3)
+    assert (saved.stat().st_ino, digest(saved)) == before
+
+
+NAMES = ["__0_0.distcp", ".metadata", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("harm", ["torn", "missing", "altered"])
+def test_damaged_checkpoint_is_skipped_and_named(
+    tmp_path: Path, training: Training, name: str, harm: str, capsys: Any
+) -> None:
+    older, newer = save_steps(tmp_path, training, 2, 4)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    content = (newer / name).read_bytes()
+    if harm == "missing":
+        (newer / name).unlink()
+    elif harm == "torn":
+        (newer / name).write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        (newer / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    entry = run_folder.settle(config_of(tmp_path), {}, {})
+    assert entry.checkpoint == older and entry.step == 2
+    assert list(entry.skipped) == [newer] and str(newer / name) in entry.skipped[newer]
+    config = config_of(tmp_path)
+    config.resume, config.name = str(newer), "other"
+    with pytest.raises(UserError, match="is damaged") as refused:
+        run_folder.settle(config, {}, {})
+    assert str(newer / name) in str(refused.value)
+    run_folder.tidy(entry)
+    assert str(newer) in capsys.readouterr().out
+    assert newest(tmp_path / "run") == older and (newer.with_name(newer.name + ".damaged")).is_dir()
+
+
+def test_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(tmp_path: Path, training: Training) -> None:
+    for checkpoint in save_steps(tmp_path, training, 2, 4):
+        (checkpoint / "state.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no checkpoint there is whole"):
+        run_folder.settle(config_of(tmp_path), {}, {})
+
+
+def test_killed_after_the_last_checkpoint_is_continued_to_be_finished(tmp_path: Path, training: Training) -> None:
+    (saved,) = save_steps(tmp_path, training, 100)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert run_folder.settle(config_of(tmp_path), {}, {}).step == 100
+    config = config_of(tmp_path)
+    config.resume, config.name = str(saved), "other"
+    with pytest.raises(UserError, match="nothing is left"):
+        run_folder.settle(config, {}, {})
+
+
+def test_half_written_and_half_removed_folders_go(tmp_path: Path, training: Training) -> None:
+    (saved,) = save_steps(tmp_path, training, 2)
+    for name in ("step_00000004.1a2b3c4d.partial", "step_00000001.removed.partial"):
+        shutil.copytree(saved, saved.with_name(name))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    entry = run_folder.settle(config_of(tmp_path), {}, {})
+    assert entry.checkpoint == saved and not entry.skipped
+    run_folder.tidy(entry)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["latest", saved.name]
+
+
+# ------------------------------------------------------------------------------------------------ loading runs nothing
+
+
+class Evil:
+    """Pickled, this creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def evil_metadata(checkpoint: Path, mark: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def evil_member_of_metadata(checkpoint: Path, mark: Path) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.planner_data = Evil(mark)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def evil_tensor(checkpoint: Path, mark: Path) -> None:
+    point_at_evil_file(checkpoint, mark)
+
+
+def evil_object_for_a_tensor(checkpoint: Path, mark: Path) -> None:
+    metadata = point_at_evil_file(checkpoint, mark)
+    name = min(metadata.state_dict_metadata)
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo(
+        "evil.distcp", 0, (checkpoint / "evil.distcp").stat().st_size
+    )
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def point_at_evil_file(checkpoint: Path, mark: Path) -> Any:
+    """Make a tensor's record one that creates a file."""
+    torch.save(Evil(mark), checkpoint / "evil.distcp")
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    size = (checkpoint / "evil.distcp").stat().st_size
+    name = min(metadata.state_dict_metadata)
+    for index in metadata.storage_data:
+        if index.fqn == name:
+            metadata.storage_data[index] = _StorageInfo("evil.distcp", 0, size)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (evil_metadata, "refers to pathlib"),
+        (evil_member_of_metadata, "refers to pathlib"),
+        (evil_tensor, "Weights only load failed"),
+        (evil_object_for_a_tensor, "BytesStorageMetadata, which no checkpoint needs"),
+    ],
+)
+def test_loading_runs_no_code(
+    tmp_path: Path, training: Training, plant: Callable[[Path, Path], None], words: str, capfd: Any
+) -> None:
+    (saved,) = save_steps(tmp_path, training, 2)
+    mark = tmp_path / "mark"
+    plant(saved, mark)
+    sign(saved)
+    assert files.damage(saved) is None and files.altered(saved, 0, 1) is None
+    with pytest.raises(UserError, match=f"cannot be loaded.*{words}"):
+        load(saved, training)
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(UserError, match=f"cannot be read.*{words}"):
+        digest(saved)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists(), "the pickle would not have done anything"
+
+
+def test_common_file_is_not_read(tmp_path: Path, training: Training) -> None:
+    (saved,) = save_steps(tmp_path, training, 2)
+    torch.save(Evil(tmp_path / "mark"), saved / "common.pt")
+    sign(saved)
+    load(saved, training)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_files_outside_of_the_checkpoint_are_not_read(tmp_path: Path, training: Training) -> None:
+    (saved,) = save_steps(tmp_path, training, 2)
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    index = next(iter(metadata.storage_data))
+    metadata.storage_data[index] = _StorageInfo("../../../elsewhere", 0, 10)
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="outside of the checkpoint"):
+        load(saved, training)
+
+
+def sign(checkpoint: Path) -> None:
+    """Write the manifest that fits the files as they are."""
+    entries = {}
+    for path in checkpoint.iterdir():
+        if path.name != "manifest.json":
+            info = hash_file(path)
+            entries[path.name] = {"bytes": info.size, "sha256": info.sha256}
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+
+
+# ---------------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 12 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"no small filesystem can be mounted here ({done.stderr.strip() if done else 'no mount program'})")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_disk(small_disk: Path) -> Callable[[], None]:
+    """Leave half a megabyte; gives what makes room again."""
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb") as file:
+        file.write(bytes(max(0, shutil.disk_usage(small_disk).free - 500_000)))
+    return ballast.unlink
+
+
+@pytest.fixture
+def limited_files(tmp_path: Path) -> Iterator[Path]:
+    """A folder; files beyond the limit that `limit_files` sets cannot be written until the test is over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def limit_files(_: Path) -> Callable[[], None]:
+    """Let no file grow beyond half a megabyte; gives what lifts the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("place", "obstruct", "words"),
+    [("small_disk", fill_disk, "No space left on device"), ("limited_files", limit_files, "File too large")],
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_full_disk_costs_one_checkpoint(
+    request: Any, training: Training, place: str, obstruct: Callable, words: str, background: bool
+) -> None:
+    root = request.getfixturevalue(place)
+    saver = saver_for(root, training, background=background)
+    saver.save(TrainState(step=1))
+    (first,) = saver.finish()
+    clear = obstruct(root)
+    saver.save(TrainState(step=2))
+    with pytest.raises(UserError, match=f"could not be written .{words}"):
+        saver.finish()
+    (second,) = saver.poll()
+    assert first.error is None and second.error == words
+    assert newest(root / "run") == first.checkpoint and files.altered(first.checkpoint, 0, 1) is None
+    assert sorted(p.name for p in first.checkpoint.parent.iterdir()) == ["latest", first.checkpoint.name]
+    clear()
+    saver.save(TrainState(step=2))
+    (third,) = saver.finish()
+    assert third.error is None and newest(root / "run") == third.checkpoint
+
+
+def test_run_goes_on_without_a_checkpoint_and_fails_without_the_last(trainer: Any) -> None:
+    """No file may grow beyond a megabyte: metrics can be written, checkpoints not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        outcome = trainer("name=full_disk", "training.validation_interval=0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.code == 2
+    assert "warning: checkpoint" in outcome.output and "step_00000002 could not be written" in outcome.output
+    assert "the last checkpoint" in outcome.sentence and "File too large" in outcome.sentence
+    assert [r["step"] for r in trainer.records("full_disk") if "train/loss" in r] == [1, 2, 3, 4]
+    assert json.loads((trainer.root / "full_disk" / "run.json").read_text())["status"] != "finished"
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 1, 4), (2, 3, 5)])
+def test_rectangles_are_the_elements_in_order(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(torch.Size(shape).numel())
+    whole = numbers.view(shape)
+    for low in range(len(numbers)):
+        for high in range(low + 1, len(numbers) + 1):
+            blocks = list(rectangles(shape, low, high))
+            parts = [whole[tuple(slice(c, c + s) for c, s in zip(*block, strict=True))].reshape(-1) for block in blocks]
+            assert torch.equal(torch.cat(parts), numbers[low:high]) and len(blocks) <= 2 * len(shape) - 1

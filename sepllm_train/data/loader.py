@@ -125,8 +125,8 @@ def micro_batches(
     while True:
         try:
             batch = next(loaded, None)
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid", str(error)):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not workers or not _worker_died(error):
                 raise
             failures += 1
             if failures > RESTARTS:
@@ -171,6 +171,17 @@ def _load(dataset: Dataset, sampler: Any, workers: int, device: torch.device) ->
     return loaded
 
 
+def _worker_died(error: Exception) -> bool:
+    """Whether fetching a micro-batch failed because a worker is gone, rather than by an error inside a worker.
+
+    A worker that dies while it hands over a batch leaves a broken connection.
+    """
+    if isinstance(error, RuntimeError):
+        return re.search(r"DataLoader worker \(pid", str(error)) is not None
+    broken = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    return broken and "in DataLoader worker process" not in str(error)
+
+
 def _check_tokens(batch: Batch, vocabulary: int, dataset: Any, sampler: Any, delivered: int) -> None:
     """Raise RankError for a token that the model does not have, before it is looked up on the device."""
     for key in ("tokens", "labels"):
@@ -197,4 +208,4 @@ def _tell(sentence: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     """What went wrong, without torch's advice."""
-    return str(error).splitlines()[0].rstrip(".")
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

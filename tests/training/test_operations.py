@@ -134,6 +134,8 @@ def test_out_of_memory_names_what_to_change(trainer: Any, tmp_path: Path) -> Non
     def run(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", LIMITED, str(3 << 29), *overrides, *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "", "WORLD_SIZE": ""}
+        # The C library reserves address space for each thread that allocates; the limit counts it.
+        environment["MALLOC_ARENA_MAX"] = "1"
         environment = {key: value for key, value in environment.items() if value}
         return subprocess.run(
             command, capture_output=True, text=True, timeout=300, env=environment, cwd=trainer.repository, check=False

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import hashlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -39,11 +43,12 @@ class PartialFile:
         self._finished = False
 
     def _lock(self) -> bool:
+        if not locked(lambda: fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB), self.partial):
+            return False
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between opening and locking, the other writer may have given this very file its final name.
             return os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.partial))
-        except (BlockingIOError, FileNotFoundError):
+        except FileNotFoundError:
             return False
 
     def write(self, data: bytes | memoryview) -> None:
@@ -74,6 +79,31 @@ class PartialFile:
         if not self._finished:
             self.partial.unlink(missing_ok=True)
             self._stream.close()
+
+
+def locked(attempt: Callable[[], None], path: Path) -> bool:
+    """Whether `attempt`, which locks `path` without waiting, was not refused for another process's lock.
+
+    Where the filesystem has no locks that is told once on stderr, and the answer is yes.
+    """
+    try:
+        attempt()
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        _tell_no_locks(error.strerror)
+    return True
+
+
+@functools.cache
+def _tell_no_locks(reason: str) -> None:
+    """Say once for each reason that files cannot be locked."""
+    print(
+        f"warning: files cannot be locked on this filesystem ({reason}): see to it yourself that no two processes "
+        "write the same ones.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -102,12 +102,16 @@ class _Row:
             values = self.read("values", self.far_values, self.values, block)
             weights = self.weights(queries, keys, block)
             slopes = self.slopes(above, values, weights)
+            # Into one contiguous matrix first: torch multiplies a batch into slices of a larger one head by head.
+            of_values = torch.bmm(weights.transpose(1, 2), above, out=self.scratch.matrix("of_values", *values.shape))
+            of_keys = self.scratch.matrix("of_keys", *keys.shape)
+            of_keys.baddbmm_(slopes.transpose(1, 2), queries, beta=0, alpha=self.scale)
             column = 0
             targets = zip(parts_of(block, far_k, near_k), parts_of(block, far_v, near_v), strict=True)
             for part_k, part_v in targets:
                 columns = slice(column, column := column + part_k.shape[1])
-                part_v.baddbmm_(weights[..., columns].transpose(1, 2), above)
-                part_k.baddbmm_(slopes[..., columns].transpose(1, 2), queries, alpha=self.scale)
+                part_v += of_values[:, columns]
+                part_k += of_keys[:, columns]
             if grad_sink is not None:
                 grad_sink += slopes[..., -1].unflatten(1, (self.heads[1], -1)).sum(-1).flatten()
             result = self.scratch.matrix("result", *queries.shape).baddbmm_(slopes, keys, beta=0, alpha=self.scale)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from sepllm_train.distributed.optional import quiet_imports
 
 with quiet_imports():
     from megatron.core import parallel_state, tensor_parallel
+
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def _process_group(launch: Launch, backend: str, timeout_seconds: float) -> Iter
     """torch.distributed's default group, alone without torchrun. Raises LostRank when others do not come in time."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if launch.by_torchrun:
+        _end_with_launcher()
         try:
             dist.init_process_group(backend, timeout=timeout)
         except RuntimeError as error:
@@ -86,6 +93,15 @@ def _process_group(launch: Launch, backend: str, timeout_seconds: float) -> Iter
     yield
     # Only after success: a rank that failed must end at once, not wait for the others in the shutdown.
     dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """Get SIGTERM when torchrun is gone, so that a killed one leaves no rank that trains on and holds the run folder.
+
+    Linux alone has that; where it cannot be had, ranks end at the next checkpoint, for which they need the store.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextmanager
@@ -100,6 +116,8 @@ def model_parallel(config: Config, device: torch.device) -> Iterator[None]:
         pipeline_model_parallel_size=config.parallel.pipeline,
         context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=virtual_stages(config),
+        # Its groups do not take over the time-out of the default one; it makes a timedelta of any number.
+        distributed_timeout_minutes=config.parallel.timeout_seconds / 60,
     )
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)

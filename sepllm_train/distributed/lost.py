@@ -23,7 +23,7 @@ def lost_rank(error: RuntimeError, timeout_seconds: float) -> LostRank | None:
         )
     if isinstance(error, dist.DistError) or re.search(_GONE, text):
         return LostRank(
-            f"another process of the run has ended or cannot be reached ({_short(text)}): its own output says why. The "
+            f"another process of the run has ended or cannot be reached ({short(text)}): its own output says why. The "
             "same command continues from the newest checkpoint."
         )
     return None
@@ -33,11 +33,11 @@ def not_all_arrived(error: RuntimeError, world_size: int, timeout_seconds: float
     """The sentence for an error of the start of torch.distributed."""
     return LostRank(
         f"not all of the {world_size} processes came together within parallel.timeout_seconds={timeout_seconds:g} "
-        f"({_short(str(error))}): start all of them, with a MASTER_ADDR and MASTER_PORT that each can reach."
+        f"({short(str(error))}): start all of them, with a MASTER_ADDR and MASTER_PORT that each can reach."
     )
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """The first sentence of torch's message, without source places and stacks."""
     first = text.strip().splitlines()[0] if text.strip() else "no reason given"
     return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", first).split(". ")[0].rstrip(".")

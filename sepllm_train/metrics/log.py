@@ -50,9 +50,39 @@ class MetricsLog:
                 raise
 
     def rewind(self, step: int) -> None:
-        """Keep the records up to `step`, which a resumed run will not write again, and drop a torn last line."""
+        """Keep the records up to `step`, which a resumed run will not write again, and drop a torn last line.
+
+        A line before it that is no record (a machine that lost power leaves zeros) is dropped with all after it.
+        """
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(self.path, "".join(kept).encode())
+        lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = []
+        for number, line in enumerate(lines, 1):
+            at = _step(line)
+            if at is None:
+                say(
+                    f"warning: line {number} of {self.path} is no record, as after a loss of power: it and the "
+                    f"{len(lines) - number} lines after it are dropped, and training goes on."
+                )
+                break
+            if at <= step:
+                kept.append(line)
+        write_whole(self.path, b"".join(kept))
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether there is a record of `step` with `key`."""
+        records = [json.loads(line) for line in self.waiting]
+        if self.path.exists():
+            records += [json.loads(line) for line in self.path.read_bytes().splitlines() if _step(line) == step]
+        return any(record["step"] == step and key in record for record in records)
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line, None when it is no record."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None

@@ -93,7 +93,7 @@ class Loop:
         training = self.config.training
         iterators = [self._training_batches(dataset) for _ in self.training.chunks]
         self._agree_to_stop()
-        if self.state.step == 0 and training.validation_interval > 0 and not self.stopping:
+        if _due(self.state.step, training.validation_interval) and not self.stopping and not self._validated():
             self._validate(validation)
         progress = StepProgress(self.micro_batches, training.steps)
         while self.state.step < training.steps and not self.stopping:
@@ -104,7 +104,8 @@ class Loop:
                 self._skipped(self.last.bad, dataset)
             step, end = self.state.step, self.stopping or self.state.step == training.steps
             log = end or step % self.config.logging.interval == 0
-            validate = step == training.steps or _due(step, training.validation_interval)
+            # Who stops a run may not leave it the time to validate: that is made up for when it continues.
+            validate = step == training.steps or (_due(step, training.validation_interval) and not self.stopping)
             save = end or _due(step, training.checkpoint_interval)
             if log or validate or save:
                 self.guards.check_data()
@@ -301,6 +302,13 @@ class Loop:
             f"validation at step {self.state.step}: loss {record['val/loss']:.4f}, "
             f"{record['val/bits_per_byte']:.4f} bits per byte, {duration(record['val/seconds'])}"
         )
+
+    def _validated(self) -> bool:
+        """Whether metrics.jsonl has the validation at this step. Every rank calls it and learns what rank 0 sees."""
+        seen = self.metrics is not None and self.metrics.has(self.state.step, "val/loss")
+        everywhere = torch.tensor(float(seen), device=self.device)
+        dist.all_reduce(everywhere)
+        return bool(everywhere > 0)
 
     def _validate_one(self, dataset: Any) -> tuple[float, float]:
         """(loss in nats per token, bits per byte) of one dataset's first samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,8 +58,11 @@ def train(config: Config, launch: Launch, device: torch.device) -> Interrupted |
     prepared = _prepare(config, launch.world_size, device)
     folder = prepared.entry.folder
     lock = together(lambda: run_folder.claim(folder) if launch.main else None)
+    run_folder.check_shared(folder)
+    entry = run_folder.settle_anew(config, prepared.identity, prepared.schedule, prepared.entry)
+    prepared = replace(prepared, entry=entry)
     if launch.main:
-        run_folder.tidy(prepared.entry)
+        run_folder.tidy(entry)
     watchdog = Watchdog(folder, config.training.hang_seconds, launch.rank, launch.world_size)
     memory = MemoryAdvice(config, prepared.facts, launch.world_size, device)
     with stop_on_signals() as stop, watchdog, memory:
@@ -106,7 +109,11 @@ def _train(
 
     def record(status: str) -> None:
         if launch.main:
-            run_folder.write_run(folder, {**run, "status": status})
+            try:
+                run_folder.write_run(folder, {**run, "status": status})
+            except OSError as error:
+                # How the run ended must not be hidden by a disk that is full.
+                say(f"warning: {folder / 'run.json'} cannot be written ({error.strerror}): it does not say {status!r}.")
 
     try:
         with memory:
@@ -135,6 +142,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "name": config.name,
         "identity": prepared.identity,
         "schedule": prepared.schedule,
+        "origin": prepared.entry.origin,
         "parameters": facts.parameters,
         "steps": config.training.steps,
         "comparable": {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data_prep.files import write_whole
+from data_prep.files import locked, write_whole
 from sepllm_train.config.schema import Config
 from sepllm_train.console import say
 from sepllm_train.distributed.together import agree, together
@@ -26,19 +29,25 @@ from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
 
+# Seconds until a file of another node must be seen. NFS shows it as soon as its folder is listed.
+_SEEN_WITHIN = 30.0
+
 
 @dataclass(frozen=True)
 class Entry:
     """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write.
 
     `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
-    reason.
+    reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` tells
+    whether another run has been in the folder since.
     """
 
     folder: Path
     checkpoint: Path | None
     step: int
     skipped: dict[Path, str]
+    origin: str | None
+    content: Any
 
 
 def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
@@ -61,6 +70,16 @@ def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -
         damaged = {**entry.skipped, entry.checkpoint: reason}
 
 
+def settle_anew(config: Config, identity: dict[str, Any], schedule: dict[str, Any], entry: Entry) -> Entry:
+    """`entry`, once the folder is claimed; decided anew if another run has been there since `settle` looked.
+
+    Every rank calls it. Raises UserError as `settle` does.
+    """
+    changed = [_content(entry.folder) != entry.content]
+    dist.broadcast_object_list(changed, src=0)
+    return settle(config, identity, schedule) if changed[0] else entry
+
+
 def enter(
     config: Config, identity: dict[str, Any], schedule: dict[str, Any], damaged: dict[Path, str] | None = None
 ) -> Entry:
@@ -73,13 +92,20 @@ def enter(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
     used = (folder / "metrics.jsonl").exists()
+    content = _content(folder)
     earlier = read_run(folder)
+    asked = None if config.resume in ("auto", "never") else str(Path(config.resume).expanduser().resolve())
     if used and earlier.get("status") == "finished":
         raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
     if config.resume == "never" and used:
         raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
     if config.resume in ("auto", "never"):
         found = checkpoint.newest(folder, skipped) if config.resume == "auto" else None
+        if found is None:
+            checkpoint.refuse_if_all_damaged(skipped, str(folder))
+    elif used and earlier.get("origin") == asked and checkpoint.checkpoints_of(folder):
+        # The command that began this run is given again, as schedulers do: it means to go on.
+        found = checkpoint.newest(folder, skipped)
         if found is None:
             checkpoint.refuse_if_all_damaged(skipped, str(folder))
     else:
@@ -95,12 +121,12 @@ def enter(
         checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
     step = 0
     if found is not None:
-        content = checkpoint.read_state(found)
-        step = content["state"]["step"]
-        checkpoint.check_identity(content["identity"], identity, str(found), "a run continues with what it began with")
+        stored = checkpoint.read_state(found)
+        step = stored["state"]["step"]
+        checkpoint.check_identity(stored["identity"], identity, str(found), "a run continues with what it began with")
         if in_place:
             checkpoint.check_identity(
-                content["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
+                stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
             )
         # A run that was killed after its last checkpoint is continued, if only to be called finished.
         if step >= config.training.steps and not in_place:
@@ -108,7 +134,18 @@ def enter(
                 f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
                 "steps, or start a new run."
             )
-    return Entry(folder, found, step, skipped)
+    origin = (earlier.get("origin") if in_place else None) or asked
+    return Entry(folder, found, step, skipped, origin, content)
+
+
+def _content(folder: Path) -> Any:
+    """What changes when a run begins or ends in `folder` or writes a checkpoint there; equal when none did."""
+    checkpoints = folder / checkpoint.FOLDER
+    try:
+        # Listing makes a network filesystem look anew.
+        return read_run(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+    except OSError:
+        return read_run(folder), [], 0
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -122,18 +159,64 @@ def read_run(folder: Path) -> dict[str, Any]:
 def claim(folder: Path) -> IO[str]:
     """Make the run's folder and lock it until the file that is returned is closed.
 
-    Raises UserError when it cannot be written, or another process trains there.
+    The lock is this process's alone: data workers that outlive it do not keep it. Opening the file once more in this
+    process and closing it would give the lock up. Raises UserError when the folder cannot be written, or another
+    process trains there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115  held for as long as the run
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another run_root=.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training in {folder}: wait for it, or choose another name=.") from None
+    if not locked(lambda: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), Path(lock.name)):
+        lock.close()
+        raise UserError(f"another process is training in {folder}: wait for it, or choose another name=.")
     return lock
+
+
+def check_shared(folder: Path) -> None:
+    """Check that every rank sees a file that rank 0 writes into the run's folder. Every rank calls it.
+
+    Raises UserError on all ranks when one does not: its part of each checkpoint would stay on its own node.
+    """
+    name = [f".seen_{secrets.token_hex(4)}"]
+    dist.broadcast_object_list(name, src=0)
+    mark = folder / name[0]
+    try:
+        together(lambda: _make(mark) if dist.get_rank() == 0 else None)
+        together(lambda: await_file(mark, _SEEN_WITHIN))
+    finally:
+        if dist.get_rank() == 0:
+            mark.unlink(missing_ok=True)
+
+
+def _make(mark: Path) -> None:
+    """Make an empty file. Raises UserError when that fails."""
+    try:
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {mark.parent} ({error.strerror}): choose another run_root=.") from None
+
+
+def await_file(mark: Path, seconds: float) -> None:
+    """Wait until this process sees the file `mark`. Raises UserError when it does not within `seconds`."""
+    end = time.monotonic() + seconds
+    while not _listed(mark):
+        if time.monotonic() > end:
+            raise UserError(
+                f"a file that rank 0 wrote to {mark.parent} is not seen on {platform.node()}: run_root must be on a "
+                "filesystem that all nodes share."
+            )
+        time.sleep(0.2)
+
+
+def _listed(mark: Path) -> bool:
+    """Whether `mark` is there. Listing the folders makes a network filesystem look anew."""
+    try:
+        os.listdir(mark.parent.parent)
+        return mark.name in os.listdir(mark.parent)
+    except OSError:
+        return False
 
 
 def tidy(entry: Entry) -> None:

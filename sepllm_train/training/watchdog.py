@@ -86,17 +86,46 @@ class Watchdog:
     def _end(self) -> None:
         """Tell where this rank is, hear where the others are, and end the process."""
         place, silent = self.place, time.monotonic() - self.last
-        with open(self.stacks_file(self.rank), "w", encoding="utf8") as file:
-            file.write(json.dumps(asdict(place)) + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        grace = min(max(self.seconds * _GRACE_SHARE, _GRACE_SECONDS[0]), _GRACE_SECONDS[1])
+        # Whatever blocks below (the file system, a full pipe), this process ends.
+        last_resort = threading.Timer(2 * grace + 1, os._exit, (EXIT_LOST_RANK,))
+        last_resort.daemon = True
+        last_resort.start()
         print(f"rank {self.rank} hangs in {place.where}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr.fileno())
-        places = self._hear(min(max(self.seconds * _GRACE_SHARE, _GRACE_SECONDS[0]), _GRACE_SECONDS[1]))
-        if self.rank == min(places):
-            print(f"error: {self._sentence(places, silent)}", file=sys.stderr, flush=True)
+        unwritten = self._write_stacks(place, grace)
+        if unwritten:
+            sentence = self._alone(place, silent, unwritten)
+        else:
+            places = self._hear(grace)
+            sentence = self._sentence(places, silent) if self.rank == min(places) else ""
+        if sentence:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         # The main thread hangs, so nothing can be closed in good order.
         os._exit(EXIT_LOST_RANK)
+
+    def _write_stacks(self, place: Place, seconds: float) -> str:
+        """Write this rank's file; gives why that failed, nothing when it is there.
+
+        In a thread: on a file system that hangs, which may be why the run does, opening the file never returns.
+        """
+        failure = [f"it did not answer for {seconds:g} seconds"]
+
+        def write() -> None:
+            try:
+                with open(self.stacks_file(self.rank), "w", encoding="utf8") as file:
+                    file.write(json.dumps(asdict(place)) + "\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file)
+            except OSError as error:
+                failure[0] = error.strerror or str(error)
+            else:
+                failure.clear()
+
+        thread = threading.Thread(target=write, name="stacks", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return failure[0] if failure else ""
 
     def _hear(self, seconds: float) -> dict[int, Place]:
         """Places of the ranks that tell theirs within `seconds`."""
@@ -111,6 +140,14 @@ class Watchdog:
                     continue
             time.sleep(0.1)
         return places
+
+    def _alone(self, place: Place, silent: float, unwritten: str) -> str:
+        """What this rank can say when the ranks cannot hear each other."""
+        return (
+            f"no progress for {duration(silent)} (training.hang_seconds={self.seconds:g}): rank {self.rank} hung in "
+            f"{place.where}, and {self.stacks_file(self.rank)} could not be written ({unwritten}): look at its file "
+            "system. The same command continues from the newest checkpoint."
+        )
 
     def _sentence(self, places: dict[int, Place], silent: float) -> str:
         """Which ranks hold up the run, as far as the places tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sepllm_train.errors import EXIT_LOST_RANK
-from tests.faults.processes import REPOSITORY, Launcher, kill
+from tests.faults.processes import REPOSITORY, Launcher, descendants, environment_of, kill
 
 LONG = "training.steps=100000"
 
@@ -45,6 +46,38 @@ def test_rank_that_is_killed_ends_the_other(launcher: Launcher) -> None:
         assert "Traceback" not in run.text()
 
 
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at the parent's death is Linux's")
+def test_ranks_end_when_torchrun_is_killed(launcher: Launcher) -> None:
+    """They lose the store with it, so they cannot save: they say so, end, and leave the run folder."""
+    with launcher.torchrun("orphans", LONG) as run:
+        run.wait_for_text("step 3/")
+        torchrun = run.processes[0]
+        ranks = [pid for pid in descendants(torchrun.pid) if "RANK" in environment_of(pid)]
+        assert len(ranks) == 2
+        try:
+            kill(torchrun.pid, signal.SIGKILL)
+            torchrun.wait()
+            deadline = time.monotonic() + 20
+            while any(alive(pid) for pid in ranks) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not any(alive(pid) for pid in ranks)
+        finally:
+            for pid in ranks:
+                kill(pid, signal.SIGKILL)
+        assert "SIGTERM received" in run.text()
+        assert "error: the processes could not agree on checkpoint" in run.text()
+        assert "Traceback" not in run.text()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended may be a zombie until its new parent asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_rank_that_never_comes(launcher: Launcher) -> None:
     with launcher.ranks("waiting", LONG, "parallel.timeout_seconds=2", started=1) as run:
         assert run.code(0, 60) == EXIT_LOST_RANK
@@ -64,6 +97,7 @@ Watchdog = module.Watchdog
 
 folder, rank, beats, stays = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 with Watchdog(folder, 1.0, rank, 2) as watchdog:
+    # DISTURBANCE
     for number in range(beats):
         watchdog.beat(f"step {number}")
         time.sleep(0.05)
@@ -71,11 +105,19 @@ with Watchdog(folder, 1.0, rank, 2) as watchdog:
 """
 
 
-def watched(folder: Path, *ranks: tuple[int, float]) -> list[tuple[int, str]]:
-    """(exit code, output) of processes that beat so often, then sleep so many seconds."""
+def watched(folder: Path, *ranks: tuple[int, float], disturbance: str = "pass") -> list[tuple[int, str]]:
+    """(exit code, output) of processes that run `disturbance`, beat so often, then sleep so many seconds."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WATCHED, str(folder), str(rank), str(beats), str(stays)],
+            [
+                sys.executable,
+                "-c",
+                WATCHED.replace("# DISTURBANCE", disturbance),
+                str(folder),
+                str(rank),
+                str(beats),
+                str(stays),
+            ],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -93,6 +135,21 @@ def test_rank_furthest_behind_is_named(tmp_path: Path) -> None:
     assert ahead == behind == EXIT_LOST_RANK
     assert "rank 1 hung in step 3, behind the others" in said
     assert "rank 0 hangs in step 7" in said and "time.sleep" not in said and 'File "<string>"' in said
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "why"),
+    [
+        # Opening a pipe that nobody reads blocks, as opening a file on a dead network file system does.
+        ("import os; os.mkfifo(watchdog.stacks_file(rank))", "it did not answer for 1 seconds"),
+        ("watchdog.stacks_file(rank).symlink_to('/dev/full')", os.strerror(28)),
+    ],
+)
+def test_hang_ends_though_no_file_can_be_written(tmp_path: Path, disturbance: str, why: str) -> None:
+    ((code, said),) = watched(tmp_path, (3, 30), disturbance=disturbance)
+    assert code == EXIT_LOST_RANK
+    assert "rank 0 hung in step 2, and " in said and f"could not be written ({why})" in said
+    assert 'File "<string>"' in said and "Traceback" not in said
 
 
 def test_progress_is_no_hang(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from sepllm_train.errors import EXIT_INTERRUPTED
-from tests.faults.processes import Launcher, Run, kill
+from tests.faults.processes import Launcher, Run, kill, records
 
 LONG = "training.steps=100000"
 
@@ -39,11 +39,20 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher: Launcher) -> 
         saved_where_it_says(run)
 
 
+def validated(run: Run) -> list[int]:
+    """Steps of the validations in metrics.jsonl."""
+    return [record["step"] for record in records(run.folder) if "val/loss" in record]
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_break_the_save(launcher: Launcher, first: signal.Signals) -> None:
-    """Signals rain until the process is gone; the checkpoint is whole and the run continues from it."""
+    """Signals rain until the process is gone; the checkpoint is whole and the run continues from it.
+
+    The validation that was due at the last step waits for the run that continues.
+    """
     name = f"twice_{first.name}"
-    with launcher.alone(name, LONG) as run:
+    often = ("training.validation_interval=1", "training.validation_samples=2")
+    with launcher.alone(name, LONG, *often) as run:
         run.wait_for_text("step 3/")
         process = run.processes[0]
         kill(process.pid, first)
@@ -55,9 +64,13 @@ def test_a_second_signal_does_not_break_the_save(launcher: Launcher, first: sign
         assert process.returncode == EXIT_INTERRUPTED
         assert run.text().count(" received: ") == 1
         step = saved_where_it_says(run)
+        assert validated(run) == list(range(step))
     if first is signal.SIGTERM:
-        with launcher.alone(name, LONG) as run:
-            run.wait_for_text(f"step {step + 2}/")
+        with launcher.alone(name, LONG, *often) as run:
+            run.wait_for_text(f"validation at step {step + 2}:")
+            kill(run.processes[0].pid, signal.SIGKILL)
+            run.processes[0].wait()
+            assert validated(run)[: step + 3] == list(range(step + 3))
             assert f"resumed from {run.folder}/checkpoints/step_{step:08d}" in run.text()
             assert f"step {step}/" not in run.text()
 

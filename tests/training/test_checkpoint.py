@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from data_prep.files import hash_file
+from data_prep.files import PartialFile, _tell_no_locks, hash_file
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.errors import UserError
 from sepllm_train.training import run_folder
-from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, newest
+from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, newest, save
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
@@ -148,6 +153,180 @@ def test_damaged_checkpoint_is_skipped_and_named(
     run_folder.tidy(entry)
     assert str(newer) in capsys.readouterr().out
     assert newest(tmp_path / "run") == older and (newer.with_name(newer.name + ".damaged")).is_dir()
+
+
+def test_state_of_zeros_is_skipped_for_an_older_checkpoint(tmp_path: Path, training: Training) -> None:
+    older, newer = save_steps(tmp_path, training, 2, 4)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    state = newer / "state.json"
+    state.write_bytes(bytes(state.stat().st_size))
+    entry = run_folder.settle(config_of(tmp_path), {}, {})
+    assert entry.checkpoint == older and str(state) in entry.skipped[newer]
+
+
+def test_part_that_rank_0_does_not_see_costs_no_older_checkpoint(
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = save_steps(tmp_path, training, 1, keep=1)
+    write_part = save._Job._write_part
+
+    def elsewhere(job: Any) -> dict[str, Any]:
+        part = write_part(job)
+        os.rename(job.aside / part["name"], tmp_path / "on_another_node")
+        return part
+
+    monkeypatch.setattr(save._Job, "_write_part", elsewhere)
+    saver = saver_for(tmp_path, training, keep=1)
+    saver.save(TrainState(step=2))
+    with pytest.raises(UserError, match="run_root must be on a filesystem that all nodes share"):
+        saver.finish()
+    assert newest(tmp_path / "run") == first
+    assert sorted(p.name for p in first.parent.iterdir()) == ["latest", first.name]
+
+
+@pytest.mark.parametrize("obstacle", ["latest", "step_00000001.removed.partial"])
+def test_checkpoint_is_told_as_written_when_older_ones_cannot_be_dropped(
+    tmp_path: Path, training: Training, obstacle: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    first, second = save_steps(tmp_path, training, 1, 2, keep=2)
+    if obstacle == "latest":
+        (first.parent / "latest").unlink()
+        (first.parent / "latest").mkdir()
+    else:
+        # No folder can be renamed over a file.
+        (first.parent / obstacle).write_text("")
+    saver = saver_for(tmp_path, training, keep=2)
+    saver.save(TrainState(step=3))
+    (third,) = saver.finish()
+    assert third.error is None and newest(tmp_path / "run") == third.checkpoint
+    assert f"warning: {third.checkpoint} is written, but older" in capsys.readouterr().out
+    assert files.damage(first) is None and files.damage(second) is None
+
+
+def test_generators_of_another_type_of_device_are_not_asked_for(
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved,) = save_steps(tmp_path, training, 2)
+    state = json.loads((saved / "state.json").read_text())
+    other = "cpu" if state["layout"]["device"] == "cuda" else "cuda"
+    (saved / "state.json").write_text(json.dumps(state | {"layout": state["layout"] | {"device": other}}))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load(saved, training)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def continued(root: Path, origin: str) -> Config:
+    """The configuration of a run that goes on from `origin` under another name."""
+    config = config_of(root)
+    config.resume, config.name = origin, "new"
+    return config
+
+
+def begin(config: Config, entry: run_folder.Entry) -> None:
+    """What a run leaves in its folder when it begins."""
+    entry.folder.mkdir(exist_ok=True)
+    run = {"identity": {}, "schedule": {}, "origin": entry.origin, "status": "running"}
+    run_folder.write_run(entry.folder, run)
+    (entry.folder / "metrics.jsonl").write_text("")
+
+
+def test_command_that_continues_under_another_name_can_be_repeated(tmp_path: Path, training: Training) -> None:
+    (source,) = save_steps(tmp_path, training, 2)
+    config = continued(tmp_path, str(source))
+    first = run_folder.settle(config, {}, {})
+    assert first.checkpoint == source
+    begin(config, first)
+    assert run_folder.settle(config, {}, {}).checkpoint == source, "nothing of its own to go on from yet"
+    shutil.copytree(source, tmp_path / "new" / "checkpoints" / "step_00000004")
+    for _ in range(2):
+        again = run_folder.settle(config, {}, {})
+        assert again.checkpoint == tmp_path / "new" / "checkpoints" / "step_00000004"
+        begin(config, again)
+    in_between = config_of(tmp_path)
+    in_between.name = "new"
+    begin(in_between, run_folder.settle(in_between, {}, {}))
+    shutil.rmtree(source)
+    assert run_folder.settle(config, {}, {}).checkpoint == again.checkpoint, "the origin is no longer needed"
+    shutil.copytree(again.checkpoint, source)
+    with pytest.raises(UserError, match="in use by an earlier run"):
+        run_folder.settle(continued(tmp_path, str(tmp_path / "run")), {}, {})
+
+
+def test_what_another_process_did_before_the_folder_was_claimed_is_seen(tmp_path: Path, training: Training) -> None:
+    config = config_of(tmp_path)
+    (older,) = save_steps(tmp_path, training, 2)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    entry = run_folder.settle(config, {}, {})
+    assert run_folder.settle_anew(config, {}, {}, entry) is entry and entry.checkpoint == older
+    (newer,) = save_steps(tmp_path, training, 4)
+    assert run_folder.settle_anew(config, {}, {}, entry).checkpoint == newer
+    run_folder.write_run(tmp_path / "run", {"status": "finished"})
+    with pytest.raises(UserError, match="holds a finished run"):
+        run_folder.settle_anew(config, {}, {}, entry)
+
+
+def test_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path, grid: torch.device) -> None:
+    run_folder.check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="run_root must be on a filesystem that all nodes share"):
+        run_folder.await_file(tmp_path / ".seen_00000000", 0.1)
+
+
+def test_lock_ends_with_the_process_that_trained(tmp_path: Path) -> None:
+    """Not with its data workers, which outlive it for some seconds when it is killed."""
+    reading, writing = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        try:
+            lock = run_folder.claim(tmp_path)
+            worker = os.fork()
+            if worker:
+                os.write(writing, f"{worker} {lock.fileno()}\n".encode())
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    worker = int(os.read(reading, 100).split()[0])
+    try:
+        with pytest.raises(UserError, match="another process is training"):
+            run_folder.claim(tmp_path)
+        os.kill(trainer, signal.SIGKILL)
+        os.waitpid(trainer, 0)
+        os.kill(worker, 0)
+        run_folder.claim(tmp_path).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reading)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_filesystem_without_locks_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, code: int
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    _tell_no_locks.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    run_folder.claim(tmp_path).close()
+    with PartialFile(tmp_path / "file") as file:
+        file.finish()
+    assert capsys.readouterr().err.count("warning: files cannot be locked") == 1
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+def test_refused_lock_is_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(UserError, match="another process is training"):
+        run_folder.claim(tmp_path)
+    with pytest.raises(UserError, match="being written by another process"):
+        PartialFile(tmp_path / "file")
 
 
 def test_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(tmp_path: Path, training: Training) -> None:

@@ -110,7 +110,7 @@ def test_two_processes_do_not_share_a_run(trainer: Any) -> None:
     folder = trainer.root / "busy"
     folder.mkdir()
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         outcome = trainer("name=busy")
     assert outcome.code == 2 and "another process is training" in outcome.sentence
 

@@ -8,17 +8,27 @@ load      reading without running code
 fingerprint  one hash over the state of training
 """
 
-from sepllm_train.training.checkpoint.files import find, newest, read_state, refuse_if_all_damaged, tidy
+from sepllm_train.training.checkpoint.files import (
+    FOLDER,
+    checkpoints_of,
+    find,
+    newest,
+    read_state,
+    refuse_if_all_damaged,
+    tidy,
+)
 from sepllm_train.training.checkpoint.fingerprint import digest, digests
 from sepllm_train.training.checkpoint.identity import check_identity, identity, schedule_identity
 from sepllm_train.training.checkpoint.load import altered_together, load
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
+    "FOLDER",
     "Outcome",
     "Saver",
     "altered_together",
     "check_identity",
+    "checkpoints_of",
     "digest",
     "digests",
     "find",

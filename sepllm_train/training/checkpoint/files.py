@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.console import say
 from sepllm_train.errors import UserError
 
 FOLDER = "checkpoints"
@@ -96,7 +97,7 @@ def refuse_if_all_damaged(damaged: dict[Path, str], where: str) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by the names and sizes of its files, or None."""
+    """What is wrong with a checkpoint by the names and sizes of its files and the content of `state.json`, or None."""
     try:
         files = read_manifest(checkpoint)
     except UserError as error:
@@ -108,16 +109,28 @@ def damage(checkpoint: Path) -> str | None:
             return f"{checkpoint / name} is missing"
         if size != entry["bytes"]:
             return f"{checkpoint / name} has {size} bytes, {entry['bytes']} were written"
-    return None
+    # The one file whose content decides how a run begins, before the others are hashed.
+    return _altered(checkpoint, STATE, files[STATE]) if STATE in files else f"{checkpoint / MANIFEST} lacks {STATE}"
 
 
 def altered(checkpoint: Path, part: int, parts: int) -> str | None:
     """What is wrong with the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
     files = read_manifest(checkpoint)
     for name in sorted(files)[part::parts]:
-        if hash_file(checkpoint / name).sha256 != files[name]["sha256"]:
-            return f"the content of {checkpoint / name} is not what was written"
+        reason = _altered(checkpoint, name, files[name])
+        if reason is not None:
+            return reason
     return None
+
+
+def _altered(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with the content of one file, or None."""
+    try:
+        if hash_file(checkpoint / name).sha256 == entry["sha256"]:
+            return None
+    except UserError as error:
+        return str(error)
+    return f"the content of {checkpoint / name} is not what was written"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
@@ -148,7 +161,10 @@ def publish(aside: Path, target: Path, files: dict[str, dict[str, Any]]) -> None
     """Complete the folder `aside`, of which every file in `files` is on the disk, and make it the checkpoint `target`.
 
     A whole checkpoint that is there already, from which the run has just been resumed, stays; a damaged one goes.
+    Raises UserError when a file is not there as it was written, which leaves everything as it is.
     """
+    for name, entry in files.items():
+        _refuse_unseen(aside / name, entry["bytes"])
     if target.exists():
         if damage(target) is None:
             shutil.rmtree(aside)
@@ -157,8 +173,32 @@ def publish(aside: Path, target: Path, files: dict[str, dict[str, Any]]) -> None
     write_whole(aside / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
     sync_folder(aside)
     os.rename(aside, target)
-    sync_folder(target.parent)
-    write_whole(target.parent / LATEST, f"{target.name}\n".encode())
+
+
+def _refuse_unseen(path: Path, size: int) -> None:
+    """Raise UserError unless this node sees `path` with `size` bytes, as the rank that wrote it reports."""
+    try:
+        seen = path.stat().st_size
+    except OSError:
+        seen = None
+    if seen != size:
+        found = "does not see it" if seen is None else f"sees {seen} bytes"
+        raise UserError(
+            f"{path} was written with {size} bytes, and the node of rank 0 {found}: run_root must be on a filesystem "
+            "that all nodes share"
+        )
+
+
+def succeed(target: Path, keep: int, keep_every: int) -> None:
+    """Let the checkpoint `target`, just published, take the place of older ones: `latest` names it, and then they are
+    dropped. Where that fails they stay until the next one, and a warning is printed: the checkpoint itself is there."""
+    try:
+        sync_folder(target.parent)
+        write_whole(target.parent / LATEST, f"{target.name}\n".encode())
+        drop_old(target.parent, keep, keep_every)
+    except (OSError, UserError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        say(f"warning: {target} is written, but older checkpoints could not be dropped for it ({reason}): they stay.")
 
 
 def drop_old(checkpoints: Path, keep: int, keep_every: int) -> None:

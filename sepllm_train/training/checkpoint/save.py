@@ -41,7 +41,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
 from data_prep.files import PARTIAL
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.lost import short
+from sepllm_train.errors import LostRank, UserError
 from sepllm_train.training.checkpoint import files
 from sepllm_train.training.checkpoint.shards import (
     Shards,
@@ -171,12 +172,18 @@ class Saver:
         return main_replicas(training_shards(self.training) | generator_shards())
 
     def _wait(self) -> None:
-        """Wait for the save in flight."""
+        """Wait for the save in flight. Raises LostRank when the ranks could not agree on how it went."""
         if self._job is not None:
-            self._job.thread.join()
-            self._last = replace(self._job.outcome, stall_seconds=self._job.stall)
+            job, self._job = self._job, None
+            job.thread.join()
+            if job.outcome is None:
+                raise LostRank(
+                    f"the processes could not agree on checkpoint {job.target} ({job.failure}): the launcher, or the "
+                    "process that holds torch.distributed's store, has ended. The same command continues from the "
+                    "newest checkpoint."
+                )
+            self._last = replace(job.outcome, stall_seconds=job.stall)
             self._unread.append(self._last)
-            self._job = None
 
     def _take(self) -> list[Outcome]:
         """The outcomes that nobody has asked for yet."""
@@ -197,13 +204,25 @@ class _Job:
         self.store = dist.PrefixStore(f"checkpoint/{next(_numbers)}", dist.distributed_c10d._get_default_store())
         self.begin = time.perf_counter()
         self.stall = 0.0
-        self.outcome: Outcome
+        # None also after the end, when the store could not be reached; `failure` then says why.
+        self.outcome: Outcome | None = None
+        self.failure = ""
         self.thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        """Write this rank's part; rank 0 completes the checkpoint; all learn how it went."""
+        """Body of the thread."""
         _yield_to_training()
+        try:
+            self.outcome = self._save()
+        except Exception as error:
+            self.failure = short(str(error)) or type(error).__name__
+
+    def _save(self) -> Outcome:
+        """Write this rank's part; rank 0 completes the checkpoint; all learn how it went.
+
+        Raises torch.distributed's errors when the store is gone.
+        """
         rank = dist.get_rank()
         self.store.set(str(rank), json.dumps(_attempt(self._write_part)))
         if rank == 0:
@@ -221,7 +240,7 @@ class _Job:
             self.store.set("verdict", json.dumps(verdict))
         verdict = json.loads(self._read("verdict"))
         seconds = time.perf_counter() - self.begin
-        self.outcome = Outcome(self.step, self.target, seconds, 0.0, verdict["result"] or 0, verdict["error"])
+        return Outcome(self.step, self.target, seconds, 0.0, verdict["result"] or 0, verdict["error"])
 
     def _read(self, key: str) -> bytes:
         """Value of `key` once it is there. Blocking reads would keep the store from the training thread."""
@@ -268,7 +287,7 @@ class _Job:
                 file.write(data)
             written[name] = file.entry()
         files.publish(self.aside, self.target, written)
-        files.drop_old(self.target.parent, self.saver.keep, self.saver.keep_every)
+        files.succeed(self.target, self.saver.keep, self.saver.keep_every)
         return sum(entry["bytes"] for entry in written.values())
 
 
@@ -355,6 +374,8 @@ def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
         return {"result": action(), "error": None}
     except OSError as error:
         return {"result": None, "error": error.strerror or str(error)}
+    except UserError as error:
+        return {"result": None, "error": str(error).rstrip(".")}
     except Exception as error:
         return {"result": None, "error": f"{type(error).__name__}: {error}"}
 

@@ -31,9 +31,10 @@ from sepllm_train.training.setup import Training
 Shards = dict[str, list[ShardedTensor]]
 
 
-def layout() -> dict[str, int]:
-    """Sizes of the process grid."""
+def layout() -> dict[str, int | str]:
+    """Sizes of the process grid and the type of its devices, which have generators of their own."""
     return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),

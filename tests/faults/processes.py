@@ -15,16 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.small_run import SMALL_MODEL
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A model whose steps take some ten milliseconds.
 SMALL = (
     "+experiment=demo_sep",
-    "model.layers=2",
-    "model.hidden=64",
-    "model.heads=4",
-    "model.ffn=128",
-    "data.sequence_length=128",
-    "data.workers=0",
+    *SMALL_MODEL,
     "training.validation_interval=0",
     "training.validation_samples=0",
     "training.checkpoint_interval=0",

@@ -12,17 +12,13 @@ import pytest
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.requeue import decide
 from tests.slurm.cluster import Cluster, records
+from tests.small_run import SMALL_MODEL
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 60
 SMALL = (
-    "model.layers=2",
-    "model.hidden=64",
-    "model.heads=4",
-    "model.ffn=128",
-    "data.sequence_length=128",
-    "data.workers=0",
+    *SMALL_MODEL,
     f"training.steps={STEPS}",
     "training.validation_interval=0",
     "training.checkpoint_interval=0",

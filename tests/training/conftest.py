@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.small_run import SMALL_MODEL
+
 SMALL = [
     "+experiment=demo_sep",
-    "model.layers=2",
-    "model.hidden=64",
-    "model.heads=4",
-    "model.ffn=128",
-    "data.sequence_length=128",
-    "data.workers=0",
+    *SMALL_MODEL,
     "training.steps=4",
     "training.validation_interval=2",
     "training.checkpoint_interval=2",

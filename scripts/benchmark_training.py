@@ -19,8 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,41 +47,6 @@ GPU: dict[str, Any] = {
 }
 # Without --data the sample corpus gives the tokens, and this the vocabulary: Pythia's, or a small one on a CPU.
 VOCABULARY = {"cpu": ["data.sample_vocabulary=8192"], "cuda": ["model.vocabulary=50277"]}
-
-
-@dataclass
-class Rival:
-    """One pattern in training: `seconds` of each turn, `parts` of them as {part: seconds}, and pairs per step."""
-
-    config: Config
-    stepper: Any
-    training: Any
-    facts: Any
-    batches: list[Iterator[Any]]
-    seconds: list[float] = field(default_factory=list)
-    parts: list[dict[str, float]] = field(default_factory=list)
-    pairs: int = 0
-    done: int = 0
-
-    def turn(self, steps: int, device: torch.device) -> None:
-        """Train `steps` steps and note what they took."""
-        micro_batches = self.config.training.global_batch // (self.config.training.micro_batch * self.facts.replicas)
-        pairs = torch.zeros((), dtype=torch.int64, device=device)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.stepper.clock.begin()
-            pairs += self.stepper.train(self.batches, micro_batches, lambda number: None).pairs
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            self.stepper.clock.end()
-        self.seconds.append((time.perf_counter() - begin) / steps)
-        self.parts.append({part: total / steps for part, total in self.stepper.clock.take().items()})
-        self.pairs += int(pairs)
-        self.done += steps
-
-    def forget(self) -> None:
-        """Leave out what was measured so far: the first turn warms up."""
-        self.seconds, self.parts, self.pairs, self.done = [], [], 0, 0
 
 
 def main() -> None:
@@ -167,15 +131,12 @@ def time_case(
 ) -> dict[str, Any]:
     """Figures of both patterns at one length, or why there are none."""
     from sepllm_train.training.out_of_memory import is_out_of_memory
+    from sepllm_train.training.turns import build_rival, take_turns
 
     try:
-        rivals = {pattern: build(config, launch, device) for pattern, config in configs.items()}
+        rivals = {pattern: build_rival(config, launch.world_size, device) for pattern, config in configs.items()}
         began = time.perf_counter()
-        for turn in range(options.turns + 1):
-            for pattern in PATTERNS if turn % 2 else reversed(PATTERNS):
-                rivals[pattern].turn(options.steps, device)
-                if turn == 0:
-                    rivals[pattern].forget()
+        for turn in take_turns([rivals[pattern] for pattern in PATTERNS], options.turns, options.steps, device):
             left = (time.perf_counter() - began) / (turn + 1) * (options.turns - turn)
             say(f"turn {turn}/{options.turns}, about {duration(left)} left")
         figures = {pattern: figures_of(rival, device, options) for pattern, rival in rivals.items()}
@@ -187,47 +148,7 @@ def time_case(
     return {**figures, "ratio": statistics.median(ratios), "ratios": ratios}
 
 
-def build(config: Config, launch: Launch, device: torch.device) -> Rival:
-    """Model, optimizer and data of one pattern, as a run makes them."""
-    from megatron.core import parallel_state
-
-    from sepllm_train.attention_pattern import resolve_pattern
-    from sepllm_train.data.corpus import open_corpus
-    from sepllm_train.data.loader import MicroBatchSampler, micro_batches
-    from sepllm_train.data.splits import build_datasets
-    from sepllm_train.distributed.together import together
-    from sepllm_train.training.report import derive
-    from sepllm_train.training.setup import build_training
-    from sepllm_train.training.step import Stepper
-
-    corpus = together(lambda: open_corpus(config.data))
-    dataset, _ = build_datasets(config, corpus)
-    pattern = resolve_pattern(config.attention, config.model.layers)
-    facts = derive(config, pattern, corpus, dataset, launch.world_size, device)
-    training = build_training(config, facts.vocabulary, device)
-    stepper = Stepper(config, pattern, training, device)
-
-    def batches() -> Iterator[Any]:
-        sampler = MicroBatchSampler(
-            range(config.training.steps),
-            global_batch=config.training.global_batch,
-            micro_batch=config.training.micro_batch,
-            replica=parallel_state.get_data_parallel_rank(),
-            replicas=facts.replicas,
-        )
-        return micro_batches(
-            dataset,
-            sampler,
-            workers=config.data.workers,
-            device=device,
-            on_host=stepper.on_host,
-            vocabulary=facts.vocabulary,
-        )
-
-    return Rival(config, stepper, training, facts, [batches() for _ in training.chunks])
-
-
-def figures_of(rival: Rival, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+def figures_of(rival: Any, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Medians over the turns of one pattern, per step."""
     facts = rival.facts
     seconds = statistics.median(rival.seconds)
@@ -254,7 +175,7 @@ def figures_of(rival: Rival, device: torch.device, options: argparse.Namespace) 
     }
 
 
-def checkpoint_stall(rival: Rival) -> float:
+def checkpoint_stall(rival: Any) -> float:
     """Seconds that the steps wait for a checkpoint of this rival, which is really written."""
     from sepllm_train.training.checkpoint import Saver
     from sepllm_train.training.state import TrainState

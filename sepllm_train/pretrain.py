@@ -47,3 +47,7 @@ def pretrain(config: Config) -> None:
         raise lost_rank(error, config.parallel.timeout_seconds) or error from None
     if interrupted is not None:
         raise interrupted
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sepllm_train.config import schema
 from sepllm_train.errors import RunStopped, UserError
 
+C = TypeVar("C")
+
 
 def config_folder() -> Path:
     """Folder of the YAML files: configs/ of the checkout, or the copy inside the installed package."""
@@ -27,38 +30,48 @@ def config_folder() -> Path:
     )
 
 
-def register_schema() -> None:
-    """Store the dataclasses under the name that pretrain.yaml inherits from."""
-    ConfigStore.instance().store(name="schema", node=schema.Config)
+def register_schema(name: str = "schema", kind: type = schema.Config) -> None:
+    """Store the dataclasses under the name that the primary configuration inherits from."""
+    ConfigStore.instance().store(name=name, node=kind)
 
 
 def to_config(config: DictConfig) -> schema.Config:
-    """Check a composed configuration and return it as dataclasses. Raises UserError."""
+    """Check a composed configuration of a run and return it as dataclasses. Raises UserError."""
+    return to_dataclasses(config, schema.Config)
+
+
+def to_dataclasses(config: DictConfig, kind: type[C]) -> C:
+    """Check a composed configuration and return it as `kind`. Raises UserError."""
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(one_sentence(error)) from None
-    assert isinstance(result, schema.Config)
+        raise UserError(one_sentence(error, kind)) from None
+    assert isinstance(result, kind)
     return result
 
 
 def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
-    """Compose the configuration from the command line and call `task` with it.
+    """Compose the configuration of a run from the command line and call `task` with it."""
+    compose_and_run(task, "pretrain", "schema", schema.Config)
+
+
+def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: type[C]) -> None:
+    """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, and call `task` with it.
 
     Hydra prints composition errors with a hint about its own variables and exits with 1; here they become one
     sentence and exit code 2, like every other mistake of the user's.
     """
-    register_schema()
+    register_schema(name, kind)
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
     failures: list[UserError | RunStopped] = []
 
-    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="pretrain")
+    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=primary)
     def decorated(config: DictConfig) -> None:
         # Raised through Hydra, the sentence would come with Hydra's own lines on every rank.
         try:
-            task(to_config(config))
+            task(to_dataclasses(config, kind))
         except (UserError, RunStopped) as error:
             failures.append(error)
 
@@ -67,7 +80,7 @@ def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
-        raise UserError(one_sentence(error)) from None
+        raise UserError(one_sentence(error, kind)) from None
     finally:
         if not show_traceback:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -75,7 +88,7 @@ def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
         raise failures[0]
 
 
-def one_sentence(error: BaseException) -> str:
+def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     """What Hydra or OmegaConf complains about, without its layout, with the nearest known name where one is near."""
     text = str(error.__cause__ or error) if isinstance(error, HydraException) else str(error)
     if missing := re.search(r"Could not find '([^']+)'", str(error)):
@@ -83,7 +96,9 @@ def one_sentence(error: BaseException) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
         if unknown[1] == "experiment":
             return "configuration: experiments are added with a plus: +experiment=NAME."
-        return f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1])}; --cfg job prints every key."
+        return (
+            f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1], kind)}; --cfg job prints every key."
+        )
     if unreadable := re.search(r"Error parsing override '(.*)'", str(error)):
         return (
             f"configuration: {unreadable[1]!r} cannot be read: overrides are written KEY=VALUE, quoted for the shell."
@@ -102,9 +117,9 @@ def _known_files(wanted: str) -> str:
     return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(known)}"
 
 
-def _nearest_key(wanted: str) -> str:
+def _nearest_key(wanted: str, kind: type) -> str:
     """', did you mean KEY?' for the configuration key nearest to `wanted`, or nothing."""
-    default = OmegaConf.structured(schema.Config)
+    default = OmegaConf.structured(kind)
     groups = {name: node for name, node in default.items() if OmegaConf.is_config(node)}
     keys = [f"{name}.{key}" for name, node in groups.items() for key in node] + list(default)
     near = difflib.get_close_matches(wanted, keys, n=1)

@@ -252,7 +252,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git": _git_state(),
+        "git": git_state(),
         "python": platform.python_version(),
         "packages": versions,
         "host": platform.node(),
@@ -263,7 +263,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that this code runs from and whether it has changes; None outside a checkout."""
     source = Path(__file__).resolve().parent
 

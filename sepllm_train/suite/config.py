@@ -1,0 +1,147 @@
+"""The configuration of a suite: what `configs/suite.yaml` and `configs/suite/NAME.yaml` may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sepllm_train.config.schema import one_of, positive, require
+
+ACTIONS = ("train", "time", "report")
+
+
+@dataclass
+class SizeConfig:
+    """How large the runs of a suite are. Tokens are those of all processes together."""
+
+    # Entries of the tokenizer that is trained on suite.text; of no effect with suite.tokenizer or suite.prefix.
+    vocabulary: int = 8192
+    lengths: list[int] = field(default_factory=lambda: [2048])
+    seeds: list[int] = field(default_factory=lambda: [1])
+    # Processes of a run.
+    processes: int = 1
+    tokens_per_step: int = 8192
+    # Tokens that a process takes at a time; at least one sequence.
+    micro_batch_tokens: int = 2048
+    # Steps of the rows, and of the reference row, whose last validation loss they are to reach.
+    steps: int = 128
+    reference_steps: int = 128
+    # Tokens of a validation, from the held-out documents.
+    validation_tokens: int = 16384
+    # Turns that count when the rows' steps are timed in turns, and the steps of a turn.
+    timing_turns: int = 5
+    timing_steps: int = 2
+    # Of every run.
+    overrides: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        positive(
+            "sizes",
+            self,
+            "vocabulary",
+            "processes",
+            "tokens_per_step",
+            "micro_batch_tokens",
+            "steps",
+            "reference_steps",
+            "validation_tokens",
+            "timing_turns",
+            "timing_steps",
+        )
+
+
+@dataclass
+class SelectionConfig:
+    """The part of the plan that is worked on now; an empty list means all of it."""
+
+    rows: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+
+@dataclass
+class SuiteConfig:
+    """Rows of a suite: a name and the overrides that make the row, in the order of the report."""
+
+    name: str = ""
+    question: str = ""
+    reference: str = "dense"
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    size: str = "cpu"
+    # In place of the size's.
+    lengths: list[int] | None = None
+    seeds: list[int] | None = None
+    # What the runs read: a prepared dataset; or text, which is tokenised once with `tokenizer`, or with one that is
+    # trained on it. Without either, the sample corpus.
+    prefix: str | None = None
+    text: list[str] = field(default_factory=list)
+    unwrap: bool = True
+    tokenizer: str | None = None
+    # The suite is written to ROOT/NAME-SIZE.
+    root: str = "suites"
+    # Runs at a time; each gets its share of the cores.
+    jobs: int = 1
+    only: SelectionConfig = field(default_factory=SelectionConfig)
+    do: list[str] = field(default_factory=lambda: list(ACTIONS))
+    # Added to every run's, after the size's and before the row's.
+    overrides: list[str] = field(default_factory=list)
+    # Say what would be run, and stop.
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        positive("suite", self, "jobs")
+        for action in self.do:
+            one_of("suite.do", action, ACTIONS)
+        require(
+            self.prefix is None or not (self.text or self.tokenizer),
+            f"suite.prefix={self.prefix} is prepared data: it does not go with suite.text or suite.tokenizer.",
+        )
+        require(
+            self.tokenizer is None or bool(self.text),
+            f"suite.tokenizer={self.tokenizer} is for suite.text, which is empty.",
+        )
+
+
+@dataclass
+class Config:
+    """All of it: the suite and the sizes to choose from."""
+
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    sizes: dict[str, SizeConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        suite = self.suite
+        require(bool(suite.name) and bool(suite.rows), "no suite is named: add one, such as +suite=paper.")
+        require("/" not in suite.name, f"suite.name={suite.name} must be a plain folder name.")
+        one_of("suite.size", suite.size, tuple(self.sizes))
+        require(
+            suite.reference in suite.rows,
+            f"suite.reference={suite.reference} is not a row: choose one of {', '.join(suite.rows)}.",
+        )
+        for key, values in (("lengths", self.lengths), ("seeds", self.seeds)):
+            require(bool(values), f"suite.{key} is empty: give at least one.")
+            require(len(set(values)) == len(values), f"suite.{key}={values} names one twice.")
+            require(min(values) >= 1, f"suite.{key}={values} must be numbers of at least 1.")
+            unknown = set(getattr(suite.only, key)) - set(values)
+            require(not unknown, f"suite.only.{key} names {sorted(unknown)}; the suite has {values}.")
+        unknown_rows = [row for row in suite.only.rows if row not in suite.rows]
+        require(not unknown_rows, f"suite.only.rows names {unknown_rows}; the suite has {', '.join(suite.rows)}.")
+        for length in self.lengths:
+            require(
+                self.size.tokens_per_step % length == 0,
+                f"suite.lengths: {length} tokens do not divide the {self.size.tokens_per_step} tokens of a step.",
+            )
+
+    @property
+    def size(self) -> SizeConfig:
+        """The chosen size."""
+        return self.sizes[self.suite.size]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sequence lengths."""
+        return self.size.lengths if self.suite.lengths is None else self.suite.lengths
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds: each is of one model's weights and one order of the data, the same for every row."""
+        return self.size.seeds if self.suite.seeds is None else self.suite.seeds

@@ -1,0 +1,198 @@
+"""The plan of a suite: every run with its overrides and its data, fixed in plan.json before the first run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_whole
+from data_prep.sidecar import read_header
+from sepllm_train.errors import UserError
+from sepllm_train.suite.config import Config, SelectionConfig
+from sepllm_train.training.run_folder import git_state
+
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run: its row, sequence length (tokens), seed, steps, and what is given to pretrain.py."""
+
+    name: str
+    row: str
+    length: int
+    seed: int
+    steps: int
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a suite trains. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
+
+    folder: Path
+    suite: str
+    size: str
+    question: str
+    reference: str
+    rows: list[str]
+    lengths: list[int]
+    seeds: list[int]
+    tokens_per_step: int
+    processes: int
+    prefix: str | None
+    data: str | None
+    tokenizer: str | None
+    runs: list[PlannedRun]
+
+    @property
+    def run_root(self) -> Path:
+        """Folder of the runs."""
+        return self.folder / "runs"
+
+    def selected(self, only: SelectionConfig) -> list[PlannedRun]:
+        """The runs of a selection, in the order of the plan."""
+        return [
+            run
+            for run in self.runs
+            if (not only.rows or run.row in only.rows)
+            and (not only.lengths or run.length in only.lengths)
+            and (not only.seeds or run.seed in only.seeds)
+        ]
+
+
+def folder_of(config: Config) -> Path:
+    """Where the suite is written."""
+    return Path(config.suite.root).expanduser() / f"{config.suite.name}-{config.suite.size}"
+
+
+def make_plan(config: Config, prefix: str | None) -> Plan:
+    """The plan of a configuration on the dataset `prefix` (None: the sample corpus).
+
+    All rows of one seed come before those of the next, so that a suite that is cut short holds whole comparisons.
+    """
+    suite, size = config.suite, config.size
+    header = None if prefix is None else read_header(prefix)
+    runs = [
+        PlannedRun(
+            name=f"{row}_{length}_seed{seed}",
+            row=row,
+            length=length,
+            seed=seed,
+            steps=size.reference_steps if row == suite.reference else size.steps,
+            overrides=_overrides(config, row, length, seed),
+        )
+        for seed in config.seeds
+        for length in config.lengths
+        for row in suite.rows
+    ]
+    return Plan(
+        folder=folder_of(config),
+        suite=suite.name,
+        size=suite.size,
+        question=suite.question,
+        reference=suite.reference,
+        rows=list(suite.rows),
+        lengths=config.lengths,
+        seeds=config.seeds,
+        tokens_per_step=size.tokens_per_step,
+        processes=size.processes,
+        prefix=prefix,
+        data=None if header is None else header.files[".bin"].sha256,
+        tokenizer=None if header is None else header.tokenizer.sha256,
+        runs=runs,
+    )
+
+
+def _overrides(config: Config, row: str, length: int, seed: int) -> list[str]:
+    """Overrides of one run, but for its name and folder and for where the data are."""
+    suite, size = config.suite, config.size
+    steps = size.reference_steps if row == suite.reference else size.steps
+    chosen = [*size.overrides, *suite.overrides, *suite.rows[row]]
+    # A group's choice puts back every key of the group: choices come before single keys.
+    groups = [override for override in chosen if "." not in override.partition("=")[0]]
+    return [
+        *groups,
+        f"data.sequence_length={length}",
+        f"training.steps={steps}",
+        f"training.global_batch={size.tokens_per_step // length}",
+        f"training.micro_batch={max(1, size.micro_batch_tokens // length)}",
+        f"training.validation_samples={max(1, size.validation_tokens // length)}",
+        f"seed={seed}",
+        *(override for override in chosen if override not in groups),
+    ]
+
+
+def data_overrides(prefix: str | None) -> list[str]:
+    """Overrides that make a run read the suite's data."""
+    return [] if prefix is None else ["data=prefixes", f"data.prefixes=[{prefix}]"]
+
+
+def fix_plan(plan: Plan) -> None:
+    """Write plan.json, or check that the one that is there says the same.
+
+    Raises UserError when the suite was begun with another plan: its budget, data and seeds were fixed then.
+    """
+    path = plan.folder / FILE
+    content = _content(plan)
+    try:
+        earlier = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        stamp = {"fixed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": git_state()}
+        write_whole(path, (json.dumps({**content, **stamp}, indent=1) + "\n").encode())
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or choose another suite.root.") from None
+    for key, value in content.items():
+        if earlier.get(key) != value:
+            what, then, now = _first_difference(key, earlier.get(key), value)
+            raise UserError(
+                f"{path} was fixed before the first run with {what} {then!r} where it is now {now!r}: choose another "
+                "suite.root=, or give the settings that it was begun with (suite.only chooses parts of it)."
+            )
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a suite's folder. Raises UserError where there is none."""
+    path = folder / FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        runs = [PlannedRun(**run) for run in content.pop("runs")]
+        for key in ("fixed", "git"):
+            content.pop(key)
+        return Plan(folder=folder, prefix=None, runs=runs, **content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the plan of a suite ({error}): start the suite with scripts/suite.py."
+        ) from None
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    """What plan.json holds and must agree; places on the disk may change."""
+    values = asdict(plan)
+    return {key: value for key, value in values.items() if key not in ("folder", "prefix")}
+
+
+def _first_difference(key: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """Name of what differs first, and both values."""
+    if key != "runs" or not isinstance(then, list):
+        return key, then, now
+    if len(then) != len(now):
+        return "a number of runs of", len(then), len(now)
+    old, new = next((a, b) for a, b in zip(then, now, strict=True) if a != b)
+    field = next(name for name in new if old.get(name) != new[name])
+    if field != "overrides":
+        return f"{field} of {new['name']}", old.get(field), new[field]
+    return (
+        f"overrides of {new['name']}",
+        _without(old["overrides"], new["overrides"]),
+        _without(new["overrides"], old["overrides"]),
+    )
+
+
+def _without(values: list[str], others: list[str]) -> list[str]:
+    return [value for value in values if value not in others]

@@ -1,0 +1,98 @@
+"""Models that train in turns in one process, so that a busy moment of the machine meets all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.schema import Config
+from sepllm_train.data.corpus import open_corpus
+from sepllm_train.data.loader import MicroBatchSampler, micro_batches
+from sepllm_train.data.splits import build_datasets
+from sepllm_train.distributed.together import together
+from sepllm_train.training.report import Facts, derive
+from sepllm_train.training.setup import Training, build_training
+from sepllm_train.training.step import Stepper
+
+
+@dataclass
+class Rival:
+    """One configuration in training: `seconds` of a step in each turn, `parts` of them by name, and visible pairs."""
+
+    config: Config
+    stepper: Stepper
+    training: Training
+    facts: Facts
+    batches: list[Iterator[Any]]
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    pairs: int = 0
+    done: int = 0
+
+    def turn(self, steps: int, device: torch.device) -> None:
+        """Train `steps` steps and note what they took."""
+        micro = self.config.training.global_batch // (self.config.training.micro_batch * self.facts.replicas)
+        pairs = torch.zeros((), dtype=torch.int64, device=device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.stepper.clock.begin()
+            pairs += self.stepper.train(self.batches, micro, lambda number: None).pairs
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            self.stepper.clock.end()
+        self.seconds.append((time.perf_counter() - begin) / steps)
+        self.parts.append({part: total / steps for part, total in self.stepper.clock.take().items()})
+        self.pairs += int(pairs)
+        self.done += steps
+
+    def forget(self) -> None:
+        """Leave out what was measured so far: the first turn warms up."""
+        self.seconds, self.parts, self.pairs, self.done = [], [], 0, 0
+
+
+def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
+    """Model, optimizer and data of a configuration, as a run makes them, inside the process grid."""
+    corpus = together(lambda: open_corpus(config.data))
+    dataset, _ = build_datasets(config, corpus)
+    pattern = resolve_pattern(config.attention, config.model.layers)
+    facts = derive(config, pattern, corpus, dataset, world_size, device)
+    training = build_training(config, facts.vocabulary, device)
+    stepper = Stepper(config, pattern, training, device)
+
+    def batches() -> Iterator[Any]:
+        sampler = MicroBatchSampler(
+            range(config.training.steps),
+            global_batch=config.training.global_batch,
+            micro_batch=config.training.micro_batch,
+            replica=parallel_state.get_data_parallel_rank(),
+            replicas=facts.replicas,
+        )
+        return micro_batches(
+            dataset,
+            sampler,
+            workers=config.data.workers,
+            device=device,
+            on_host=stepper.on_host,
+            vocabulary=facts.vocabulary,
+        )
+
+    return Rival(config, stepper, training, facts, [batches() for _ in training.chunks])
+
+
+def take_turns(rivals: Sequence[Rival], turns: int, steps: int, device: torch.device) -> Iterator[int]:
+    """`turns` turns of `steps` steps of every rival after one that does not count; yields the number of each turn.
+
+    The order turns round from turn to turn, so that none always follows the same other.
+    """
+    for number in range(turns + 1):
+        for rival in rivals if number % 2 else reversed(rivals):
+            rival.turn(steps, device)
+            if number == 0:
+                rival.forget()
+        yield number

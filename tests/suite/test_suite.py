@@ -1,0 +1,107 @@
+"""A suite at its toy size: real runs, real timing, one report, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_turns=1")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Starts scripts/suite.py at its toy size, on the sample corpus as a prepared dataset."""
+
+    repository: Path
+    cache: Path
+    prefix: Path
+    root: Path
+
+    def command(self, *overrides: str) -> list[str]:
+        """The command line."""
+        places = [f"suite.root={self.root}", f"suite.prefix={self.prefix}"]
+        return [sys.executable, str(self.repository / "scripts" / "suite.py"), *TOY, *places, *overrides]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of the command."""
+        return {**os.environ, "OMP_NUM_THREADS": "1", "SEPLLM_CACHE": str(self.cache)}
+
+    def __call__(self, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end."""
+        return subprocess.run(
+            self.command(*overrides), capture_output=True, text=True, timeout=500, env=self.environment, check=False
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the suite is written."""
+        return self.root / "paper-toy"
+
+    def status(self, run: str) -> str | None:
+        """Status of a run, None when it was never begun."""
+        path = self.folder / "runs" / run / "run.json"
+        return json.loads(path.read_text())["status"] if path.exists() else None
+
+
+@pytest.fixture
+def suite(repository: Path, sample_cache: Path, sample_prefix: Path, tmp_path: Path) -> Suite:
+    """A suite in a folder of its own."""
+    return Suite(repository, sample_cache, sample_prefix, tmp_path)
+
+
+@pytest.mark.slow
+def test_trains_times_and_reports(suite: Suite) -> None:
+    rows = "suite.only.rows=[dense,sep,streaming]"
+    done = suite(rows)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [f"{row}_128_seed{seed}" for seed in (1, 2) for row in ("dense", "streaming", "sep")]
+    assert [suite.status(name) for name in names] == ["finished"] * 6
+    assert suite.status("fixed_128_seed1") is None
+    timing = json.loads((suite.folder / "timing_128.json").read_text())
+    assert len(timing["rows"]["sep"]["turns"]) == 1 and timing["rows"]["sep"]["step_seconds"] > 0
+
+    before = {name: (suite.folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
+    again = suite(rows, "suite.do=[train]")
+    assert again.returncode == 0 and "6 runs, 6 finished before" in again.stdout
+    assert {n: (suite.folder / "runs" / n / "metrics.jsonl").stat().st_mtime_ns for n in names} == before
+
+    other = suite(rows, "sizes.toy.steps=9")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "was fixed before the first run" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(suite: Suite) -> None:
+    broken = "suite.rows.sep=['attention=sep','model.heads=3']"
+    done = suite("suite.do=[train]", "suite.only.seeds=[1]", broken, "suite.only.rows=[sep,streaming]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 1 of 2 runs failed: sep_128_seed1 (error: model.hidden=32 must be divisible")
+    assert done.stderr.count("\n") == 1
+    assert suite.status("streaming_128_seed1") == "finished"
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite) -> None:
+    choice = ("suite.do=[train]", "suite.only.seeds=[1]", "suite.only.rows=[sep]", "sizes.toy.steps=100000")
+    process = subprocess.Popen(
+        suite.command(*choice), env=suite.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = suite.folder / "runs" / "sep_128_seed1" / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "SIGTERM stopped the suite: the same command continues it." in errors
+    assert suite.status("sep_128_seed1") == "interrupted"
+    latest = suite.folder / "runs" / "sep_128_seed1" / "checkpoints" / "latest"
+    assert latest.is_file()

@@ -82,6 +82,8 @@ class SuiteConfig:
     jobs: int = 1
     only: SelectionConfig = field(default_factory=SelectionConfig)
     do: list[str] = field(default_factory=lambda: list(ACTIONS))
+    # Folder for a copy of the figures without checkpoints, to keep or to publish.
+    export: str | None = None
     # Added to every run's, after the size's and before the row's.
     overrides: list[str] = field(default_factory=list)
     # Say what would be run, and stop.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 from sepllm_train.config.load import compose_and_run
 from sepllm_train.console import say
 from sepllm_train.errors import UserError, exit_on_user_error
 from sepllm_train.suite.config import Config
-from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan
+from sepllm_train.suite.export import export
+from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_plan
 from sepllm_train.suite.prepare import prepare_data
-from sepllm_train.suite.runner import command_of, environment, finished, launcher, train_runs
+from sepllm_train.suite.report import write_suite_report
+from sepllm_train.suite.runner import command_of, environment, launcher, train_runs
 
 
 def main() -> None:
@@ -27,8 +30,12 @@ def run_suite(config: Config) -> None:
             say(" ".join(command_of(plan, run)))
         say(f"dry run: {len(plan.selected(suite.only))} runs; nothing was trained.")
         return
-    plan = make_plan(config, prepare_data(config, folder))
-    fix_plan(plan)
+    if {"train", "time"} & set(suite.do):
+        plan = make_plan(config, prepare_data(config, folder))
+        fix_plan(plan)
+    else:
+        # A report needs what was recorded, not the data.
+        plan = read_plan(folder)
     runs = plan.selected(suite.only)
     say(f"suite {suite.name}, size {suite.size}, in {folder}: {suite.question}")
     if "train" in suite.do:
@@ -37,7 +44,9 @@ def run_suite(config: Config) -> None:
         for length in dict.fromkeys(run.length for run in runs):
             _time(config, plan, length)
     if "report" in suite.do:
-        _report(plan)
+        say(f"report: {write_suite_report(plan)}")
+    if suite.export is not None:
+        export(plan, Path(suite.export).expanduser())
 
 
 def _time(config: Config, plan: Plan, length: int) -> None:
@@ -50,9 +59,3 @@ def _time(config: Config, plan: Plan, length: int) -> None:
     code = subprocess.run(command, env=environment(1, plan.processes), check=False).returncode
     if code:
         raise UserError(f"timing the rows at {length} tokens failed with code {code}.")
-
-
-def _report(plan: Plan) -> None:
-    """Write the report of the runs that are finished."""
-    done = [run for run in plan.runs if finished(plan, run)]
-    say(f"{len(done)} of {len(plan.runs)} runs are finished")

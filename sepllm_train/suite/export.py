@@ -1,0 +1,68 @@
+"""A copy of a suite's figures to keep: plan, metrics, timings and report, without checkpoints and without what names
+the machine's folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.files import write_whole
+from sepllm_train.console import say
+from sepllm_train.errors import UserError
+from sepllm_train.suite.plan import FILE, Plan
+from sepllm_train.suite.report import SHARES
+from sepllm_train.suite.runner import finished
+from sepllm_train.suite.timing import timing_file
+
+# Of environment.json, what says where a run was and not what it was.
+LOCAL = ("command", "host")
+
+
+def export(plan: Plan, target: Path) -> None:
+    """Copy the figures of the finished runs to `target`, from which a report can be made again.
+
+    Raises UserError when `target` cannot be written.
+    """
+    try:
+        (target / "runs").mkdir(parents=True, exist_ok=True)
+        done = [run for run in plan.runs if finished(plan, run)]
+        for run in done:
+            _export_run(plan.run_root / run.name, target / "runs" / run.name)
+        write_whole(target / FILE, (plan.folder / FILE).read_bytes())
+        if (plan.folder / SHARES).exists():
+            write_whole(target / SHARES, (plan.folder / SHARES).read_bytes())
+        for path in (timing_file(plan.folder, length) for length in plan.lengths):
+            if path.exists():
+                content = json.loads(path.read_text(encoding="utf8"))
+                _write_json(target / path.name, {**content, "machine": _without_places(content["machine"])})
+        if (plan.folder / "report").is_dir():
+            shutil.copytree(plan.folder / "report", target / "report", dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(f"suite.export={target} cannot be written ({error.strerror}): choose another folder.") from None
+    say(f"exported {len(done)} runs to {target}")
+
+
+def _export_run(source: Path, target: Path) -> None:
+    """Copy the records of one run."""
+    target.mkdir(exist_ok=True)
+    write_whole(target / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+    write_whole(target / "run.json", (source / "run.json").read_bytes())
+    environment = json.loads((source / "environment.json").read_text(encoding="utf8"))
+    _write_json(target / "environment.json", _without_places(environment))
+    config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
+    config["run_root"] = "runs"
+    config["data"]["prefixes"] = [Path(prefix).name for prefix in config["data"]["prefixes"]]
+    config["data"]["cache"] = None
+    write_whole(target / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def _without_places(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in environment.items() if key not in LOCAL}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,133 @@
+"""The report of a suite: for each sequence length a comparison of its rows, and one page of Markdown over all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_whole
+from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
+from sepllm_train.compare.rows import Row, read_rows
+from sepllm_train.compare.tables import Table
+from sepllm_train.compare.timing import read_timing
+from sepllm_train.console import say
+from sepllm_train.errors import UserError
+from sepllm_train.suite.plan import Plan, PlannedRun
+from sepllm_train.suite.runner import finished
+from sepllm_train.suite.shares import Shares, shares_of
+from sepllm_train.suite.timing import row_configs, timing_file
+
+SHARES = "shares.json"
+KEPT = (
+    "Attended: visible (query, key) pairs over those of the causal triangle. KV kept: keys that the last token of a "
+    "sequence sees over all keys up to it. Both are means over held-out samples and layers. FLOPs of a token are those "
+    "of training, over the first row's, in the three conventions of docs/flops.md."
+)
+
+
+def write_suite_report(plan: Plan) -> Path:
+    """Compare the finished runs of each length, write the folder `report` and give its Markdown file.
+
+    Raises UserError when no length has two rows to compare.
+    """
+    folder = plan.folder / "report"
+    done = [run for run in plan.runs if finished(plan, run)]
+    parts = [_head(plan, len(done))]
+    figures: dict[str, Any] = {}
+    for length in plan.lengths:
+        runs = [run for run in done if run.length == length]
+        if plan.reference not in {run.row for run in runs} or len({run.row for run in runs}) < 2:
+            parts.append(f"## S = {length:,}\n\nNothing to compare yet: {len(runs)} runs are finished.\n")
+            continue
+        shares = _shares(plan, length)
+        report = _compare(plan, length, runs)
+        write_report(report, folder / str(length))
+        table = _pattern_table(report, shares)
+        parts.append(_section(length, report, table))
+        figures[str(length)] = {"shares": {row: asdict(found) for row, found in shares.items()}, **report.data()}
+    if not figures:
+        raise UserError(
+            f"{plan.folder} has nothing to compare: at some length the reference {plan.reference} and another row must "
+            f"be finished, and {len(done)} of {len(plan.runs)} runs are."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.json", (json.dumps(figures, indent=1) + "\n").encode())
+    target = folder / "report.md"
+    write_whole(target, "\n".join(parts).encode())
+    return target
+
+
+def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
+    """Comparison of the runs of one length, the reference first."""
+    order = [plan.reference, *(row for row in plan.rows if row != plan.reference)]
+    sorted_runs = sorted(runs, key=lambda run: (order.index(run.row), run.seed))
+    notes: list[str] = []
+    rows = read_rows([plan.run_root / run.name for run in sorted_runs], tell=notes.append)
+    row_of = {run.name: run.row for run in runs}
+    rows = [Row(row_of[row.runs[0].folder.name], row.runs) for row in rows]
+    timing = timing_file(plan.folder, length)
+    return build_report(
+        rows,
+        REFERENCE,
+        title=f"{plan.suite} ({plan.size}), S = {length:,}",
+        timing=read_timing(timing) if timing.exists() else None,
+        notes=notes,
+    )
+
+
+def _shares(plan: Plan, length: int) -> dict[str, Shares]:
+    """Shares of each row at a length, counted once and kept in the suite's folder."""
+    path = plan.folder / SHARES
+    stored: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if str(length) not in stored:
+        say(f"counting what the rows attend at {length:,} tokens")
+        configs = row_configs(plan, length, plan.prefix)
+        stored[str(length)] = {row: asdict(shares_of(config)) for row, config in configs.items()}
+        write_whole(path, (json.dumps(stored, indent=1) + "\n").encode())
+    return {row: Shares(**values) for row, values in stored[str(length)].items()}
+
+
+def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
+    """What each row attends, keeps and costs, and its loss at the tokens all share."""
+    reference = shares[report.rows[0].label]
+    lines = []
+    for equal in report.equal:
+        own = shares[equal.label]
+        ratios = [f"{own.flops[key] / reference.flops[key]:.3f}x" for key in own.flops]
+        change = equal.difference
+        if equal is report.equal[0] or change is None:
+            difference = "-"
+        elif change.low is None or change.high is None:
+            difference = f"{change.mean:+.4f}"
+        else:
+            difference = f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
+        lines.append(
+            [equal.label, f"{equal.loss:.4f}", difference, f"{own.attended:.1%}", f"{own.kept:.1%}", *ratios]
+        )
+    header = ["row", "loss", "difference (95%)", "attended", "KV kept", *(f"{key} a token" for key in reference.flops)]
+    return Table(f"At {report.equal[0].tokens:,.0f} tokens, and what a token costs", header, lines)
+
+
+def _head(plan: Plan, done: int) -> str:
+    """Title and what was fixed before the first run."""
+    stamp = json.loads((plan.folder / "plan.json").read_text(encoding="utf8"))
+    commit = (stamp.get("git") or {}).get("commit", "no commit")
+    return (
+        f"# Suite {plan.suite}, size {plan.size}\n\n{plan.question}\n\n"
+        f"The plan (data, order of the data, seeds {', '.join(map(str, plan.seeds))}, tokens of every run) was fixed on "
+        f"{stamp.get('fixed')} at commit {commit[:12]}, before the first run. {done} of its {len(plan.runs)} runs are "
+        "finished.\n"
+    )
+
+
+def _section(length: int, report: Report, table: Table) -> str:
+    """One length of the report."""
+    notes = "".join(f"- {note}\n" for note in report.notes)
+    reach = report.main_tables()[0]
+    return (
+        f"## S = {length:,}\n\n{report.verdict}\n\n{notes}\n{table.markdown()}\n{KEPT}\n\n{reach.markdown()}\n"
+        f"Curves, seeds and all other figures: [{length}/comparison.md]({length}/comparison.md).\n"
+    )

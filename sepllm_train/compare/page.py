@@ -44,15 +44,38 @@ METHOD = (
     "have reached it earlier."
 )
 
+SEEDS = (
+    "A row holds the runs that differ only in their seed. Costs of a row are geometric means over its runs, losses "
+    "arithmetic ones. Ratios and differences to the first row are taken between runs of the same seed, which read the "
+    "data in the same order and are validated on the same sequences, and then averaged: ratios as logarithms, losses "
+    "in nats as they are (a difference of two is the logarithm of a ratio of perplexities). The interval of n pairs is "
+    "mean +- t s / sqrt(n), with their sample standard deviation s and the quantile t of Student's distribution with "
+    "n - 1 degrees of freedom that leaves 2.5% on either side. It is of each row alone, not corrected for the number "
+    "of rows. When a run of a pair did not reach the loss no mean is claimed: what it spent in all bounds it."
+)
+TIMED = (
+    "The ratio of seconds is the paired ratio of steps times the ratio of the seconds of a step, a geometric mean over "
+    "the turns; the variances of both logarithms add up to its interval, with the degrees of freedom of Welch and "
+    "Satterthwaite rounded down."
+)
+
 
 def page(
-    title: str, verdict: str, caveats: Sequence[str], tables: Sequence[Table], drawings: Sequence[tuple[str, str]]
+    title: str,
+    verdict: str,
+    caveats: Sequence[str],
+    tables: Sequence[Table],
+    drawings: Sequence[tuple[str, str]],
+    method: Sequence[str] = (METHOD,),
+    legend: str = "",
 ) -> str:
-    """HTML of the comparison; `drawings` are (title, SVG element)."""
+    """HTML of the comparison; `drawings` are (title, SVG element), `legend` says more about their lines."""
     notes = "".join(f"<li>{escape(caveat)}</li>" for caveat in caveats)
     figures = "".join(
         f'<figure role="img" aria-label="{escape(name)}">{drawing}</figure>' for name, drawing in drawings
     )
+    told = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
+    kind = "row" if legend else "run"
     words = "".join(f"<dt>flops/{key}</dt><dd>{escape(c.words)}</dd>" for key, c in CONVENTIONS.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -68,13 +91,13 @@ def page(
 {f"<ul>{notes}</ul>" if notes else ""}
 {_table(tables[0])}
 {figures}
-<p class="quiet">Dashed lines mark where each run first reached the loss of the first table. The first fifth of training
-may lie above the figures.</p>
+<p class="quiet">{escape(legend)}Dashed lines mark where each {kind} first reached the loss of the first table. The
+first fifth of training may lie above the figures.</p>
 {"".join(_table(table) for table in tables[1:])}
 <h2>How FLOPs are counted</h2>
 <dl>{words}</dl>
 <h2>How the figures are made</h2>
-<p>{escape(METHOD)}</p>
+{told}
 </body>
 </html>
 """

@@ -33,23 +33,38 @@ class Run:
         """Where the records come from."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def seed(self) -> Any:
+        """Seed of the weights and of the order of the data; None when run.json does not tell."""
+        return self.info["comparable"].get("seed_of_data_order")
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders in the order given, with labels that tell them apart.
 
     Raises UserError for a folder given twice and for whatever `read_run` refuses.
     """
+    refuse_twins(folders)
+    runs = [read_run(folder) for folder in folders]
+    tell_apart(runs)
+    return runs
+
+
+def refuse_twins(folders: Sequence[Path]) -> None:
+    """Raise UserError for a folder given twice."""
     seen: dict[Path, Path] = {}
     for folder in folders:
         twin = seen.setdefault(folder.resolve(), folder)
         if twin is not folder:
             raise UserError(f"{folder} is the same run as {twin}: name each run once.")
-    runs = [read_run(folder) for folder in folders]
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Add the folder to labels that several runs have."""
     names = [run.label for run in runs]
     for run in runs:
         if names.count(run.label) > 1:
             run.label = f"{run.label} ({run.folder})"
-    return runs
 
 
 def read_run(folder: Path) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -15,7 +16,7 @@ CSS = """
   :root { --ink: #e6e8eb; --quiet: #a0a6ae; --paper: #15171a; --card: #1e2125; --grid: #3a3f46; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
@@ -27,6 +28,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--quiet); font-weight: 600; }
+.interval { display: block; color: var(--quiet); font-size: .85em; font-weight: 400; }
 tbody th { font-weight: 600; }
 figure { margin: 1.5rem 0 0; }
 figure svg { display: block; width: 100%; height: auto; max-width: 50rem; }
@@ -105,12 +107,22 @@ first fifth of training may lie above the figures.</p>
 
 def _table(table: Table) -> str:
     """A table with its heading."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    head = "".join(f'<th scope="col">{_title(cell)}</th>' for cell in table.header)
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])}</tr>'
         for row in table.rows
     )
     return (
         f'<h2>{escape(table.title)}</h2>\n<div class="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>\n"
     )
+
+
+def _cell(text: str) -> str:
+    """A cell, its interval in square brackets on a line of its own, so that wide tables fit."""
+    return re.sub(r" (\[[^\]]*\])$", r' <span class="interval">\1</span>', escape(text))
+
+
+def _title(text: str) -> str:
+    """The title of a column, what stands in brackets on a line of its own."""
+    return re.sub(r" ([\[(][^\])]*[\])])$", r' <span class="interval">\1</span>', escape(text))

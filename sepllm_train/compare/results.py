@@ -15,10 +15,12 @@ from sepllm_train.compare.curves import at_tokens, best_loss, common_tokens, fin
 from sepllm_train.compare.records import CUMULATIVE, LOSS, Run
 from sepllm_train.compare.rows import Row, pairs, runs_of
 from sepllm_train.compare.student import Estimate, estimate, geometric_mean, ratio_estimate
-from sepllm_train.compare.timing import RowTiming, Timing
+from sepllm_train.compare.timing import Timing
 
 BITS = "val/bits_per_byte"
 REACHED, AT_MOST, NOT_REACHED = "reached", "at most", "not reached"
+# Lowest and highest possible value; the same twice when it is known.
+Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Reach:
     state: str
     spent: dict[str, float]
 
-    def bounds(self, key: str) -> tuple[float, float]:
+    def bounds(self, key: str) -> Bounds:
         """Lowest and highest possible cost."""
         spent = self.spent[key]
         return (0.0 if self.state == AT_MOST else spent, math.inf if self.state == NOT_REACHED else spent)
@@ -149,8 +151,7 @@ def _row_reach(row: Row, reference: Row, loss: float | None) -> RowReach:
         runs=runs,
         costs={key: geometric_mean([run.spent[key] for run in runs]) if exact else None for key in CUMULATIVE},
         ratios={
-            key: _ratio([(a.bounds(key), b.bounds(key)) for a, b in both], *_clocks(row, reference, key))
-            for key in CUMULATIVE
+            key: _paired(row, reference, key, [(a.bounds(key), b.bounds(key)) for a, b in both]) for key in CUMULATIVE
         },
     )
 
@@ -165,7 +166,7 @@ def reach(run: Run, target: float) -> Reach:
 
 
 def _row_at_tokens(row: Row, reference: Row, tokens: float) -> RowAtTokens:
-    def spent(run: Run, key: str) -> tuple[float, float]:
+    def spent(run: Run, key: str) -> Bounds:
         return (at_tokens(run, tokens, key),) * 2
 
     paired = pairs(row, reference)
@@ -180,42 +181,37 @@ def _row_at_tokens(row: Row, reference: Row, tokens: float) -> RowAtTokens:
         difference=difference(row, reference, loss),
         costs={key: geometric_mean([at_tokens(run, tokens, key) for run in row.runs]) for key in CUMULATIVE},
         ratios={
-            key: _ratio([(spent(a, key), spent(b, key)) for a, b in paired], *_clocks(row, reference, key))
-            for key in CUMULATIVE
+            key: _paired(row, reference, key, [(spent(a, key), spent(b, key)) for a, b in paired]) for key in CUMULATIVE
         },
     )
 
 
-def _clocks(row: Row, reference: Row, key: str) -> tuple[RowTiming, RowTiming] | tuple[()]:
-    """The timings whose ratio is part of the ratio of `key`."""
-    if key == "seconds" and row.timing is not None and reference.timing is not None:
-        return row.timing, reference.timing
-    return ()
+def _paired(row: Row, reference: Row, key: str, costs: Sequence[tuple[Bounds, Bounds]]) -> Ratio:
+    """Ratio of the costs `key` of each pair.
 
-
-def _ratio(
-    bounds: Sequence[tuple[tuple[float, float], tuple[float, float]]],
-    clock: RowTiming | None = None,
-    reference_clock: RowTiming | None = None,
-) -> Ratio:
-    """Ratio from the (lowest, highest) costs of each pair.
-
-    With clocks the costs are steps times seconds of a step: their ratio is that of the steps, over the pairs, times
-    that of the seconds of a step, over the turns; both add to the interval.
+    With timings the seconds are steps times seconds of a step: the ratio is that of the steps, over the pairs, times
+    that of the seconds of a step, over the turns; both add to its interval.
     """
-    ranges = [_range(cost, other) for cost, other in bounds]
-    seeds = [low if low == high else None for low, high in ranges]
-    known = [ratio for ratio in seeds if ratio is not None]
-    if not ranges or len(known) < len(seeds):
-        least, most = (geometric_mean([bound[side] for bound in ranges]) if ranges else math.inf for side in (0, 1))
-        return Ratio(seeds, None, least if 0 < least < math.inf else None, most if most < math.inf else None)
-    if clock is None or reference_clock is None:
-        return Ratio(seeds, ratio_estimate(known))
-    step = clock.step_seconds / reference_clock.step_seconds
-    return Ratio(seeds, ratio_estimate([ratio / step for ratio in known], clock.turn_ratios(reference_clock)))
+    if key != "seconds" or row.timing is None or reference.timing is None:
+        return _ratio(costs)
+    ours, theirs = row.timing.step_seconds, reference.timing.step_seconds
+    steps = [((a[0] / ours, a[1] / ours), (b[0] / theirs, b[1] / theirs)) for a, b in costs]
+    return _ratio(steps, row.timing.turn_ratios(reference.timing))
 
 
-def _range(cost: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+def _ratio(costs: Sequence[tuple[Bounds, Bounds]], factors: Sequence[float] = ()) -> Ratio:
+    """Ratio of each pair's costs, times the geometric mean of `factors` if there are any."""
+    factor = geometric_mean(factors) if factors else 1.0
+    ranges = [_range(cost, other) for cost, other in costs]
+    known = [low for low, high in ranges if low == high]
+    seeds = [factor * low if low == high else None for low, high in ranges]
+    if ranges and len(known) == len(ranges):
+        return Ratio(seeds, ratio_estimate(known, factors) if factors else ratio_estimate(known))
+    least, most = (factor * geometric_mean([r[side] for r in ranges]) if ranges else math.inf for side in (0, 1))
+    return Ratio(seeds, None, least if 0 < least < math.inf else None, most if most < math.inf else None)
+
+
+def _range(cost: Bounds, other: Bounds) -> Bounds:
     """Lowest and highest ratio of two costs of which the lowest and highest are known; nothing is known beside 0."""
     (low, high), (other_low, other_high) = cost, other
     if high == 0 or other_high == 0:

@@ -104,10 +104,10 @@ def pairing_notes(rows: Sequence[Row]) -> list[str]:
         for one, other, seeds in ((row, rows[0], ours), (rows[0], row, theirs)):
             alone = [str(run.seed) for run in one.runs if run.seed not in seeds]
             if alone:
-                several = len(alone) > 1
+                words = ("Seeds", "have", "them") if len(alone) > 1 else ("Seed", "has", "it")
                 notes.append(
-                    f"Seed{'s' if several else ''} {', '.join(alone)} of {one.label} {'have' if several else 'has'} no "
-                    f"partner in {other.label}: ratios and differences between the two leave {'them' if several else 'it'} out."
+                    f"{words[0]} {', '.join(alone)} of {one.label} {words[1]} no partner in {other.label}: ratios and "
+                    f"differences between the two leave {words[2]} out."
                 )
     return notes
 
@@ -135,11 +135,12 @@ def _settings(folder: Path) -> str:
     """The configuration of a run apart from FREE_KEYS, to compare; the folder itself where none can be read."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        if not isinstance(config, dict) or "seed" not in config:
+            return str(folder)
+        return yaml.safe_dump({key: value for key, value in config.items() if key not in FREE_KEYS}, sort_keys=True)
+    # Keys of several types cannot be sorted: a TypeError, and nothing that the trainer wrote.
+    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
         return str(folder)
-    if not isinstance(config, dict) or "seed" not in config:
-        return str(folder)
-    return yaml.safe_dump({key: value for key, value in config.items() if key not in FREE_KEYS}, sort_keys=True)
 
 
 def _gather(folders: Sequence[Path], keys: Sequence[str], runs: dict[Path, Run]) -> list[list[Run]]:

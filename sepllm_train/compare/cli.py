@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.files import write_whole
-from sepllm_train.compare import plots, tables
-from sepllm_train.compare.comparable import caveats, check_comparable
-from sepllm_train.compare.curves import best_loss, check_curves, common_loss
-from sepllm_train.compare.page import METHOD, page
-from sepllm_train.compare.records import Run, read_runs
+from sepllm_train.compare.report import REFERENCE, build_report, write_report
+from sepllm_train.compare.rows import read_rows
+from sepllm_train.compare.timing import read_timing
 from sepllm_train.console import say
 from sepllm_train.errors import EXIT_USER_ERROR
 from sepllm_train.metrics.flops import CONVENTIONS
@@ -24,7 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare runs; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
     try:
-        compare(arguments.runs, arguments.output, arguments.loss, arguments.flops, arguments.title)
+        compare(
+            arguments.runs,
+            arguments.output,
+            arguments.loss,
+            arguments.flops,
+            arguments.title,
+            groups=arguments.groups,
+            strict=arguments.strict,
+            timing=arguments.timing,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -34,75 +39,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compare training runs: validation loss against FLOPs, seconds and tokens. "
-        "Ratios are taken to the first run.",
+        "Runs that differ only in their seed form a row; ratios are taken to the first row.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the comparison is written")
-    parser.add_argument("--loss", type=float, help="validation loss to reach; default: the lowest that all reached")
+    parser.add_argument(
+        "--loss",
+        type=_loss,
+        help=f"validation loss to reach, or '{REFERENCE}': the first row's final one, seed by seed; default: the "
+        "lowest that all reached",
+    )
     parser.add_argument("--flops", choices=tuple(CONVENTIONS), default="model", help="how FLOPs are counted")
     parser.add_argument("--title", help="heading of the page; default: the names of the runs")
+    parser.add_argument("--no-groups", dest="groups", action="store_false", help="every run is a row of its own")
+    parser.add_argument("--strict", action="store_true", help="a run that cannot be compared is an error, not left out")
+    parser.add_argument(
+        "--timing",
+        type=Path,
+        metavar="FILE",
+        help="seconds of a step by row, of a timing benchmark: they replace the seconds of the runs",
+    )
     return parser
+
+
+def _loss(text: str) -> float | str:
+    """A loss, or REFERENCE."""
+    return text if text == REFERENCE else float(text)
 
 
 def compare(
     folders: Sequence[Path],
     output: Path,
-    loss: float | None = None,
+    loss: float | str | None = None,
     flops: str = "model",
     title: str | None = None,
+    *,
+    groups: bool = True,
+    strict: bool = False,
+    timing: Path | None = None,
 ) -> None:
-    """Print the comparison of run folders and write page, figures, curves and Markdown to the folder `output`.
+    """Print the comparison of run folders and write page, figures, curves, numbers and Markdown to `output`.
 
-    `loss` (nats per token) defaults to the lowest validation loss that every run reached; `flops` is a key of
-    CONVENTIONS. Raises UserError when runs are missing, broken, too short or not comparable, or `output` cannot be
-    written.
+    `loss` (nats per token, or REFERENCE) defaults to the lowest validation loss that every run reached; `flops` is a
+    key of CONVENTIONS; `groups` and `strict` are those of `read_rows`; `timing` names a timing file. Raises UserError
+    when runs are missing, broken, too short or not comparable, or `output` cannot be written.
     """
-    if len(folders) < 2:
-        raise UserError("A comparison needs at least two run folders, and one was given.")
-    runs = read_runs(folders)
-    check_comparable(runs)
-    check_curves(runs)
-    loss = common_loss(runs) if loss is None else _reachable(loss, runs)
-    title = title or f"Comparison of {', '.join(run.label for run in runs)}"
-    summary = tables.verdict(runs, loss, flops)
-    warnings = caveats(runs)
-    main_tables = [tables.to_reach(runs, loss, flops), tables.at_equal_tokens(runs, flops)]
-    more_tables = [tables.along_tokens(runs), tables.by_dataset(runs), tables.what_differs(runs)]
-    all_tables = main_tables + [table for table in more_tables if table is not None and table.rows]
-    convention = f"flops/{flops}: {CONVENTIONS[flops].words}"
-    markdown = "\n".join(
-        [f"# {title}\n", f"{summary}\n", *(f"- {warning}\n" for warning in warnings)]
-        + [table.markdown() for table in all_tables]
-        + [f"{convention}\n", METHOD]
-    )
-    figures = [(axis, plots.draw(runs, axis, loss)) for axis in plots.axes_of(flops)]
-    drawings = [(axis, plots.svg(figure)) for axis, figure in figures]
-    inlined = [(axis.title, plots.inline(drawing, axis.file)) for axis, drawing in drawings]
-    files = {f"{axis.file}.png": plots.png(figure) for axis, figure in figures}
-    files |= {f"{axis.file}.svg": drawing.encode() for axis, drawing in drawings}
-    files["curves.csv"] = tables.curves_csv(runs).encode()
-    files["comparison.md"] = f"{markdown}\n".encode()
-    files["comparison.html"] = page(title, summary, warnings, all_tables, inlined).encode()
-    _write(output, files)
-    say("\n".join([*(table.markdown() for table in main_tables), convention, "", *warnings, summary, ""]))
-    say(f"Wrote {', '.join(files)} to {output}")
-
-
-def _reachable(loss: float, runs: Sequence[Run]) -> float:
-    """`loss`, if it is a loss that some run reached; raises UserError otherwise."""
-    lowest = min(runs, key=best_loss)
-    if not math.isfinite(loss) or loss < best_loss(lowest):
-        raise UserError(f"No run reached --loss {loss:g}: the lowest is {best_loss(lowest):.4f}, of {lowest.label}.")
-    return loss
-
-
-def _write(output: Path, files: dict[str, bytes]) -> None:
-    """Write every file whole; raises UserError when the folder or a file cannot be made."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: name a folder.")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_whole(output / name, content)
-    except OSError as error:
-        raise UserError(f"Cannot write to --output {output}: {error.strerror}.") from None
+    notes: list[str] = []
+    rows = read_rows(folders, groups=groups, strict=strict, tell=notes.append)
+    report = build_report(rows, loss, flops, title, None if timing is None else read_timing(timing), notes)
+    names = write_report(report, output)
+    say(report.console())
+    say(f"Wrote {', '.join(names)} to {output}")

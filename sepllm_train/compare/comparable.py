@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from data_prep.errors import UserError
-from sepllm_train.compare.records import Run
+from sepllm_train.compare.curves import points
+from sepllm_train.compare.records import CUMULATIVE, Record, Run
 
 # What run.json must tell for a loss to mean the same in two runs, and how to call it.
 REQUIRED = {
@@ -17,6 +20,9 @@ REQUIRED = {
 }
 # Noise between runs, not another task: told as a caveat.
 ALLOWED = "seed_of_data_order"
+# Another padding of the vocabulary, of a run resumed on more processes, moves FLOPs by less than this; another way to
+# count them by more.
+SAME_COUNT = 0.02
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -50,17 +56,71 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
-def caveats(runs: Sequence[Run]) -> list[str]:
-    """Sentences on what weakens this comparison, for the console and the page."""
+def check_counts(run: Run) -> None:
+    """Raise UserError unless the counters of a run grow from step to step, and count tokens in one way throughout.
+
+    A run that was resumed by another version of the trainer may have counted in another way from there on.
+    """
+    records = sorted(run.training + run.validation, key=lambda record: record["step"])
+    for before, after in pairwise(records):
+        for key in CUMULATIVE:
+            if after[key] < before[key]:
+                raise UserError(
+                    f"{run.metrics_file} has {key} fall from {before[key]:,} at step {before['step']} to "
+                    f"{after[key]:,} at step {after['step']}: it holds records of different runs or conventions."
+                )
+    told = [record for record in records if record["tokens"] > 0]
+    for record in told[1:]:
+        if not math.isclose(dense_flops(record), dense_flops(told[0]), rel_tol=SAME_COUNT):
+            raise UserError(
+                f"{run.metrics_file} counts {dense_flops(told[0]):,.0f} flops/dense per token up to step "
+                f"{told[0]['step']} and {dense_flops(record):,.0f} up to step {record['step']}: its conventions "
+                "are mixed."
+            )
+
+
+def check_conventions(run: Run, first: Run) -> None:
+    """Raise UserError when models of one shape have different FLOPs per token if dense: then the counting differs.
+
+    Without layers in run.json's `identity`, an equal number of parameters stands for an equal shape.
+    """
+    if _shape(run) != _shape(first):
+        return
+    counts = [dense_flops(points(r)[-1]) for r in (run, first) if points(r)[-1]["tokens"] > 0]
+    if len(counts) == 2 and not math.isclose(*counts, rel_tol=SAME_COUNT):
+        raise UserError(
+            f"{run.metrics_file} counts {counts[0]:,.0f} flops/dense per token and {first.metrics_file} "
+            f"{counts[1]:,.0f} for a model of the same shape: their FLOPs are counted by different conventions."
+        )
+
+
+def dense_flops(record: Record) -> float:
+    """FLOPs per token of a record as if the model were dense, which no pattern changes."""
+    return float(record["flops/dense"] / record["tokens"])
+
+
+def _shape(run: Run) -> Any:
+    """What flops/dense per token depends on."""
+    identity = run.info.get("identity")
+    settings = identity if isinstance(identity, dict) else {}
+    model = {key: value for key, value in settings.items() if key.startswith("model.")}
+    return run.info.get("parameters"), run.info["comparable"].get("sequence_length"), model
+
+
+def caveats(runs: Sequence[Run], paired: bool = False, timed: bool = False) -> list[str]:
+    """Sentences on what weakens this comparison, for the console and the page.
+
+    `paired`: only runs of one order of the data are set against each other; `timed`: the seconds are not the runs'.
+    """
     told = []
     for run in runs:
         if run.info.get("status") != "finished":
             told.append(f"{run.label} is not finished: its curve may still go on.")
     hardware = [(run.info.get("devices"), run.info.get("world_size")) for run in runs]
-    if any(h != hardware[0] for h in hardware):
+    if not timed and any(h != hardware[0] for h in hardware):
         told.append("The runs used different devices or numbers of processes: their seconds do not compare.")
     orders = [run.info["comparable"].get(ALLOWED) for run in runs]
-    if any(order != orders[0] for order in orders):
+    if not paired and any(order != orders[0] for order in orders):
         told.append("The runs read the data in different orders: part of a difference in loss is that.")
     sizes = [run.info.get("parameters") for run in runs]
     if any(size != sizes[0] for size in sizes):

@@ -30,15 +30,20 @@ def points(run: Run, metric: str = LOSS) -> list[Record]:
     return [record for record in run.validation if math.isfinite(record.get(metric, math.nan))]
 
 
+def check_length(run: Run) -> None:
+    """Raise UserError unless a run has two validation points."""
+    found = len(points(run))
+    if found < 2:
+        raise UserError(
+            f"{run.metrics_file} has {found} validation point{'' if found == 1 else 's'} with a finite val/loss "
+            "and a curve needs two: train longer or lower training.validation_interval."
+        )
+
+
 def check_curves(runs: Sequence[Run]) -> None:
     """Raise UserError unless every run has two validation points, and all share a range of tokens."""
     for run in runs:
-        found = len(points(run))
-        if found < 2:
-            raise UserError(
-                f"{run.metrics_file} has {found} validation point{'' if found == 1 else 's'} with a finite val/loss "
-                "and a curve needs two: train longer or lower training.validation_interval."
-            )
+        check_length(run)
     late = max(runs, key=lambda run: points(run)[0]["tokens"])
     short = min(runs, key=lambda run: points(run)[-1]["tokens"])
     if points(late)[0]["tokens"] > points(short)[-1]["tokens"]:
@@ -51,6 +56,11 @@ def check_curves(runs: Sequence[Run]) -> None:
 def best_loss(run: Run) -> float:
     """Lowest validation loss of a run (nats per token)."""
     return min(record[LOSS] for record in points(run))
+
+
+def final_loss(run: Run) -> float:
+    """Validation loss of the last validation point of a run (nats per token)."""
+    return float(points(run)[-1][LOSS])
 
 
 def common_loss(runs: Sequence[Run]) -> float:

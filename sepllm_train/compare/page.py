@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -15,7 +16,7 @@ CSS = """
   :root { --ink: #e6e8eb; --quiet: #a0a6ae; --paper: #15171a; --card: #1e2125; --grid: #3a3f46; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
@@ -27,6 +28,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--quiet); font-weight: 600; }
+.interval { display: block; color: var(--quiet); font-size: .85em; font-weight: 400; }
 tbody th { font-weight: 600; }
 figure { margin: 1.5rem 0 0; }
 figure svg { display: block; width: 100%; height: auto; max-width: 50rem; }
@@ -44,15 +46,38 @@ METHOD = (
     "have reached it earlier."
 )
 
+SEEDS = (
+    "A row holds the runs that differ only in their seed. Costs of a row are geometric means over its runs, losses "
+    "arithmetic ones. Ratios and differences to the first row are taken between runs of the same seed, which read the "
+    "data in the same order and are validated on the same sequences, and then averaged: ratios as logarithms, losses "
+    "in nats as they are (a difference of two is the logarithm of a ratio of perplexities). The interval of n pairs is "
+    "mean +- t s / sqrt(n), with their sample standard deviation s and the quantile t of Student's distribution with "
+    "n - 1 degrees of freedom that leaves 2.5% on either side. It is of each row alone, not corrected for the number "
+    "of rows. When a run of a pair did not reach the loss no mean is claimed: what it spent in all bounds it."
+)
+TIMED = (
+    "The ratio of seconds is the paired ratio of steps times the ratio of the seconds of a step, a geometric mean over "
+    "the turns; the variances of both logarithms add up to its interval, with the degrees of freedom of Welch and "
+    "Satterthwaite rounded down."
+)
+
 
 def page(
-    title: str, verdict: str, caveats: Sequence[str], tables: Sequence[Table], drawings: Sequence[tuple[str, str]]
+    title: str,
+    verdict: str,
+    caveats: Sequence[str],
+    tables: Sequence[Table],
+    drawings: Sequence[tuple[str, str]],
+    method: Sequence[str] = (METHOD,),
+    legend: str = "",
 ) -> str:
-    """HTML of the comparison; `drawings` are (title, SVG element)."""
+    """HTML of the comparison; `drawings` are (title, SVG element), `legend` says more about their lines."""
     notes = "".join(f"<li>{escape(caveat)}</li>" for caveat in caveats)
     figures = "".join(
         f'<figure role="img" aria-label="{escape(name)}">{drawing}</figure>' for name, drawing in drawings
     )
+    told = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
+    kind = "row" if legend else "run"
     words = "".join(f"<dt>flops/{key}</dt><dd>{escape(c.words)}</dd>" for key, c in CONVENTIONS.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -68,13 +93,13 @@ def page(
 {f"<ul>{notes}</ul>" if notes else ""}
 {_table(tables[0])}
 {figures}
-<p class="quiet">Dashed lines mark where each run first reached the loss of the first table. The first fifth of training
-may lie above the figures.</p>
+<p class="quiet">{escape(legend)}Dashed lines mark where each {kind} first reached the loss of the first table. The
+first fifth of training may lie above the figures.</p>
 {"".join(_table(table) for table in tables[1:])}
 <h2>How FLOPs are counted</h2>
 <dl>{words}</dl>
 <h2>How the figures are made</h2>
-<p>{escape(METHOD)}</p>
+{told}
 </body>
 </html>
 """
@@ -82,12 +107,22 @@ may lie above the figures.</p>
 
 def _table(table: Table) -> str:
     """A table with its heading."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    head = "".join(f'<th scope="col">{_title(cell)}</th>' for cell in table.header)
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])}</tr>'
         for row in table.rows
     )
     return (
         f'<h2>{escape(table.title)}</h2>\n<div class="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>\n"
     )
+
+
+def _cell(text: str) -> str:
+    """A cell, its interval in square brackets on a line of its own, so that wide tables fit."""
+    return re.sub(r" (\[[^\]]*\])$", r' <span class="interval">\1</span>', escape(text))
+
+
+def _title(text: str) -> str:
+    """The title of a column, what stands in brackets on a line of its own."""
+    return re.sub(r" ([\[(][^\])]*[\])])$", r' <span class="interval">\1</span>', escape(text))

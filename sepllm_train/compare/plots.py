@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sepllm_train.compare.curves import first_reach, points
+from sepllm_train.compare.curves import points
 from sepllm_train.compare.records import LOSS, Run
+from sepllm_train.compare.results import RowReach
+from sepllm_train.compare.rows import Row, runs_of
 from sepllm_train.metrics.flops import CONVENTIONS
 
 # Told apart on white, on black and by colour-blind readers; the markers and dashes go on where the colours end.
@@ -38,6 +40,11 @@ STYLE = {
 DASHES = (0, (4, 3))
 # The first part of training, where every loss falls from the same height, is left above the figure.
 HIDDEN_START = 0.2
+BAND = (
+    "Lines are means over the seeds of a row, at the steps at which all of them were validated; the band reaches from "
+    "the lowest seed to the highest, and each seed is a faint line. The band shows how far seeds lie apart, not how "
+    "sure a difference is: rows are compared seed by seed, in the tables."
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,12 @@ class Axis:
         return next((unit for unit in self.units if largest >= 2 * unit[0]), self.units[-1])
 
 
-def axes_of(flops: str) -> list[Axis]:
-    """The horizontal axes of a comparison: FLOPs counted by the convention `flops`, seconds, tokens."""
+def axes_of(flops: str, timed: bool = False) -> list[Axis]:
+    """The horizontal axes of a comparison: FLOPs counted by the convention `flops`, seconds, tokens.
+
+    `timed`: the seconds are steps times the seconds of a step from a timing file.
+    """
+    clock = "steps x timed seconds of a step" if timed else "validation and checkpoints left out"
     convention = f"flops/{flops}: {CONVENTIONS[flops].label}"
     operations = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
     time = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -71,7 +82,7 @@ def axes_of(flops: str) -> list[Axis]:
             "seconds",
             "loss_vs_seconds",
             "Loss against time",
-            tuple((size, f"training time, {unit} (validation and checkpoints left out)") for size, unit in time),
+            tuple((size, f"training time, {unit} ({clock})") for size, unit in time),
         ),
         Axis(
             "tokens",
@@ -82,15 +93,24 @@ def axes_of(flops: str) -> list[Axis]:
     ]
 
 
-def draw(runs: Sequence[Run], axis: Axis, loss: float) -> Figure:
-    """Validation loss of every run, its training loss faintly behind, and where `loss` was first reached."""
+def draw(rows: Sequence[Row], axis: Axis, reaches: Sequence[RowReach], loss: float) -> Figure:
+    """Validation loss of every row, and what it spent to reach the loss of `reaches`, whose mean is `loss`.
+
+    Of a row of one run the training loss is faintly behind; of several runs these are faintly behind their mean, in a
+    band from the lowest to the highest.
+    """
+    runs = runs_of(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         plot = figure.add_subplot()
         spent = max(points(run)[-1][axis.key] for run in runs)
         size, label = axis.unit(spent)
-        for number, run in enumerate(runs):
-            _draw_run(plot, run, number, axis.key, size, loss)
+        for number, (row, found) in enumerate(zip(rows, reaches, strict=True)):
+            _draw_row(plot, row, number, axis.key, size)
+            cost = found.costs[axis.key]
+            if cost is not None:
+                colour = COLOURS[number % len(COLOURS)]
+                plot.vlines(cost / size, 0, loss, color=colour, linewidth=1, linestyle=DASHES)
         plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
         # At the left, where every curve is still far above.
         plot.annotate(
@@ -110,30 +130,67 @@ def draw(runs: Sequence[Run], axis: Axis, loss: float) -> Figure:
         plot.set_axisbelow(True)
         plot.spines[["top", "right"]].set_visible(False)
         plot.tick_params(length=0)
-        plot.legend(frameon=False, loc="upper right", title="validation (faint: training, averaged)", alignment="right")
+        plot.legend(frameon=False, loc="upper right", title=_legend_title(rows), alignment="right")
     return figure
 
 
-def _draw_run(plot: Axes, run: Run, number: int, key: str, size: float, loss: float) -> None:
-    """Curves of one run; `size` is the unit of the horizontal axis."""
+def _legend_title(rows: Sequence[Row]) -> str:
+    """What the lines and what is faint behind them are."""
+    if all(row.seeds == 1 for row in rows):
+        return "validation (faint: training, averaged)"
+    return "validation, mean of seeds\n(faint: each seed; band: lowest to highest)"
+
+
+def _draw_row(plot: Axes, row: Row, number: int, key: str, size: float) -> None:
+    """Curves of one row; `size` is the unit of the horizontal axis."""
     colour = COLOURS[number % len(COLOURS)]
-    spent, training = _training_curve(run, key)
-    plot.plot([x / size for x in spent], training, color=colour, linewidth=0.8, alpha=0.35)
-    validation = points(run)
+    if row.seeds == 1:
+        spent, training = _training_curve(row.runs[0], key)
+        plot.plot([x / size for x in spent], training, color=colour, linewidth=0.8, alpha=0.35)
+        label = row.label
+    else:
+        for run in row.runs:
+            own = points(run)
+            losses = [record[LOSS] for record in own]
+            plot.plot([record[key] / size for record in own], losses, color=colour, linewidth=0.7, alpha=0.4, zorder=2)
+        label = f"{row.label} ({row.seeds} seeds)"
+    curve = mean_curve(row, key)
+    x = [point.spent / size for point in curve]
+    if row.seeds > 1:
+        lows, highs = [point.low for point in curve], [point.high for point in curve]
+        plot.fill_between(x, lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=2)
     plot.plot(
-        [record[key] / size for record in validation],
-        [record[LOSS] for record in validation],
+        x,
+        [point.loss for point in curve],
         color=colour,
         linewidth=1.8,
         linestyle="-" if number < len(COLOURS) else "--",
-        marker=MARKERS[number % len(MARKERS)] if len(validation) <= 60 else None,
+        marker=MARKERS[number % len(MARKERS)] if len(curve) <= 60 else None,
         markersize=4.5,
-        label=run.label,
+        label=label,
         zorder=3,
     )
-    reached = first_reach(run, loss)
-    if reached is not None:
-        plot.vlines(reached.spent[key] / size, 0, loss, color=colour, linewidth=1, linestyle=DASHES)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Mean over the runs of a row at one step: what was spent, the loss, its lowest and its highest."""
+
+    spent: float
+    loss: float
+    low: float
+    high: float
+
+
+def mean_curve(row: Row, key: str) -> list[CurvePoint]:
+    """The row's points at the steps at which all of its runs were validated."""
+    curves = [{record["step"]: record for record in points(run)} for run in row.runs]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    found = []
+    for step in shared:
+        losses = [curve[step][LOSS] for curve in curves]
+        found.append(CurvePoint(fmean(curve[step][key] for curve in curves), fmean(losses), min(losses), max(losses)))
+    return found
 
 
 def _training_curve(run: Run, key: str, most: int = 100) -> tuple[list[float], list[float]]:

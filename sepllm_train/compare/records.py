@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,23 +34,39 @@ class Run:
         """Where the records come from."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def seed(self) -> int | None:
+        """Seed of the weights and of the order of the data; None when run.json does not tell."""
+        seed = self.info["comparable"].get("seed_of_data_order")
+        return seed if isinstance(seed, int) else None
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders in the order given, with labels that tell them apart.
 
     Raises UserError for a folder given twice and for whatever `read_run` refuses.
     """
+    refuse_twins(folders)
+    runs = [read_run(folder) for folder in folders]
+    tell_apart(runs)
+    return runs
+
+
+def refuse_twins(folders: Sequence[Path]) -> None:
+    """Raise UserError for a folder given twice."""
     seen: dict[Path, Path] = {}
     for folder in folders:
         twin = seen.setdefault(folder.resolve(), folder)
         if twin is not folder:
             raise UserError(f"{folder} is the same run as {twin}: name each run once.")
-    runs = [read_run(folder) for folder in folders]
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Add the folder to labels that several runs have."""
     names = [run.label for run in runs]
     for run in runs:
         if names.count(run.label) > 1:
             run.label = f"{run.label} ({run.folder})"
-    return runs
 
 
 def read_run(folder: Path) -> Run:
@@ -108,16 +125,16 @@ def _checked(record: Any, where: str) -> Record:
         raise UserError(f"{where} is not a JSON object.")
     record = {key: math.nan if value is None else value for key, value in record.items()}
     for key in ("step", *CUMULATIVE):
-        if not _is_number(record.get(key)):
-            raise UserError(f"{where} has no number for {key!r}: every record must have one.")
+        if not _is_count(record.get(key)):
+            raise UserError(f"{where} has no number of 0 or more for {key!r}: every record must have one.")
     for key in record:
         if key.endswith("loss") and not isinstance(record[key], int | float):
             raise UserError(f"{where}: {key!r} must be a number, not {record[key]!r}.")
     return record
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _latest(records: Iterator[Record]) -> list[Record]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.compare.run_records import COMPARABLE, training, validation
+from tests.compare.run_records import COMPARABLE, straight, training, validation
 
 
 @pytest.fixture
@@ -57,3 +58,20 @@ def sep(make_run: Callable[..., Path]) -> Path:
     records = [*steps, *(validation(step, loss, cost=3.0) for step, loss in losses)]
     ordered = sorted(records, key=lambda record: record["step"])
     return make_run("sep", ordered, attention={"pattern": "sep", "window": 64})
+
+
+@pytest.fixture
+def make_seeds(make_run: Callable[..., Path]) -> Callable[..., list[Path]]:
+    """Writes one run per seed with a config.yaml, from {seed: steps to a loss of 5, or records}."""
+
+    def make(name: str, seeds: dict[int, Any], cost: float = 4.0, **info: Any) -> list[Path]:
+        folders = []
+        for seed, curve in seeds.items():
+            records = curve if isinstance(curve, list) else straight(curve, cost)
+            folder = make_run(f"{name}_seed{seed}", records, comparable={"seed_of_data_order": seed}, **info)
+            config = {"name": folder.name, "seed": seed, "run_root": str(folder.parent), "resume": "auto"}
+            (folder / "config.yaml").write_text(yaml.safe_dump({**config, "attention": {"pattern": name}}))
+            folders.append(folder)
+        return folders
+
+    return make

@@ -36,3 +36,8 @@ def training(step: int, loss: float, cost: float = 4.0) -> dict[str, Any]:
     """A training record."""
     rate = {"train/lr": 6e-4, "train/grad_norm": 1.0, "train/tokens_per_second": 2000 / cost}
     return {**counters(step, cost), "train/loss": loss, **rate}
+
+
+def straight(steps: float, cost: float = 4.0) -> list[dict[str, Any]]:
+    """Validations of a loss that falls along a straight line from 6 and is 5 after `steps` of 40 steps."""
+    return [validation(step, 6 - step / steps, cost) for step in (0, 10, 20, 30, 40)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sepllm_train.config.schema import one_of, positive, require
 
-ACTIONS = ("train", "time", "report")
+ACTIONS = ("train", "time", "evaluate", "report")
 
 
 @dataclass
@@ -27,6 +27,8 @@ class SizeConfig:
     reference_steps: int = 128
     # Tokens of a validation, from the held-out documents.
     validation_tokens: int = 16384
+    # Tokens on which the last checkpoints are evaluated.
+    evaluation_tokens: int = 65536
     # Turns that count when the rows' steps are timed in turns, and the steps of a turn.
     timing_turns: int = 5
     timing_steps: int = 2
@@ -44,6 +46,7 @@ class SizeConfig:
             "steps",
             "reference_steps",
             "validation_tokens",
+            "evaluation_tokens",
             "timing_turns",
             "timing_steps",
         )
@@ -65,6 +68,9 @@ class SuiteConfig:
     name: str = ""
     question: str = ""
     reference: str = "dense"
+    # Give the reference as many steps as the other rows: for comparisons at equal tokens, not of what it takes to reach
+    # its last loss.
+    same_steps: bool = False
     rows: dict[str, list[str]] = field(default_factory=dict)
     size: str = "cpu"
     # In place of the size's.

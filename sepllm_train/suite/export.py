@@ -13,6 +13,7 @@ import yaml
 from data_prep.files import write_whole
 from sepllm_train.console import say
 from sepllm_train.errors import UserError
+from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import FILE, Plan
 from sepllm_train.suite.report import SHARES
 from sepllm_train.suite.runner import finished
@@ -33,8 +34,9 @@ def export(plan: Plan, target: Path) -> None:
         for run in done:
             _export_run(plan.run_root / run.name, target / "runs" / run.name)
         write_whole(target / FILE, (plan.folder / FILE).read_bytes())
-        if (plan.folder / SHARES).exists():
-            write_whole(target / SHARES, (plan.folder / SHARES).read_bytes())
+        for name in (SHARES, EVALUATIONS):
+            if (plan.folder / name).exists():
+                write_whole(target / name, (plan.folder / name).read_bytes())
         for path in (timing_file(plan.folder, length) for length in plan.lengths):
             if path.exists():
                 content = json.loads(path.read_text(encoding="utf8"))

@@ -9,6 +9,7 @@ from sepllm_train.config.load import compose_and_run
 from sepllm_train.console import say
 from sepllm_train.errors import UserError, exit_on_user_error
 from sepllm_train.suite.config import Config
+from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export
 from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_plan
 from sepllm_train.suite.prepare import prepare_data
@@ -30,7 +31,7 @@ def run_suite(config: Config) -> None:
             say(" ".join(command_of(plan, run)))
         say(f"dry run: {len(plan.selected(suite.only))} runs; nothing was trained.")
         return
-    if {"train", "time"} & set(suite.do):
+    if {"train", "time", "evaluate"} & set(suite.do):
         plan = make_plan(config, prepare_data(config, folder))
         fix_plan(plan)
     else:
@@ -43,6 +44,8 @@ def run_suite(config: Config) -> None:
     if "time" in suite.do:
         for length in dict.fromkeys(run.length for run in runs):
             _time(config, plan, length)
+    if "evaluate" in suite.do:
+        evaluate_runs(plan, runs, config.size.evaluation_tokens)
     if "report" in suite.do:
         say(f"report: {write_suite_report(plan)}")
     if suite.export is not None:

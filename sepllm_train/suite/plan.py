@@ -82,7 +82,7 @@ def make_plan(config: Config, prefix: str | None) -> Plan:
             row=row,
             length=length,
             seed=seed,
-            steps=size.reference_steps if row == suite.reference else size.steps,
+            steps=_steps(config, row),
             overrides=_overrides(config, row, length, seed),
         )
         for seed in config.seeds
@@ -107,17 +107,22 @@ def make_plan(config: Config, prefix: str | None) -> Plan:
     )
 
 
+def _steps(config: Config, row: str) -> int:
+    """Steps of a row's runs."""
+    suite, size = config.suite, config.size
+    return size.reference_steps if row == suite.reference and not suite.same_steps else size.steps
+
+
 def _overrides(config: Config, row: str, length: int, seed: int) -> list[str]:
     """Overrides of one run, but for its name and folder and for where the data are."""
     suite, size = config.suite, config.size
-    steps = size.reference_steps if row == suite.reference else size.steps
     chosen = [*size.overrides, *suite.overrides, *suite.rows[row]]
     # A group's choice puts back every key of the group: choices come before single keys.
     groups = [override for override in chosen if "." not in override.partition("=")[0]]
     return [
         *groups,
         f"data.sequence_length={length}",
-        f"training.steps={steps}",
+        f"training.steps={_steps(config, row)}",
         f"training.global_batch={size.tokens_per_step // length}",
         f"training.micro_batch={max(1, size.micro_batch_tokens // length)}",
         f"training.validation_samples={max(1, size.validation_tokens // length)}",

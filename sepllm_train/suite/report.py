@@ -6,19 +6,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from data_prep.files import write_whole
+from sepllm_train.analysis.runs import read_config
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
 from sepllm_train.compare.rows import Row, read_rows
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.console import say
 from sepllm_train.errors import UserError
+from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import Plan, PlannedRun
 from sepllm_train.suite.runner import finished
 from sepllm_train.suite.shares import Shares, shares_of
-from sepllm_train.suite.timing import row_configs, timing_file
+from sepllm_train.suite.timing import timing_file
 
 SHARES = "shares.json"
 KEPT = (
@@ -46,7 +49,7 @@ def write_suite_report(plan: Plan) -> Path:
         report = _compare(plan, length, runs)
         write_report(report, folder / str(length))
         table = _pattern_table(report, shares)
-        parts.append(_section(length, report, table))
+        parts.append(_section(length, report, [table, *_evaluation_table(plan, runs, report)]))
         figures[str(length)] = {"shares": {row: asdict(found) for row, found in shares.items()}, **report.data()}
     if not figures:
         raise UserError(
@@ -82,12 +85,19 @@ def _shares(plan: Plan, length: int) -> dict[str, Shares]:
     """Shares of each row at a length, counted once and kept in the suite's folder."""
     path = plan.folder / SHARES
     stored: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    if str(length) not in stored:
+    if not stored.get(str(length), {}).keys() >= _one_of_each(plan, length).keys():
         say(f"counting what the rows attend at {length:,} tokens")
-        configs = row_configs(plan, length, plan.prefix)
-        stored[str(length)] = {row: asdict(shares_of(config)) for row, config in configs.items()}
+        stored[str(length)] = {
+            row: asdict(shares_of(read_config(plan.run_root / name)))
+            for row, name in _one_of_each(plan, length).items()
+        }
         write_whole(path, (json.dumps(stored, indent=1) + "\n").encode())
     return {row: Shares(**values) for row, values in stored[str(length)].items()}
+
+
+def _one_of_each(plan: Plan, length: int) -> dict[str, str]:
+    """Name of a finished run of each row at a length; the pattern does not depend on the seed."""
+    return {run.row: run.name for run in reversed(plan.runs) if run.length == length and finished(plan, run)}
 
 
 def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
@@ -104,9 +114,7 @@ def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
             difference = f"{change.mean:+.4f}"
         else:
             difference = f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
-        lines.append(
-            [equal.label, f"{equal.loss:.4f}", difference, f"{own.attended:.1%}", f"{own.kept:.1%}", *ratios]
-        )
+        lines.append([equal.label, f"{equal.loss:.4f}", difference, f"{own.attended:.1%}", f"{own.kept:.1%}", *ratios])
     header = ["row", "loss", "difference (95%)", "attended", "KV kept", *(f"{key} a token" for key in reference.flops)]
     return Table(f"At {report.equal[0].tokens:,.0f} tokens, and what a token costs", header, lines)
 
@@ -117,17 +125,36 @@ def _head(plan: Plan, done: int) -> str:
     commit = (stamp.get("git") or {}).get("commit", "no commit")
     return (
         f"# Suite {plan.suite}, size {plan.size}\n\n{plan.question}\n\n"
-        f"The plan (data, order of the data, seeds {', '.join(map(str, plan.seeds))}, tokens of every run) was fixed on "
+        f"The plan (data and its order, seeds {', '.join(map(str, plan.seeds))}, tokens of every run) was fixed on "
         f"{stamp.get('fixed')} at commit {commit[:12]}, before the first run. {done} of its {len(plan.runs)} runs are "
         "finished.\n"
     )
 
 
-def _section(length: int, report: Report, table: Table) -> str:
+def _evaluation_table(plan: Plan, runs: Sequence[PlannedRun], report: Report) -> list[Table]:
+    """Losses of the last checkpoints, where they were evaluated: means over the seeds of each row."""
+    path = plan.folder / EVALUATIONS
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    lines = []
+    for row in report.rows:
+        own = [found[run.name] for run in runs if run.row == row.label and run.name in found]
+        if own:
+            losses = [f"{fmean(one[key] for one in own):.4f}" for key in ("loss", "far_recall_loss", "other_loss")]
+            tokens = own[0]["steps"] * plan.tokens_per_step
+            lines.append([row.label, str(len(own)), f"{tokens:,.0f}", *losses, f"{own[0]['far_recall_share']:.1%}"])
+    if not lines:
+        return []
+    held_out = next(iter(found.values()))["tokens"]
+    header = ["row", "seeds", "trained on", "loss", "far recall", "other tokens", "share of far recall"]
+    return [Table(f"The last checkpoints on {held_out:,.0f} held-out tokens", header, lines)]
+
+
+def _section(length: int, report: Report, tables: Sequence[Table]) -> str:
     """One length of the report."""
     notes = "".join(f"- {note}\n" for note in report.notes)
     reach = report.main_tables()[0]
+    shown = "\n".join(table.markdown() for table in tables)
     return (
-        f"## S = {length:,}\n\n{report.verdict}\n\n{notes}\n{table.markdown()}\n{KEPT}\n\n{reach.markdown()}\n"
+        f"## S = {length:,}\n\n{report.verdict}\n\n{notes}\n{shown}\n{KEPT}\n\n{reach.markdown()}\n"
         f"Curves, seeds and all other figures: [{length}/comparison.md]({length}/comparison.md).\n"
     )

@@ -1,0 +1,50 @@
+"""Evaluates the last checkpoints of a suite's runs on more held-out text than validation in training takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from data_prep.files import write_whole
+from sepllm_train.analysis.evaluation import evaluate_run
+from sepllm_train.console import duration, say
+from sepllm_train.suite.plan import Plan, PlannedRun
+from sepllm_train.suite.runner import finished
+
+FILE = "evaluations.json"
+# n of the far-recall tokens of every row: the paper's window.
+RECALL_WINDOW = 64
+# What is kept of an evaluation; the rest names folders.
+KEPT = (
+    "loss",
+    "loss_error",
+    "far_recall_loss",
+    "far_recall_loss_error",
+    "other_loss",
+    "other_loss_error",
+    "far_recall_share",
+    "attended_share",
+    "recall_window",
+    "tokens",
+)
+
+
+def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
+    """Write evaluations.json with the losses of every finished run of `runs` on `tokens` held-out tokens.
+
+    Runs that were evaluated before are left as they are. Raises UserError for a run whose checkpoint is gone.
+    """
+    path = plan.folder / FILE
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    waiting = [run for run in runs if finished(plan, run) and run.name not in found]
+    began = time.perf_counter()
+    for number, run in enumerate(waiting, 1):
+        result = evaluate_run(
+            plan.run_root / run.name, samples=max(1, tokens // run.length), recall_window=RECALL_WINDOW
+        )
+        found[run.name] = {"steps": run.steps, **{key: result[key] for key in KEPT}}
+        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+        left = (time.perf_counter() - began) / number * (len(waiting) - number)
+        say(f"evaluated {run.name}: loss {result['loss']:.4f} | {number}/{len(waiting)}, about {duration(left)} left")

@@ -1,4 +1,4 @@
-"""Compare training runs: loss against FLOPs, against seconds and against tokens.
+"""Compare training runs, one or several seeds of each: loss against FLOPs, against seconds and against tokens.
 
 python scripts/compare_runs.py runs/demo_dense runs/demo_sep --output runs/comparison
 """

@@ -121,7 +121,10 @@ def caveats(runs: Sequence[Run], paired: bool = False, timed: bool = False) -> l
         told.append("The runs used different devices or numbers of processes: their seconds do not compare.")
     orders = [run.info["comparable"].get(ALLOWED) for run in runs]
     if not paired and any(order != orders[0] for order in orders):
-        told.append("The runs read the data in different orders: part of a difference in loss is that.")
+        told.append(
+            "The runs read the data in different orders, and may be validated on different sequences of the held-out "
+            "documents: part of a difference in loss is that."
+        )
     sizes = [run.info.get("parameters") for run in runs]
     if any(size != sizes[0] for size in sizes):
         told.append("The runs trained models of different sizes.")

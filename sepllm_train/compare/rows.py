@@ -138,8 +138,7 @@ def _settings(folder: Path) -> str:
         if not isinstance(config, dict) or "seed" not in config:
             return str(folder)
         return yaml.safe_dump({key: value for key, value in config.items() if key not in FREE_KEYS}, sort_keys=True)
-    # Keys of several types cannot be sorted: a TypeError, and nothing that the trainer wrote.
-    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(folder)
 
 

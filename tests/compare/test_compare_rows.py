@@ -51,7 +51,7 @@ def test_no_groups_keeps_every_run_apart(make_seeds: Seeds) -> None:
         read_rows(dense)
 
 
-@pytest.mark.parametrize("content", [None, "", "name: [", "- 1\n", "1: a\nb: c\nseed: 1\n", "name: x\n"])
+@pytest.mark.parametrize("content", [None, "", "name: [", "- 1\n", "name: x\n"])
 def test_without_a_configuration_to_read_a_run_is_its_own_row(make_seeds: Seeds, content: str | None) -> None:
     dense, sep = make_seeds("dense", {1: 10, 2: 10}), make_seeds("sep", {1: 20})
     for folder in dense:

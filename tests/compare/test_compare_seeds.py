@@ -118,8 +118,8 @@ def test_a_seed_that_did_not_reach_the_loss_leaves_a_bound(make_seeds: Seeds) ->
     assert row == ["3", "2 of 3 seeds reached it", "at least 3.175x", "", "at least 3.175x", "", "at least 3.175x"]
     assert (
         "2 of 3 seeds of sep reached validation loss 5.0000 within their budget, so no mean is claimed: over 3 seeds "
-        "sep took on average at least 3.175x the FLOPs (flops/model), at least 3.175x the seconds and at least 3.175x the "
-        "tokens of dense." in found.verdict
+        "sep took on average at least 3.175x the FLOPs (flops/model), at least 3.175x the seconds and at least 3.175x "
+        "the tokens of dense." in found.verdict
     )
     assert "over 40k" in found.markdown()
 

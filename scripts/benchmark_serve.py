@@ -158,7 +158,8 @@ def _measure_browser(runs: list[Growing], url: str, browser: Chromium, refreshes
     browser.open(url)
     browser.await_true("return performance.getEntriesByName('frame').length > 0", seconds=60)
     latest = "return performance.getEntriesByName(args[0]).map((entry) => [entry.startTime, entry.duration])"
-    update, frame = [], []
+    update: list[float] = []
+    frame: list[float] = []
     seen = browser.run(latest, "frame")[-1][0]
     while len(frame) < refreshes:
         for run in runs:

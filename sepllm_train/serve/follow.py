@@ -212,7 +212,10 @@ class FollowedRun:
         return (seconds / steps if steps > 0 else None), seconds / (len(recent) - 1)
 
     def curves(self, scale: str) -> dict[str, NDArray[np.float32]]:
-        """Thinned curves for axes of `scale`: name to [columns + 1, points], the counters and then the values."""
+        """Thinned curves for axes of `scale`: name to [columns, points].
+
+        The columns are the counters of CURVES, the values, and the mean of each value's bucket.
+        """
         drawn = {}
         for curve, (key, columns) in CURVES.items():
             name = "validation" if key == LOSS else "training"
@@ -221,10 +224,10 @@ class FollowedRun:
             unchanged = min(self._unchanged[name], len(table))
             for each in SCALES:
                 # Both scales see every change, so that the next one starts from the same rows.
-                rows = self._thinned[curve, each].rows(table[:, value], unchanged)
+                rows, means = self._thinned[curve, each].rows(table[:, value], unchanged)
                 if each == scale:
                     wanted = [*(COUNTERS.index(column) for column in columns), value]
-                    drawn[curve] = np.ascontiguousarray(table[rows][:, wanted].T, dtype="<f4")
+                    drawn[curve] = np.concatenate([table[rows][:, wanted].T, means[np.newaxis]]).astype("<f4")
         self._unchanged = {"training": self._training.count, "validation": self._validation.count}
         return drawn
 

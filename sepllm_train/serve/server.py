@@ -199,5 +199,5 @@ def _settings(flops: str) -> dict[str, Any]:
         "axes": axes,
         "flops": flops,
         "conventions": {key: {"label": c.label, "words": c.words} for key, c in CONVENTIONS.items()},
-        "curves": {name: [*columns, "value"] for name, (_, columns) in CURVES.items()},
+        "curves": {name: [*columns, "value", "mean"] for name, (_, columns) in CURVES.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,28 +50,49 @@ class Thinned:
 
     def __init__(self, scale: str) -> None:
         self._linear = scale == "linear"
-        self._length = 1
-        self._kept: list[int] = []
-        self._start = 0
+        self._begin(1)
 
-    def rows(self, values: NDArray[np.float64], unchanged: int) -> NDArray[np.intp]:
-        """Row numbers, rising; `values` is the whole column, of which the first `unchanged` rows are as before."""
+    def _begin(self, length: int) -> None:
+        """Begin with no row, and buckets of `length` rows on a linear axis."""
+        self._length = length
+        self._start = 0
+        self._rows: list[int] = []
+        self._means: list[float] = []
+
+    def rows(self, values: NDArray[np.float64], unchanged: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Row numbers, rising, and for each the mean of its bucket (nan without a finite value).
+
+        `values` is the whole column, of which the first `unchanged` rows are as before.
+        """
         count = len(values)
         if unchanged < self._start:
-            self._kept, self._start, self._length = [], 0, 1
+            self._begin(1)
         while self._linear and count > self._length * MOST:
-            self._kept, self._start, self._length = [], 0, 2 * self._length
+            self._begin(2 * self._length)
         last: list[int] = []
+        mean = math.nan
         while self._start < count:
             end = self._start + (self._length if self._linear else max(1, int(self._start * GROWTH)))
-            picked = [self._start + row for row in _extremes(values[self._start : end])]
+            bucket = values[self._start : end]
+            picked = [self._start + row for row in _extremes(bucket)]
+            mean = _mean(bucket)
             if end >= count:
                 # The last row may be replaced and its bucket may grow.
                 last = [*picked, count - 1] if picked[-1] < count - 1 else picked
                 break
-            self._kept += picked
+            self._rows += picked
+            self._means += [mean] * len(picked)
             self._start = end
-        return np.array(self._kept + last, dtype=np.intp)
+        return np.array(self._rows + last, dtype=np.intp), np.array(self._means + [mean] * len(last))
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean of the values that are not nan, nan without one."""
+    mean = float(values.mean())
+    if math.isnan(mean):
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if len(known) else math.nan
+    return mean
 
 
 def _extremes(values: NDArray[np.float64]) -> list[int]:

@@ -140,5 +140,6 @@ class Watch:
             try:
                 check_comparable([known[0], run])
             except UserError as error:
-                notes.append(f"Losses of {run.label} do not compare with those of {known[0].label}. {error}")
+                reason = str(error).removeprefix("The runs cannot be compared, ")
+                notes.append(f"Losses of {run.label} do not compare with those of {known[0].label}: {reason}")
         return notes

@@ -41,7 +41,7 @@ export class Chart {
     new ResizeObserver(() => this.redraw()).observe(this.plot);
   }
 
-  /** Show runs: {runs, units of the axis, log: whether that is logarithmic, range of losses, shown: curve -> bool}. */
+  /** Show runs: {runs, units of the axis, log: whether that is logarithmic, range of losses, shown: curve -> bool, averaged}. */
   show(view) {
     this.view = view;
     this.redraw();
@@ -95,7 +95,8 @@ export class Chart {
       for (const name of this.curves) {
         const curve = run.curves[name];
         if (run.hidden || !this.view.shown[name] || !curve || curve.value.length === 0) continue;
-        lines.push({ number, name, run, x: curve[this.key], y: curve.value, step: curve.step });
+        const y = this.view.averaged && name !== "validation" ? curve.averaged : curve.value;
+        lines.push({ number, name, run, x: curve[this.key], y, step: curve.step });
       }
     });
     // Validation above training.
@@ -123,7 +124,7 @@ export class Chart {
     this.words = wrap(context, this.unit[1], width - 70);
     const foot = 24 + 16 * this.words.length;
     vertical = new Scale(bottom, top, height - foot, 8, logUp);
-    this.marks = vertical.ticks(Math.max(2, Math.floor((height - foot) / 46))).map((tick) => [tick, write(tick)]);
+    this.marks = vertical.ticks(Math.max(2, Math.floor((height - foot) / 34))).map((tick) => [tick, write(tick)]);
     const left = 28 + Math.max(...this.marks.map(([, text]) => context.measureText(text).width), 10);
     this.vertical = vertical;
     this.across = new Scale(low, high, left, width - 14, log);
@@ -166,7 +167,7 @@ export class Chart {
     }
     context.textAlign = "center";
     context.textBaseline = "top";
-    for (const tick of this.across.ticks(Math.max(2, Math.floor((right - left) / 90)), size)) {
+    for (const tick of this.across.ticks(Math.max(2, Math.floor((right - left) / 80)), size)) {
       const x = Math.round(this.across.pixel(tick)) + 0.5;
       context.moveTo(x, top);
       context.lineTo(x, bottom);
@@ -185,8 +186,8 @@ export class Chart {
     context.save();
     this.clip(context);
     for (const line of this.lines) {
-      const faint = line.name === "loss";
-      this.drawLine(context, line, faint ? 1 : 1.8, faint ? 0.45 : 1);
+      const [width, alpha] = line.name === "loss" ? [1.2, 0.5] : line.name === "throughput" ? [1.2, 0.9] : [1.8, 1];
+      this.drawLine(context, line, width, alpha);
     }
     context.restore();
   }

@@ -24,12 +24,12 @@ export function age(seconds) {
   return `${Math.max(0, Math.floor(seconds / size))}${unit}`;
 }
 
-/** A number of an axis or a loss, four digits behind the point at most. */
+/** A number in five digits. */
 export function plain(value) {
   if (!Number.isFinite(value)) return "-";
   const size = Math.abs(value);
-  if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2);
-  return String(Number(value.toFixed(size >= 100 ? 1 : 4)));
+  if (size !== 0 && (size >= 1e6 || size < 1e-5)) return value.toExponential(2);
+  return String(Number(value.toPrecision(5)));
 }
 
 /** A loss, or a dash where there is none. */

@@ -2,6 +2,7 @@
 
 import { Chart } from "/chart.js";
 import { age, duration } from "/format.js";
+import { averaged } from "/scale.js";
 import { element, writeLegend, writeTable } from "/table.js";
 
 const DASHES = [[], [7, 4], [2, 3]];
@@ -94,6 +95,7 @@ function update(content) {
           run.curves[name][column] = new Float32Array(content, offset, curves[name]);
           offset += 4 * curves[name];
         }
+        run.curves[name].averaged = averaged(run.curves[name].mean);
       }
     }
     return run;
@@ -168,7 +170,7 @@ function write(node, text) {
 function draw() {
   const convention = byId("convention").value;
   charts[0].key = `flops/${convention}`;
-  const shown = { loss: byId("training").checked, validation: byId("validation").checked, throughput: true, share: true };
+  const shown = { loss: byId("training").value !== "none", validation: byId("validation").checked, throughput: true, share: true };
   for (const chart of charts) {
     chart.show({
       runs,
@@ -176,6 +178,7 @@ function draw() {
       log: byId("across").value === "log",
       range: byId("up").value,
       shown,
+      averaged: byId("training").value !== "every",
     });
   }
   writeLegend(byId("legend"), runs, toggle, alone);

@@ -1,7 +1,7 @@
 // What follows the pointer over a chart: the nearest point in every chart, its values, and a range to zoom into.
 
 import { clear } from "/chart.js";
-import { plain, quantity } from "/format.js";
+import { loss, percent, plain, quantity } from "/format.js";
 import { nearest } from "/scale.js";
 import { element, swatch } from "/table.js";
 
@@ -77,7 +77,7 @@ export class Pointer {
     context.save();
     chart.clip(context);
     for (const line of chart.lines.filter((line) => line.number === found.number)) {
-      chart.drawLine(context, line, line.name === "loss" ? 1.4 : 3, 1);
+      chart.drawLine(context, line, line.name === "loss" || line.name === "throughput" ? 1.4 : 3, 1);
     }
     this.drawPoint(context);
     if (this.here && this.began !== null) this.drawRange(context);
@@ -136,12 +136,13 @@ export class Pointer {
     rows.sort((one, other) => other.value - one.value);
     const [size, unit] = chart.unit;
     const x = own.line.x[own.index] / size;
+    const averaged = chart.view.averaged && found.name !== "validation" ? ", averaged," : "";
     const of = { loss: "training loss", validation: "validation loss", share: "attended share" }[found.name] ?? "tokens/s";
     const step = Math.round(found.step).toLocaleString("en");
-    tip.replaceChildren(element("p", "", `${of} at step ${step}, ${plain(x)} ${unit.replace(/ \(.*/, "").replace(/,/, "")}`));
+    tip.replaceChildren(element("p", "", `${of}${averaged} at step ${step}, ${plain(x)} ${brief(unit)}`));
     for (const row of rows) {
       const entry = element("div", row.own ? "on" : "");
-      const text = chart.isLoss || found.name === "share" ? plain(row.value) : quantity(row.value);
+      const text = chart.isLoss ? loss(row.value) : found.name === "share" ? percent(row.value) : quantity(row.value);
       entry.append(swatch(row.line.run.style), element("span", "", row.line.run.label), text);
       tip.append(entry);
     }
@@ -151,4 +152,12 @@ export class Pointer {
     tip.style.left = `${px < width / 2 ? px + 16 : Math.max(0, px - tip.offsetWidth - 16)}px`;
     tip.style.top = `${Math.max(0, Math.min(height - tip.offsetHeight, py - tip.offsetHeight / 2))}px`;
   }
+}
+
+/** Unit of an axis behind a number: "training tokens, millions" -> "million tokens". */
+function brief(label) {
+  return label
+    .replace(/ \(.*/, "")
+    .replace(/^training (time, )?/, "")
+    .replace(/^tokens, (\w+)s$/, "$1 tokens");
 }

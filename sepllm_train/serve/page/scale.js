@@ -87,3 +87,25 @@ export function extremes(values, start, end, log) {
   }
   return [low, high];
 }
+
+// Averages are over this part of a curve's points.
+const AVERAGED = 50;
+
+/** Means around each point, of the values that are not nan; nan where the value itself is. */
+export function averaged(values) {
+  const half = Math.floor(values.length / AVERAGED / 2);
+  if (half === 0) return values;
+  const sums = new Float64Array(values.length + 1);
+  const counts = new Uint32Array(values.length + 1);
+  values.forEach((value, number) => {
+    const known = !Number.isNaN(value);
+    sums[number + 1] = sums[number] + (known ? value : 0);
+    counts[number + 1] = counts[number] + known;
+  });
+  return values.map((value, number) => {
+    // As many to either side, so that the ends of a falling curve are not moved.
+    const reach = Math.min(half, number, values.length - 1 - number);
+    const [from, to] = [number - reach, number + reach + 1];
+    return Number.isNaN(value) ? NaN : (sums[to] - sums[from]) / (counts[to] - counts[from]);
+  });
+}

@@ -55,11 +55,12 @@ class Tail:
         self._identity: tuple[int, int] | None = None
         self._before = b""
         self._in_overlong = False
+        self._torn = 0
 
     @property
     def pending(self) -> int:
-        """Bytes seen but not yet read."""
-        return max(0, self.size - self.offset)
+        """Bytes seen but not yet read, without a last line that is still being written."""
+        return max(0, self.size - self.offset - self._torn)
 
     def look(self) -> None:
         """Learn the size without reading."""
@@ -92,6 +93,7 @@ class Tail:
     def _split(self, data: bytes, restarted: bool) -> Piece:
         """Whole lines of `data`, and the offset behind them."""
         end = data.rfind(b"\n") + 1
+        self._torn = len(data) - end if len(data) < SLICE else 0
         overlong = None
         if end == 0:
             if len(data) < SLICE:

@@ -12,7 +12,7 @@ SCALES = ("linear", "log")
 # Buckets of a curve on a linear axis: at least half of MOST once there are as many rows, each drawn by two points.
 MOST = 640
 # On a logarithmic axis a bucket is this much longer than all rows before it.
-GROWTH = 0.012
+GROWTH = 0.015
 
 
 class Rows:

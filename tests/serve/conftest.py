@@ -55,7 +55,7 @@ class GrowingRun:
 @pytest.fixture
 def new_run(tmp_path: Path) -> Callable[..., GrowingRun]:
     """Makes a run folder from its name and changes to run.json."""
-    return lambda name, **info: GrowingRun(tmp_path / name, **info)
+    return lambda name, /, **info: GrowingRun(tmp_path / name, **info)
 
 
 @dataclass(frozen=True)

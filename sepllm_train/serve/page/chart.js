@@ -13,7 +13,7 @@ const MARKED = 60;
 export class Chart {
   /** `curves`: names of what is drawn; `key`: the column along the axis; `up`: what the vertical axis says. */
   constructor({ title, curves, up, key, wide = false }) {
-    Object.assign(this, { title, curves, up, key, lines: [], view: null, zoomed: null });
+    Object.assign(this, { title, curves, up, key, lines: [], view: null, zoomed: null, across: null });
     this.onHover = () => {};
     this.isLoss = curves.includes("loss");
     this.figure = element("figure", wide ? "wide" : "");
@@ -72,18 +72,17 @@ export class Chart {
     const style = getComputedStyle(document.documentElement);
     const colours = { ink: style.getPropertyValue("--ink").trim(), grid: style.getPropertyValue("--grid").trim() };
     const points = this.lines.reduce((sum, line) => sum + line.x.length, 0);
-    this.base.setAttribute(
-      "aria-label",
-      `${this.title}: ${this.lines.length} curves, ${points.toLocaleString("en")} points`,
-    );
+    const content = `${this.title}: ${this.lines.length} curves, ${points.toLocaleString("en")} points`;
     if (points === 0) {
       this.across = null;
+      this.base.setAttribute("aria-label", content);
       context.fillStyle = colours.ink;
       context.textAlign = "center";
       context.fillText("nothing to draw yet", this.plot.clientWidth / 2, this.plot.clientHeight / 2);
       return;
     }
     this.setScales(context);
+    this.base.setAttribute("aria-label", `${content}, over ${this.unit[1]}`);
     this.drawAxes(context, colours);
     this.drawLines(context);
     this.pointer.again();

@@ -23,6 +23,7 @@ setup(
     | {f"sepllm_train.configs.{group}": f"configs/{group}" for group in CONFIG_GROUPS},
     package_data={
         "sepllm_train.configs": ["*.yaml"],
+        "sepllm_train.serve": ["page/*"],
         **{f"sepllm_train.configs.{group}": ["*.yaml"] for group in CONFIG_GROUPS},
     },
     install_requires=[

@@ -20,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare runs; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.serve:
+            from sepllm_train.serve import serve
+
+            serve(arguments.runs, arguments.host, arguments.port, arguments.flops)
+            return 0
         compare(
             arguments.runs,
             arguments.output,
@@ -42,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "Runs that differ only in their seed form a row; ratios are taken to the first row.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the comparison is written")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--output", type=Path, metavar="DIR", help="where the comparison is written")
+    either.add_argument("--serve", action="store_true", help="follow the runs on a page of this machine instead")
     parser.add_argument(
         "--loss",
         type=_loss,
@@ -50,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "lowest that all reached",
     )
     parser.add_argument("--flops", choices=tuple(CONVENTIONS), default="model", help="how FLOPs are counted")
+    parser.add_argument("--host", default="127.0.0.1", help="with --serve: the address to listen at (%(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="with --serve: the port, 0 for any (%(default)s)")
     parser.add_argument("--title", help="heading of the page; default: the names of the runs")
     parser.add_argument("--no-groups", dest="groups", action="store_false", help="every run is a row of its own")
     parser.add_argument("--strict", action="store_true", help="a run that cannot be compared is an error, not left out")

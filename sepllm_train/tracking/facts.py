@@ -43,7 +43,7 @@ def datasets(corpus: Corpus) -> dict[str, Any]:
             "documents": source.header.documents,
             "bytes": source.header.bytes,
             "tokenizer": asdict(source.header.tokenizer),
-            "files": {suffix: asdict(file) for suffix, file in source.header.files.items()},
+            "files": {f"{source.name}{suffix}": asdict(file) for suffix, file in source.header.files.items()},
             "separator_density": {entry.name: entry.density for entry in source.header.classes},
             "separator_count": {entry.name: entry.count for entry in source.header.classes},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sepllm_train.errors import UserError
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.tracking.mirror import Mirror, Tracker
 
-__all__ = ["Mirror", "Tracker", "check_tracker", "start_mirror"]
+__all__ = ["Mirror", "Tracker", "check_tracker", "start_mirror", "wandb_mode"]
 
 # Module that a tracker needs -> the extra of setup.py that brings it.
 _NEEDED = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorboard")}
@@ -38,7 +39,7 @@ def check_tracker(logging: LoggingConfig) -> None:
             )
 
 
-def _wandb_mode(logging: LoggingConfig) -> str:
+def wandb_mode(logging: LoggingConfig) -> str:
     """online, offline or disabled: `auto` is what WANDB_MODE says, or online with an API key and offline without."""
     if logging.mode != "auto":
         return logging.mode
@@ -49,11 +50,11 @@ def _wandb_mode(logging: LoggingConfig) -> str:
 
 
 def start_mirror(
-    logging: LoggingConfig, metrics: MetricsLog, folder: Path, name: str, facts: dict[str, Any]
+    logging: LoggingConfig, metrics: MetricsLog, folder: Path, name: str, facts: Callable[[], dict[str, Any]]
 ) -> Mirror | None:
     """Mirror what `metrics` has and gets to the tracker that is asked for, of a run called `name` in `folder`.
 
-    `facts` describe the run, as nested dictionaries. None without a tracker.
+    `facts` gives what describes the run, as nested dictionaries. None without a tracker.
     """
     tracker = _tracker_of(logging, folder, name, facts)
     if tracker is None:
@@ -64,14 +65,14 @@ def start_mirror(
     return mirror
 
 
-def _tracker_of(logging: LoggingConfig, folder: Path, name: str, facts: dict[str, Any]) -> Tracker | None:
+def _tracker_of(logging: LoggingConfig, folder: Path, name: str, facts: Callable[[], dict[str, Any]]) -> Tracker | None:
     """The tracker that is asked for, or None."""
     if logging.tracker == "tensorboard":
         from sepllm_train.tracking.tensorboard_tracker import TensorBoardTracker
 
-        return TensorBoardTracker(folder, facts)
-    if logging.tracker == "wandb" and (mode := _wandb_mode(logging)) != "disabled":
+        return TensorBoardTracker(folder, facts())
+    if logging.tracker == "wandb" and (mode := wandb_mode(logging)) != "disabled":
         from sepllm_train.tracking.wandb_tracker import WandbTracker
 
-        return WandbTracker(logging, folder, name, mode, facts)
+        return WandbTracker(logging, folder, name, mode, facts())
     return None

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.training.report import Facts
+from sepllm_train.training.run_folder import read_environment
 
 
-def run_facts(
-    config: Config, run: dict[str, Any], environment: dict[str, Any], corpus: Corpus, facts: Facts
-) -> dict[str, Any]:
-    """The whole configuration under its own keys; `run` (run.json), `environment` (environment.json, with the git
-    state), `derived` numbers and `datasets` beside it."""
+def run_facts(config: Config, run: dict[str, Any], folder: Path, corpus: Corpus, facts: Facts) -> dict[str, Any]:
+    """The whole configuration under its own keys; beside it `run` (run.json), `environment` (environment.json of the
+    run's folder, with the git state), `derived` numbers and `datasets`."""
     return {
         **asdict(config),
         "run": run,
-        "environment": environment,
+        "environment": read_environment(folder),
         "derived": {
             "parameters": facts.parameters,
             "padded_vocabulary": facts.padded_vocabulary,

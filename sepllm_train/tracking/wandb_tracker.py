@@ -115,6 +115,7 @@ class WandbTracker:
             with contextlib.suppress(psutil.Error):
                 if child.name() == "wandb-core":
                     child.kill()
+                    child.wait(_TEARDOWN_SECONDS)
         # In a thread: where W&B has hung once, it may hang again.
         forget = threading.Thread(target=_teardown, daemon=True)
         forget.start()

@@ -52,7 +52,7 @@ def build_workspace(entity: str, project: str, groups: Sequence[str], name: str)
 
     group = expr.Metric("Group")
     runs = ws.RunsetSettings(
-        filters=[group.isin(list(groups))] if groups else [], groupby=[] if len(groups) == 1 else [group]
+        filters=expr.And(group.isin(list(groups))) if groups else "", groupby=[] if len(groups) == 1 else [group]
     )
     settings = ws.WorkspaceSettings(x_axis="step", max_runs=20)
     return ws.Workspace(
@@ -126,11 +126,8 @@ def main() -> None:
 
 
 def _write(path: Path, view: dict[str, Any]) -> None:
-    """Write the view as JSON."""
-    try:
-        write_whole(path, (json.dumps(view, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file for --dry-run.") from None
+    """Write the view as JSON. Raises UserError."""
+    write_whole(path, (json.dumps(view, indent=2) + "\n").encode())
     panels = sum(len(section["panels"]) for section in view["spec"]["section"]["panelBankConfig"]["sections"])
     print(f"{path}: {panels} panels, nothing was sent")
 

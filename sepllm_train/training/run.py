@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _train(
         metrics, bad_steps = (MetricsLog(folder / name) for name in ("metrics.jsonl", "bad_steps.jsonl"))
         for log in (metrics, bad_steps):
             log.rewind(state.step if prepared.entry.checkpoint is not None else -1)
-        told = run_facts(config, run, run_folder.read_environment(folder), prepared.corpus, facts)
+        told = partial(run_facts, config, run, folder, prepared.corpus, facts)
         mirror = start_mirror(config.logging, metrics, folder, config.name, told)
     dist.barrier()
     loop = Loop(

@@ -292,9 +292,27 @@ class LoggingConfig:
     # [first, last] step of a trace by torch's profiler, written to RUN/profile by each of profile_ranks.
     profile: list[int] | None = None
     profile_ranks: list[int] = field(default_factory=lambda: [0])
+    # What mirrors metrics.jsonl: none | wandb | tensorboard.
+    tracker: str = "none"
+    # tracker=wandb: where the run belongs. mode auto: online with an API key, offline without one.
+    project: str = "sepllm-train"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
         positive("logging", self, "interval")
+        one_of("logging.tracker", self.tracker, ("none", "wandb", "tensorboard"))
+        one_of("logging.mode", self.mode, ("auto", "online", "offline"))
+        require(
+            bool(self.project) and not set(self.project) & set("/\\#?%:"),
+            f"logging.project={self.project!r} must be a name without / \\ # ? % and :, which W&B does not allow.",
+        )
+        require(
+            all(0 < len(tag) <= 64 for tag in self.tags),
+            f"logging.tags={self.tags} must have 1 to 64 characters each.",
+        )
         require(
             self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
             f"logging.profile={self.profile} must be [FIRST,LAST], two step numbers from 1 on.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ class MetricsLog:
     """Appends records to a file of JSON lines; it is closed after each one, so a killed run loses none.
 
     A record that cannot be written (the disk is full) does not stop the run: it is kept and written with a later one.
+    `mirror`, where it is set, is given every record too.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.waiting: list[str] = []
+        self.mirror: Callable[[dict[str, Any]], None] | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Numbers that JSON does not have (nan, inf) become null."""
@@ -36,6 +39,8 @@ class MetricsLog:
                 )
         else:
             self.waiting.clear()
+        if self.mirror is not None:
+            self.mirror(clean)
 
     def _append(self, data: bytes) -> None:
         """Append all of `data` or nothing. Raises OSError."""

@@ -165,7 +165,7 @@ class Loop:
         progress.end()
         nothing = torch.zeros_like(result.loss)
         loss, counted = (result.loss, self._counted) if result.bad is None else (nothing, nothing)
-        self.sums += torch.stack((loss, counted, result.pairs.double()))
+        self.sums += torch.cat((torch.stack((loss, counted, result.pairs.double())), result.layer_pairs.double()))
         self.context_bytes += result.context_bytes
         asked_to_stop, lost_workers = result.sums
         self.stopping = asked_to_stop > 0
@@ -215,8 +215,9 @@ class Loop:
             say(f"profile: {trace}, for chrome://tracing or ui.perfetto.dev; operators by time in the .txt beside it")
 
     def _new_interval(self) -> None:
-        """Start the sums between two log lines: losses, micro-batches behind them, pairs (f64 [3])."""
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """Start the sums between two log lines: losses, micro-batches behind them, pairs, and pairs of one layer of
+        each kind (f64 [3 + kinds])."""
+        self.sums = torch.zeros(3 + len(self.stepper.layer_kinds), dtype=torch.float64, device=self.device)
         holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._counted = torch.tensor(float(self.micro_batches * holds_loss), dtype=torch.float64, device=self.device)
         self.context_bytes = 0
@@ -230,7 +231,7 @@ class Loop:
         """Reduce the interval over ranks, move it into the counters, write a line."""
         if not self.interval_steps:
             return
-        loss, count, pairs, sent = reduce_over_ranks(self.sums, self.context_bytes)
+        loss, count, pairs, *layer_pairs, sent = reduce_over_ranks(self.sums, self.context_bytes)
         tokens = self.interval_steps * self.facts.tokens_per_step
         seconds = self.interval_seconds
         self.state.tokens += tokens
@@ -246,6 +247,7 @@ class Loop:
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds / self.interval_steps,
             "train/attended_share": share,
+            **self._layer_shares(tokens, layer_pairs),
             "train/skipped_steps": self.skipped,
             "train/bad_steps": self.bad,
             "train/lost_workers": self.lost_workers,
@@ -275,6 +277,18 @@ class Loop:
         bad = f" | {self.bad} bad steps skipped" if self.bad else ""
         say(f"{line}{overflows}{bad}")
         self._new_interval()
+
+    def _layer_shares(self, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
+        """Attended share of each layer, counted from 0, from the pairs of each kind; nothing when all are of one."""
+        kinds = self.stepper.layer_kinds
+        if len(kinds) == 1:
+            return {}
+        layers = self.stepper.pattern.layers
+        share = self.facts.counter.attended_share
+        shares = {
+            kind: share(tokens, round(pairs) * len(layers)) for kind, pairs in zip(kinds, layer_pairs, strict=True)
+        }
+        return {f"train/layer_{number:02d}/attended_share": shares[layer] for number, layer in enumerate(layers)}
 
     def _mfu(self, flops_per_second: float) -> float | None:
         """flops/model per second over the peak of all devices; None where the peak is not known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from sepllm_train.distributed.optional import optional_packages
 from sepllm_train.distributed.together import together
 from sepllm_train.errors import Interrupted, RunStopped, UserError
 from sepllm_train.metrics.log import MetricsLog
+from sepllm_train.tracking import check_tracker, start_mirror
+from sepllm_train.tracking.facts import run_facts
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.guards import Guards
 from sepllm_train.training.loop import Loop
@@ -85,12 +88,14 @@ def _train(
         state = checkpoint.load(prepared.entry.checkpoint, training)
         say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")
     run = run_record(config, prepared, launch.world_size, device)
-    metrics = bad_steps = None
+    metrics = bad_steps = mirror = None
     if launch.main:
         run_folder.describe(folder, config, run)
         metrics, bad_steps = (MetricsLog(folder / name) for name in ("metrics.jsonl", "bad_steps.jsonl"))
         for log in (metrics, bad_steps):
             log.rewind(state.step if prepared.entry.checkpoint is not None else -1)
+        told = partial(run_facts, config, run, folder, prepared.corpus, facts)
+        mirror = start_mirror(config.logging, metrics, folder, config.name, told)
     dist.barrier()
     loop = Loop(
         config,
@@ -114,13 +119,18 @@ def _train(
             except OSError as error:
                 # How the run ended must not be hidden by a disk that is full.
                 say(f"warning: {folder / 'run.json'} cannot be written ({error.strerror}): it does not say {status!r}.")
+        if mirror is not None and status != "failed":
+            mirror.close(status)
 
     try:
         with memory:
             loop.run(prepared.dataset, prepared.validation)
-    except (UserError, RunStopped):
-        record("failed")
-        loop.saver.abandon()
+    except BaseException as error:
+        if isinstance(error, UserError | RunStopped):
+            record("failed")
+            loop.saver.abandon()
+        if mirror is not None:
+            mirror.close("failed")
         raise
     if state.step < config.training.steps:
         record("interrupted")
@@ -171,6 +181,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Raises UserError."""
     pattern = resolve_pattern(config.attention, config.model.layers)
+    together(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
     corpus = together(lambda: open_corpus(config.data))
     files = DataFiles(corpus)
     if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:

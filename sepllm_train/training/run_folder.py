@@ -150,8 +150,18 @@ def _content(folder: Path) -> Any:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
+    return _read_object(folder / "run.json")
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """environment.json, or nothing where there is none that can be read."""
+    return _read_object(folder / "environment.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or nothing where there is none that can be read."""
     try:
-        return dict(json.loads((folder / "run.json").read_text(encoding="utf8")))
+        return dict(json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError):
         return {}
 

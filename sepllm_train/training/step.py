@@ -36,14 +36,16 @@ class StepResult:
 
     Of this rank, before any reduction: `loss` f64, the sum of the micro-batches' mean losses (nats per token), 0 off
     the last pipeline stage and over this rank's tokens only under context parallelism; `pairs` i64, visible pairs of
-    its whole sequences, summed over all layers of the model. Both on the device. `context_bytes`: keys, values and
-    gradients that it sent to other context-parallel ranks.
+    its whole sequences, summed over all layers of the model; `layer_pairs` i64 [kinds], those of one layer of each kind
+    of `Stepper.layer_kinds`. All on the device. `context_bytes`: keys, values and gradients that it sent to other
+    context-parallel ranks.
     The same on every rank: `grad_norm` before clipping; `skipped`, whether fp16 overflowed; `mean_loss` of the batch;
     `bad`, why the step was left out (None when it was not); `sums` of the numbers of `Own`.
     """
 
     loss: Tensor
     pairs: Tensor
+    layer_pairs: Tensor
     context_bytes: int
     grad_norm: float
     learning_rate: float
@@ -62,7 +64,10 @@ class Stepper:
         self.pattern = pattern
         self.device = device
         self.schedule = get_forward_backward_func()
-        self.layer_groups = Counter(pattern.layers)
+        # Layers that attend alike have the same pairs: they are counted once for each kind.
+        self.layer_kinds = list(dict.fromkeys(pattern.layers))
+        counts = Counter(pattern.layers)
+        self._layers_of_kind = torch.tensor([counts[kind] for kind in self.layer_kinds], device=device)
         # Times the parts of the steps of `train`, for whoever begins and ends them on it.
         self.clock = StepClock(device)
         get_model_config(training.chunks[0]).timers = self.clock
@@ -91,7 +96,7 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
-        pairs = torch.zeros((), dtype=torch.int64, device=self.device)
+        layer_pairs = torch.zeros_like(self._layers_of_kind)
         done = Counter[str]()
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -100,7 +105,7 @@ class Stepper:
             with self.clock.part("plan"):
                 tokens, labels, plan = self._inputs(batch)
             if model is training.chunks[0]:
-                pairs.add_(self._pairs(plan))
+                layer_pairs.add_(self._layer_pairs(plan))
                 done["micro"] += 1
                 progress(done["micro"])
             return model(tokens, self.positions, plan, labels=labels), self._mean_loss
@@ -117,7 +122,8 @@ class Stepper:
         overflow = done_update.overflow and done_update.bad is None
         return StepResult(
             total,
-            pairs,
+            (layer_pairs * self._layers_of_kind).sum(),
+            layer_pairs,
             self.context.take_sent_bytes() if self.context else 0,
             done_update.grad_norm,
             rate,
@@ -202,18 +208,16 @@ class Stepper:
         loss = losses.float().mean()
         return loss / (self.context.size if self.context else 1), {"loss": loss.detach()}
 
-    def _pairs(self, plan: AttentionPlan | ContextPlan) -> Tensor:
-        """Visible pairs of a micro-batch, summed over whole sequences and all layers: i64 scalar."""
+    def _layer_pairs(self, plan: AttentionPlan | ContextPlan) -> Tensor:
+        """Visible pairs of a micro-batch, summed over whole sequences, in one layer of each kind: i64 [kinds]."""
         whole = plan.whole if isinstance(plan, ContextPlan) else plan
-        total = torch.zeros((), dtype=torch.int64, device=self.device)
-        for layer, count in self.layer_groups.items():
-            total += count * attended_pairs(whole, layer.window, layer.horizons).sum()
-        return total
+        return torch.stack([attended_pairs(whole, kind.window, kind.horizons).sum() for kind in self.layer_kinds])
 
 
 def reduce_over_ranks(values: Tensor, context_bytes: int) -> list[float]:
-    """Sums over data-parallel replicas of `values` = (loss sum, count of micro-batches behind it, pairs), and the mean
-    over all ranks of `context_bytes`, which each has sent to context-parallel ones.
+    """Sums over data-parallel replicas of `values` = (loss sum, count of micro-batches behind it, pairs, and if wanted
+    more counts of pairs), and last the mean over all ranks of `context_bytes`, which each has sent to context-parallel
+    ones.
 
     Every tensor-parallel rank and, for pairs, every stage holds a copy: the sums over all ranks are divided by the
     number of copies. The losses come from the last stage only. Context-parallel ranks hold copies of the count and the
@@ -223,5 +227,6 @@ def reduce_over_ranks(values: Tensor, context_bytes: int) -> list[float]:
     dist.all_reduce(total)
     copies = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    loss, count, pairs, sent = total.tolist()
-    return [loss / copies, count / copies, pairs / (copies * stages), sent / dist.get_world_size()]
+    loss, count, *pairs, sent = total.tolist()
+    whole = [number / (copies * stages) for number in pairs]
+    return [loss / copies, count / copies, *whole, sent / dist.get_world_size()]

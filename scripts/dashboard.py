@@ -1,0 +1,11 @@
+"""Make a W&B workspace that compares runs: losses over FLOPs, time and tokens, speed, attention, each layer.
+
+python scripts/dashboard.py --entity ME --group first --dry-run first.json
+python scripts/dashboard.py --entity ME --group dense sep --name "dense against sep"
+"""
+
+from sepllm_train.errors import exit_on_user_error
+from sepllm_train.tracking.workspace import main
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

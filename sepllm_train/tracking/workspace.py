@@ -1,0 +1,152 @@
+"""The dashboard of a project on W&B, as code: which panels, over which axes, for which runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_whole
+from sepllm_train.errors import UserError
+from sepllm_train.metrics.flops import CONVENTIONS
+from sepllm_train.tracking.wandb_tracker import AXES, has_key, host
+from sepllm_train.training.clock import PARTS
+
+_UNITS = {"seconds": "seconds in steps", "tokens": "tokens", "step": "step"}
+_UNITS |= {f"flops/{name}": f"flops/{name}: {convention.label}" for name, convention in CONVENTIONS.items()}
+# Section -> its panels: (title, keys). All are over steps.
+PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "Speed": (
+        ("tokens per second", ("train/tokens_per_second",)),
+        ("MFU, by flops/model", ("train/mfu",)),
+        ("seconds per step", ("train/step_seconds",)),
+        ("peak memory, bytes", ("train/memory_bytes",)),
+    ),
+    "Step breakdown": (
+        ("seconds per step of each part", tuple(f"train/{part}_seconds" for part in PARTS)),
+        ("slowest rank over the mean", ("train/straggler_ratio",)),
+        ("bytes sent to context-parallel ranks per step", ("train/context_bytes",)),
+        ("checkpoints: seconds that steps waited", ("checkpoint/stall_seconds",)),
+    ),
+    "Optimization": (
+        ("gradient norm", ("train/grad_norm",)),
+        ("learning rate", ("train/lr",)),
+        ("steps skipped", ("train/bad_steps", "train/skipped_steps")),
+    ),
+}
+# Panels of all keys that a pattern matches: each layer, each dataset.
+LAYERS = r"train/layer_\d+/attended_share"
+DATASETS = r"val/.+/loss"
+
+
+def build_workspace(entity: str, project: str, groups: Sequence[str], name: str) -> Any:
+    """A wandb_workspaces Workspace of the runs of `groups` (none: of the whole project).
+
+    Runs are drawn group by group, as mean and range - but each on its own when one group alone is asked for.
+    """
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces import expr
+
+    group = expr.Metric("Group")
+    runs = ws.RunsetSettings(
+        filters=expr.And(group.isin(list(groups))) if groups else "", groupby=[] if len(groups) == 1 else [group]
+    )
+    settings = ws.WorkspaceSettings(x_axis="step", max_runs=20)
+    return ws.Workspace(
+        entity=entity, project=project, name=name, sections=_sections(), settings=settings, runset_settings=runs
+    )
+
+
+def _sections() -> list[Any]:
+    """Losses over every axis first, then the rest over steps."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    def losses(key: str, words: str) -> list[Any]:
+        return [wr.LinePlot(title=f"{words} over {axis}", x=axis, y=[key], title_x=_UNITS[axis]) for axis in AXES]
+
+    def over_steps(title: str, keys: Sequence[str]) -> Any:
+        return wr.LinePlot(title=title, x="step", y=list(keys))
+
+    def matching(title: str, pattern: str, axis: str) -> Any:
+        return wr.LinePlot(title=title, x=axis, metric_regex=pattern, title_x=_UNITS[axis])
+
+    per_dataset = matching("validation loss of each dataset", DATASETS, AXES[0])
+    bits = wr.LinePlot(
+        title=f"bits per byte over {AXES[0]}", x=AXES[0], y=["val/bits_per_byte"], title_x=_UNITS[AXES[0]]
+    )
+    attention = [
+        over_steps("attended share of the causal triangle", ["train/attended_share"]),
+        matching("attended share of each layer", LAYERS, "step"),
+    ]
+    panels = {
+        "Validation loss": [*losses("val/loss", "validation loss"), bits, per_dataset],
+        "Training loss": losses("train/loss", "training loss"),
+        "Attention": attention,
+        **{section: [over_steps(*panel) for panel in rows] for section, rows in PANELS.items()},
+    }
+    return [ws.Section(name=section, panels=rows, is_open=True) for section, rows in panels.items()]
+
+
+def view_of(workspace: Any) -> dict[str, Any]:
+    """What saving `workspace` sends to W&B: entity, project, name and the spec of the view."""
+    view = workspace._to_model()
+    spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
+    return {"entity": view.entity, "project": view.project, "displayName": view.display_name, "spec": spec}
+
+
+def main() -> None:
+    """Entry point of scripts/dashboard.py. Raises UserError."""
+    parser = argparse.ArgumentParser(description="Make a W&B workspace for runs of sepllm-train.")
+    parser.add_argument("--entity", required=True, help="user or team")
+    parser.add_argument("--project", default="sepllm-train", help="default: %(default)s")
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        default=[],
+        help="logging.group of the runs; of one group every run is drawn, of several (default: all) each group's mean",
+    )
+    parser.add_argument("--name", help="title of the workspace; default: made from the groups")
+    parser.add_argument("--dry-run", type=Path, metavar="FILE.json", help="write the workspace here; needs no account")
+    arguments = parser.parse_args()
+    name = arguments.name or " and ".join(arguments.group) or "sepllm-train"
+    try:
+        workspace = build_workspace(arguments.entity, arguments.project, arguments.group, name)
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: python -m pip install -e '.[wandb]'.") from None
+    except ValueError as error:
+        raise UserError(f"W&B takes no such workspace: {_first_line(error)}.") from None
+    if arguments.dry_run is not None:
+        _write(arguments.dry_run, view_of(workspace))
+    else:
+        _save(workspace)
+
+
+def _write(path: Path, view: dict[str, Any]) -> None:
+    """Write the view as JSON. Raises UserError."""
+    write_whole(path, (json.dumps(view, indent=2) + "\n").encode())
+    panels = sum(len(section["panels"]) for section in view["spec"]["section"]["panelBankConfig"]["sections"])
+    print(f"{path}: {panels} panels, nothing was sent")
+
+
+def _save(workspace: Any) -> None:
+    """Send the workspace to W&B and print where it is."""
+    if not has_key():
+        raise UserError(
+            f"there is no API key for {host()}: run `wandb login` or set WANDB_API_KEY; --dry-run FILE.json needs none."
+        )
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        workspace.save()
+    except Exception as error:
+        raise UserError(f"{host()} did not take the workspace: {_first_line(error)}.") from None
+    print(workspace.url)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,84 @@
+"""Reads the file that an offline run of W&B leaves: its own messages in LevelDB's log format."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+# The file begins with 7 bytes that name the format; they belong to the first block.
+_BLOCK, _HEADER = 32768, struct.Struct("<IHB")
+_FULL, _LAST = 1, 4
+
+
+@dataclass
+class Recorded:
+    """What is in a .wandb file: `history` has a row for each step, `axes` the x-axis of each defined metric."""
+
+    run_id: str = ""
+    project: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    axes: dict[str, str] = field(default_factory=dict)
+    exit_code: int | None = None
+    preempting: bool = False
+    kinds: set[str] = field(default_factory=set)
+
+
+def read(run_folder: Path) -> Recorded:
+    """The one offline run of a run's folder."""
+    (file,) = (run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    return read_file(file)
+
+
+def read_file(file: Path) -> Recorded:
+    """A .wandb file."""
+    found = Recorded()
+    for data in _messages(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        found.kinds.add(kind)
+        if kind == "run":
+            run = record.run
+            found.run_id, found.project, found.group = run.run_id, run.project, run.run_group
+            found.tags = list(run.tags)
+            found.config |= {item.key: json.loads(item.value_json) for item in run.config.update}
+        elif kind == "history":
+            found.history.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
+        elif kind == "metric":
+            found.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "exit":
+            found.exit_code = record.exit.exit_code
+        elif kind == "preempting":
+            found.preempting = True
+    return found
+
+
+def _messages(content: bytes) -> Iterator[bytes]:
+    """The messages of a log. One that was being written when its process died is left out."""
+    assert content[:4] == b":W&B"
+    position, message = 7, b""
+    while position + _HEADER.size <= len(content):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEADER.size:
+            position += left
+            continue
+        _, length, kind = _HEADER.unpack_from(content, position)
+        position += _HEADER.size
+        if position + length > len(content):
+            return
+        message += content[position : position + length]
+        position += length
+        if kind in (_FULL, _LAST):
+            yield message
+            message = b""

@@ -48,11 +48,11 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
             "Attention on separators", np.array(result["head_mass"]), layers, heads, "share of a query's attention"
         ),
         "separator_lift": plots.heatmap(
-            "Attention on a separator, relative to even attention",
+            "Attention on one separator",
             np.array(result["head_lift"]),
             layers,
             heads,
-            "lift (1 = even)",
+            "lift (1 = even attention)",
         ),
         "attention_by_distance": _distance_figure(result["distances"]),
     }
@@ -140,6 +140,5 @@ def _distance_figure(rows: list[dict[str, Any]]) -> Figure:
         "distance in tokens (middle of a range)",
         "lift (1 = even attention)",
         log_x=True,
-        log_y=True,
         level=1.0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,10 @@ def corpus_command(
     files = [Path(name) for name in inputs if _is_text(name)]
     if files and tokenizer is None:
         raise UserError(f"{files[0]} is text: name the tokenizer to read it with by --tokenizer FILE.")
-    headers = {name: read_header(name) for name in inputs if not _is_text(name)}
-    domains = [_read_dataset(name) for name in _unique(headers)]
+    prefixes = _each_once([name for name in inputs if not _is_text(name)])
+    for prefix in prefixes:
+        read_header(prefix)  # all of them are looked at before the first is counted
+    domains = [_read_dataset(prefix) for prefix in prefixes]
     if tokenizer is not None and files:
         domains += _read_texts(Corpus(files, unwrap=unwrap, label_field="source"), load_tokenizer(tokenizer))
     if not any(domain.tokens for domain in domains):
@@ -130,12 +132,12 @@ def _is_text(name: str) -> bool:
     return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix in (".txt", ".jsonl")
 
 
-def _unique(names: Iterable[str]) -> Iterator[str]:
-    """The names, each once. Raises UserError for one that was given twice."""
+def _each_once(names: list[str]) -> list[str]:
+    """The names. Raises UserError for one that was given twice."""
     twice = [name for name, count in Counter(str(Path(name).resolve()) for name in names).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} was given twice: name each dataset once.")
-    yield from names
+    return names
 
 
 def _read_dataset(prefix: str) -> Domain:
@@ -190,9 +192,9 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# Separators by domain\n",
-            f"Tokenizer {', '.join(tokenizers.values())}.{several} Density is the share of all tokens, end-of-document tokens "
-            "included. A gap is the distance in tokens from one such separator to the next (1: side by side), over the "
-            "documents of a domain one after the other.\n",
+            f"Tokenizer {', '.join(tokenizers.values())}.{several} Density is the share of all tokens, end-of-document "
+            "tokens included. A gap is the distance in tokens from one such separator to the next (1: side by side), "
+            "over the documents of a domain one after the other.\n",
             _table("Density", domains, used, lambda row: f"{row['density']:.3%}", total=True).markdown(),
             _table("Mean gap", domains, used, lambda row: _gap(row, "mean")).markdown(),
             _table("Median, 95th percentile and longest gap", domains, used, _spread).markdown(),

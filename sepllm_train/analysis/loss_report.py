@@ -147,7 +147,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         worse = [row for row in gains if row["separators_gain"].mean < 0 and clear_of_zero(row["separators_gain"])]
         sentences.append(
             f"At equal attended pairs separators beat neighbours by more than two standard errors in {len(better)} of "
-            f"{len(gains)} settings, and lose by more than two in {len(worse)}; no correction is made for the number of settings."
+            f"{len(gains)} settings, and lose by more than two in {len(worse)}; no correction is made for their number."
         )
     lengths = [row["length"] for row in result["sweep"]]
     if lengths and max(lengths) > result["sequence_length"]:

@@ -37,11 +37,9 @@ def dressed(plot: Axes, title: str, across: str, up: str, *, axis: Literal["both
     return plot
 
 
-def bars(
-    title: str, names: Sequence[str], series: Series, across: str, errors: Series | None = None, *, log: bool = False
-) -> Figure:
+def bars(title: str, names: Sequence[str], series: Series, across: str, errors: Series | None = None) -> Figure:
     """Horizontal bars, one group per name and one bar in it per series; `errors` are standard errors."""
-    height = max(2.2, 0.24 * len(names) * (len(series) + 0.6) + 1.2)
+    height = max(2.2, 0.17 * len(names) * (len(series) + 0.8) + 1.4)
 
     def draw(figure: Figure) -> None:
         plot = dressed(figure.add_subplot(), title, across, "", axis="x")
@@ -60,10 +58,9 @@ def bars(
         plot.set_yticks(np.arange(len(names)), names)
         plot.invert_yaxis()
         plot.axvline(0, color=INK, linewidth=0.8)
-        if log:
-            plot.set_xscale("log")
+        plot.margins(y=0.02)
         if len(series) > 1:
-            plot.legend(frameon=False, fontsize=9)
+            figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
 
     return picture((7.6, height), draw)
 
@@ -141,4 +138,4 @@ def heatmap(title: str, values: np.ndarray, rows: Sequence[str], columns: Sequen
                 ink = "white" if value > middle else INK
                 plot.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
 
-    return picture((max(4.5, 0.55 * len(columns) + 2.2), max(2.4, 0.34 * len(rows) + 1.2)), draw)
+    return picture((max(6.0, 0.55 * len(columns) + 2.2), max(2.4, 0.34 * len(rows) + 1.2)), draw)

@@ -22,11 +22,15 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Document:
-    """A text, where it came from (`file` or `file:line`), and how many input bytes were read up to its end."""
+    """A text, where it came from (`file` or `file:line`), and how many input bytes were read up to its end.
+
+    `label` is what the .jsonl line has in the corpus's `label_field`, None without one.
+    """
 
     text: str
     source: str
     position: int
+    label: str | None = None
 
 
 def _to_stderr(message: str) -> None:
@@ -37,9 +41,9 @@ def _to_stderr(message: str) -> None:
 class Corpus:
     """The documents of `inputs`, in order.
 
-    `text_field` names the text in .jsonl lines. A document that is not UTF-8 is named on stderr, skipped and counted,
-    or, when `strict`, an error. `unwrap` joins the hard-wrapped lines of books. `skipped` and `empty` count as the
-    corpus is read.
+    `text_field` names the text in .jsonl lines, `label_field` a string beside it. A document that is not UTF-8 is
+    named on stderr, skipped and counted, or, when `strict`, an error. `unwrap` joins the hard-wrapped lines of books.
+    `skipped` and `empty` count as the corpus is read.
     """
 
     inputs: Sequence[Path]
@@ -47,6 +51,7 @@ class Corpus:
     strict: bool = False
     unwrap: bool = False
     report: Callable[[str], None] = _to_stderr
+    label_field: str | None = None
     skipped: int = 0
     empty: int = 0
 
@@ -68,31 +73,33 @@ class Corpus:
         for path in self.inputs:
             with open(path, "rb") as raw:
                 try:
-                    for source, text in self._texts(path, raw):
-                        yield Document(unwrap_lines(text) if self.unwrap else text, source, before + raw.tell())
+                    for source, text, label in self._texts(path, raw):
+                        text = unwrap_lines(text) if self.unwrap else text
+                        yield Document(text, source, before + raw.tell(), label)
                 except (OSError, EOFError) as error:
                     raise UserError(f"{path} is damaged or cut short ({error}): copy it again.") from None
             before += path.stat().st_size
 
-    def _texts(self, path: Path, raw: IO[bytes]) -> Iterator[tuple[str, str]]:
+    def _texts(self, path: Path, raw: IO[bytes]) -> Iterator[tuple[str, str, str | None]]:
         stream = _decompressed(path, raw)
         if _kind(path) == ".jsonl":
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield from self._kept(self._json_text(line, f"{path}:{number}"), f"{path}:{number}")
+                    text, label = self._json_text(line, f"{path}:{number}")
+                    yield from self._kept(text, f"{path}:{number}", label)
         else:
-            yield from self._kept(self._decoded(stream.read(), str(path)), str(path))
+            yield from self._kept(self._decoded(stream.read(), str(path)), str(path), None)
 
-    def _kept(self, text: str | None, source: str) -> Iterator[tuple[str, str]]:
+    def _kept(self, text: str | None, source: str, label: str | None) -> Iterator[tuple[str, str, str | None]]:
         if text:
-            yield source, text
+            yield source, text, label
         elif text == "":
             self.empty += 1
 
-    def _json_text(self, line: bytes, source: str) -> str | None:
+    def _json_text(self, line: bytes, source: str) -> tuple[str | None, str | None]:
         decoded = self._decoded(line, source)
         if decoded is None:
-            return None
+            return None, None
         try:
             entry = json.loads(decoded)
         except json.JSONDecodeError as error:
@@ -101,8 +108,10 @@ class Corpus:
             found = f"it has {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "it is no object"
             raise UserError(f"{source} has no text field {self.text_field!r} ({found}): name it with --field.")
         text: str = entry[self.text_field]
+        label = None if self.label_field is None else entry.get(self.label_field)
         # JSON can spell half a surrogate pair, which no UTF-8 text holds.
-        return text if text.isascii() else self._decoded(text.encode("utf8", "surrogatepass"), source)
+        kept = text if text.isascii() else self._decoded(text.encode("utf8", "surrogatepass"), source)
+        return kept, label if isinstance(label, str) else None
 
     def _decoded(self, data: bytes, source: str) -> str | None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +57,36 @@ class Statistics:
     visible: VisibleShare
 
 
+class Gaps:
+    """Histogram of the distances in tokens between one marked token and the next, over tokens given in pieces."""
+
+    def __init__(self) -> None:
+        self.histogram: Counter[int] = Counter()
+        self._last: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._offset = 0
+
+    def add(self, marked: NDArray[np.bool_]) -> None:
+        """Go on with the next tokens: bool [tokens]."""
+        positions = np.concatenate([self._last, np.flatnonzero(marked) + self._offset])
+        values, counts = np.unique(np.diff(positions), return_counts=True)
+        self.histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self._last, self._offset = positions[-1:], self._offset + len(marked)
+
+    def distances(self) -> Distances | None:
+        """Mean, percentiles and maximum so far; None with fewer than two marked tokens."""
+        if not self.histogram:
+            return None
+        gaps = np.array(sorted(self.histogram))
+        counts = np.array([self.histogram[gap] for gap in gaps])
+        ranks = np.cumsum(counts) / counts.sum()
+        return Distances(
+            mean=float((gaps * counts).sum() / counts.sum()),
+            p50=int(gaps[np.searchsorted(ranks, 0.50)]),
+            p95=int(gaps[np.searchsorted(ranks, 0.95)]),
+            max=int(gaps[-1]),
+        )
+
+
 def statistics(
     prefix: str | Path, *, separators: str = "paper", initial: int = 3, window: int = 64, length: int = 2048
 ) -> Statistics:
@@ -83,30 +112,16 @@ def statistics(
         classes=list(header.classes),
         separators=[entry.name for entry in header.classes if entry.number in chosen],
         density=count / header.tokens,
-        distances=_distances(is_chosen[chunk] for chunk in token_chunks(classes, _CHUNK)),
+        distances=_gaps(classes, is_chosen).distances(),
         visible=_visible_share(classes, is_chosen, initial, window, length),
     )
 
 
-def _distances(masks: Iterable[NDArray[np.bool_]]) -> Distances | None:
-    histogram: Counter[int] = Counter()
-    last, offset = np.empty(0, dtype=np.int64), 0
-    for mask in masks:
-        positions = np.concatenate([last, np.flatnonzero(mask) + offset])
-        values, counts = np.unique(np.diff(positions), return_counts=True)
-        histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        last, offset = positions[-1:], offset + len(mask)
-    if not histogram:
-        return None
-    gaps = np.array(sorted(histogram))
-    counts = np.array([histogram[gap] for gap in gaps])
-    ranks = np.cumsum(counts) / counts.sum()
-    return Distances(
-        mean=float((gaps * counts).sum() / counts.sum()),
-        p50=int(gaps[np.searchsorted(ranks, 0.50)]),
-        p95=int(gaps[np.searchsorted(ranks, 0.95)]),
-        max=int(gaps[-1]),
-    )
+def _gaps(classes: NDArray[np.uint8], is_chosen: NDArray[np.bool_]) -> Gaps:
+    gaps = Gaps()
+    for chunk in token_chunks(classes, _CHUNK):
+        gaps.add(is_chosen[chunk])
+    return gaps
 
 
 def _visible_share(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sepllm_train.training.checkpoint.shards import (
     complete_adam,
     generator_shards,
     layout,
+    model_shards,
     set_generators,
     set_optimizer_scalars,
     training_shards,
@@ -75,6 +76,14 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     state = TrainState.from_dict(content["state"])
     set_schedule(training.scheduler, state.step)
     return state
+
+
+def load_weights(checkpoint: Path, modules: Sequence[Any]) -> None:
+    """Fill the weights of model chunks, and nothing else, from a checkpoint of any layout. Every rank calls it.
+
+    Raises UserError when the files cannot be read as what these chunks need.
+    """
+    read_into(checkpoint, model_shards(modules))
 
 
 def read_into(checkpoint: Path, shards: Shards) -> None:

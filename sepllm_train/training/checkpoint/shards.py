@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,13 +45,7 @@ def layout() -> dict[str, int | str]:
 def training_shards(training: Training) -> Shards:
     """Shards of model and optimizer by name, replicas included. Their tensors are those that are trained."""
     complete_adam(training.optimizer)
-    entries = [
-        entry
-        for module in training.modules
-        for entry in nested_values(module.sharded_state_dict())
-        # The rest are extra states of Transformer Engine's layers, which this model has none of.
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    ]
+    entries = _entries(training.modules)
     held = {id(part.model): part for part in _held(training.optimizer)}
     found: Shards = defaultdict(list)
     for entry in entries:
@@ -68,6 +62,26 @@ def training_shards(training: Training) -> Shards:
                 key = f"optimizer.state.{name}.{shard.key}"
                 found[key].append(replace(shard, key=key))
     return dict(found)
+
+
+def model_shards(modules: Sequence[Any]) -> Shards:
+    """Shards of the weights of model chunks alone by name. Their tensors are the weights."""
+    found: Shards = defaultdict(list)
+    for entry in _entries(modules):
+        for shard in _cut(entry, entry.data.detach().view(-1), 0):
+            found[shard.key].append(shard)
+    return dict(found)
+
+
+def _entries(modules: Sequence[Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """The weights of model chunks as megatron-core shards them."""
+    return [
+        entry
+        for module in modules
+        for entry in nested_values(module.sharded_state_dict())
+        # The rest are extra states of Transformer Engine's layers, which this model has none of.
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    ]
 
 
 def generator_shards() -> Shards:

@@ -1,0 +1,170 @@
+"""The command line of the analysis: corpus, attention, loss."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from data_prep.errors import UserError
+from sepllm_train.errors import EXIT_USER_ERROR
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_PROGRAM = "analyze_separators.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, description="What separators do in a corpus, in a trained model's attention and in its loss."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_corpus(commands)
+    _add_attention(commands)
+    _add_loss(commands)
+    return parser
+
+
+def _command(commands: _Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {_PROGRAM} {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the result is written")
+    return command
+
+
+def _add_corpus(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "corpus",
+        "Density and gaps of every separator class in each domain: a dataset, a .txt file, or a `source` of .jsonl.",
+        "data/books --output analysis/corpus",
+    )
+    command.add_argument("inputs", nargs="+", metavar="PREFIX_OR_FILE", help="datasets, or .txt and .jsonl files")
+    command.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model, needed for text files")
+    command.add_argument("--unwrap", action="store_true", help="join the hard-wrapped lines of books in text files")
+    command.set_defaults(run=_run_corpus)
+
+
+def _run_corpus(arguments: argparse.Namespace) -> None:
+    from sepllm_train.analysis.corpus import corpus_command
+
+    corpus_command(arguments.inputs, arguments.output, tokenizer=arguments.tokenizer, unwrap=arguments.unwrap)
+
+
+def _add_run(command: argparse.ArgumentParser, samples: int) -> None:
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a trained run, such as runs/NAME")
+    command.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+    command.add_argument("--data", metavar="PREFIX", help="another dataset made with the run's tokenizer")
+    command.add_argument(
+        "--held-out", type=float, metavar="SHARE", help="share of its last tokens (default: the run's)"
+    )
+    command.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help=f"held-out samples, as far as there are ({samples})"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 16,32,64") from None
+
+
+def _add_attention(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "attention",
+        "Attention that separators, initial tokens and neighbours receive in a trained model, by layer and head.",
+        "runs/books_sep --output analysis/attention",
+    )
+    _add_run(command, 8)
+    command.add_argument("--separators", metavar="NAMES", help="paper, all, or class names (default: the run's)")
+    command.add_argument("--window", type=int, metavar="N", help="neighbours, the token included (default: the run's)")
+    command.add_argument("--initial", type=int, metavar="A", help="initial tokens (default: the run's)")
+    command.add_argument("--layers", type=_numbers, metavar="LIST", help="layers to look at, from 0 (default: all)")
+    command.add_argument("--heads", type=_numbers, metavar="LIST", help="heads to look at, from 0 (default: all)")
+    command.set_defaults(run=_run_attention)
+
+
+def _run_attention(arguments: argparse.Namespace) -> None:
+    from sepllm_train.analysis.attention import AttentionOptions, attention_command
+
+    options = AttentionOptions(
+        separators=arguments.separators,
+        window=arguments.window,
+        initial=arguments.initial,
+        layers=arguments.layers,
+        heads=arguments.heads,
+    )
+    attention_command(
+        arguments.run_folder,
+        arguments.output,
+        options,
+        step=arguments.checkpoint,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        samples=arguments.samples,
+    )
+
+
+def _add_loss(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "loss",
+        "Loss of a trained model under other attention patterns, on held-out documents.",
+        "runs/books_sep --drop-classes --windows 16,32,64,128,256 --far-recall --output analysis/loss",
+    )
+    _add_run(command, 32)
+    command.add_argument("--drop-classes", action="store_true", help="leave out each class of separators in turn")
+    command.add_argument("--windows", type=_numbers, default=[], metavar="LIST", help="windows n, such as 16,32,64")
+    command.add_argument("--lengths", type=_numbers, default=[], metavar="LIST", help="sequence lengths S")
+    command.add_argument("--far-recall", action="store_true", help="tell far-recall tokens from others")
+    command.add_argument(
+        "--attention",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="pattern to vary (default: the run's; the paper's for a dense run), such as window=128 separators=all",
+    )
+    command.set_defaults(run=_run_loss)
+
+
+def _run_loss(arguments: argparse.Namespace) -> None:
+    from sepllm_train.analysis.losses import Questions, loss_command
+
+    questions = Questions(
+        drop_classes=arguments.drop_classes,
+        windows=arguments.windows,
+        lengths=arguments.lengths,
+        far_recall=arguments.far_recall,
+        attention=arguments.attention,
+    )
+    loss_command(
+        arguments.run_folder,
+        arguments.output,
+        questions,
+        step=arguments.checkpoint,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        samples=arguments.samples,
+    )

@@ -1,0 +1,66 @@
+"""One small trained run that the tests of the analysis read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sepllm_train.analysis.runs import Run, alone, load_run
+from tests.small_run import SMALL_MODEL
+
+TRAINING = [
+    "+experiment=demo_sep",
+    *SMALL_MODEL,
+    "attention.window=[8,16]",
+    "attention.separators=[period,comma,newline]",
+    "training.steps=4",
+    "training.validation_samples=5",
+    "training.validation_interval=0",
+    "training.checkpoint_interval=2",
+    "name=small",
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its folder and the records of metrics.jsonl."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def trained(repository: Path, sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of two layers with windows 8 and 16 on 128 tokens, trained by scripts/pretrain.py."""
+    root = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(repository / "scripts" / "pretrain.py"), *TRAINING]
+    folders = [f"run_root={root}", f"data.cache={sample_cache}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *folders], capture_output=True, text=True, timeout=300, env=environment, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (root / "small" / "metrics.jsonl").read_text().splitlines()
+    return Trained(root / "small", [json.loads(line) for line in lines])
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[torch.device]:
+    """The device of a single-process grid, which lives as long as the test module."""
+    with alone() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def run(trained: Trained, grid: torch.device) -> Run:
+    """The run, opened."""
+    return load_run(trained.folder)

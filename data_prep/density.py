@@ -61,7 +61,7 @@ def missing_splits(headers: Sequence[SidecarHeader]) -> dict[int, int]:
 def select(shares: Mapping[int, float], least: float, most: float) -> Selection:
     """The strongest classes whose shares of the tokens, `shares`, sum to a density within [least, most].
 
-    Classes are taken in the order of STRENGTHS, within a strength the rarer first, which is the stronger mark (; and ,).
+    Classes are taken in the order of STRENGTHS, within a strength the rarer first: the stronger mark (; before ,).
     Each is taken if it keeps the sum under `most` and the rest can still bring it to `least`. Where no choice of
     classes lies in the budget, each is taken that keeps the sum under `most`. Classes that do not occur are left out.
     """

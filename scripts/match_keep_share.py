@@ -70,11 +70,11 @@ def _match(config: Config, count: int) -> None:
         f"configured, {found.neighbours:.2f} without separators, {found.forever:.2f} with all for ever"
     )
     print(
-        f"keep_share {found.share:.6f} is expected to show as many; with the seed of the run it shows {thinned:.2f} "
+        f"keep_share {found.share:.6g} is expected to show as many; with the seed of the run it shows {thinned:.2f} "
         f"({thinned / found.horizons - 1:+.2%})"
     )
     names = ",".join(found.attention.separators)
-    print(f"attention.placement=thinned attention.keep_share={found.share:.6f} 'attention.separators=[{names}]'")
+    print(f"attention.placement=thinned attention.keep_share={found.share:.6g} 'attention.separators=[{names}]'")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Placement and chosen separators are part of what a run is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep.sidecar import read_header
+from sepllm_train.config.schema import AttentionConfig, Config
+from sepllm_train.errors import UserError
+from sepllm_train.training.checkpoint import check_identity, identity
+
+
+def identity_with(**attention: Any) -> dict[str, Any]:
+    """Identity of a run, as a checkpoint gives it back."""
+    return json.loads(json.dumps(identity(Config(attention=AttentionConfig(**attention)), 4096, {}, "hash")))
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted", "words"),
+    [
+        ({}, {"placement": "shuffled"}, "attention.placement=natural, this run has shuffled"),
+        ({"placement": "preceding"}, {}, "attention.placement=preceding, this run has natural"),
+        (
+            {"placement": "thinned", "keep_share": 0.5},
+            {"placement": "thinned", "keep_share": 0.25},
+            "attention.keep_share=0.5, this run has 0.25",
+        ),
+        ({"separators": ["period"]}, {"separators": ["comma"]}, "attention.separators="),
+    ],
+)
+def test_another_placement_is_another_run(written: Any, wanted: Any, words: str) -> None:
+    check_identity(identity_with(**written), identity_with(**written), "here", "no")
+    with pytest.raises(UserError, match=words):
+        check_identity(identity_with(**written), identity_with(**wanted), "here", "no")
+
+
+def test_checkpoints_of_before_are_natural() -> None:
+    before = {
+        key: value for key, value in identity_with().items() if key.split(".")[-1] not in ("placement", "keep_share")
+    }
+    check_identity(before, identity_with(), "here", "no")
+    check_identity(before, identity_with(density_budget=[0.1, 0.2]), "here", "no")
+    with pytest.raises(UserError, match="attention.placement=natural, this run has shuffled"):
+        check_identity(before, identity_with(placement="shuffled"), "here", "no")
+
+
+def test_a_placed_run_with_chosen_classes(trainer: Any, finished: Callable, sample_prefix: Any) -> None:
+    name = finished("auto", "attention=sep_auto", "attention.placement=shuffled")
+    folder = trainer.root / name
+    told = json.loads((folder / "run.json").read_text())
+    names = told["attention"]["separators"]
+    counts = {entry.name: entry.density for entry in read_header(sample_prefix).classes}
+    density = sum(counts[name] for name in names)
+    assert told["attention"]["placement"] == "shuffled"
+    assert told["attention"]["auto"]["density"] == pytest.approx(density) and 0.08 <= density <= 0.16
+    assert told["identity"]["attention.separators"] == names
+    assert OmegaConf.load(folder / "config.yaml").attention.separators == names
+    again = f"resume={folder}"
+    same = trainer(
+        "name=later", again, "attention.placement=shuffled", "attention=sep_auto", "training.steps=5", "dry_run=true"
+    )
+    assert same.code == 0, same.errors
+    assert (
+        f"separators: auto took {', '.join(names)} | {density:.1%} of the tokens, budget 8.0% to 16.0%" in same.output
+    )
+    assert "| separators shuffled |" in same.output
+    other = trainer(
+        "name=later",
+        again,
+        "attention=sep_auto",
+        "attention.density_budget=[0.04,0.08]",
+        "attention.placement=shuffled",
+    )
+    assert other.code == 2 and "was written with attention.separators=" in other.sentence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,31 +49,21 @@ def test_checkpoints_of_before_are_natural() -> None:
         check_identity(before, identity_with(placement="shuffled"), "here", "no")
 
 
-def test_a_placed_run_with_chosen_classes(trainer: Any, finished: Callable, sample_prefix: Any) -> None:
-    name = finished("auto", "attention=sep_auto", "attention.placement=shuffled")
-    folder = trainer.root / name
-    told = json.loads((folder / "run.json").read_text())
+def test_a_placed_run_with_chosen_classes(trainer: Any, sample_prefix: Path) -> None:
+    chosen = ("attention=sep_auto", "attention.placement=shuffled", "training.validation_samples=8")
+    trained = trainer("name=auto", *chosen)
+    assert trained.code == 0, trained.errors
+    told = json.loads((trainer.root / "auto" / "run.json").read_text())
     names = told["attention"]["separators"]
-    counts = {entry.name: entry.density for entry in read_header(sample_prefix).classes}
-    density = sum(counts[name] for name in names)
+    shares = {entry.name: entry.density for entry in read_header(sample_prefix).classes}
+    density = sum(shares[name] for name in names)
     assert told["attention"]["placement"] == "shuffled"
     assert told["attention"]["auto"]["density"] == pytest.approx(density) and 0.08 <= density <= 0.16
     assert told["identity"]["attention.separators"] == names
-    assert OmegaConf.load(folder / "config.yaml").attention.separators == names
-    again = f"resume={folder}"
-    same = trainer(
-        "name=later", again, "attention.placement=shuffled", "attention=sep_auto", "training.steps=5", "dry_run=true"
-    )
-    assert same.code == 0, same.errors
-    assert (
-        f"separators: auto took {', '.join(names)} | {density:.1%} of the tokens, budget 8.0% to 16.0%" in same.output
-    )
-    assert "| separators shuffled |" in same.output
+    assert OmegaConf.load(trainer.root / "auto" / "config.yaml").attention.separators == names
+    line = f"separators: auto took {', '.join(names)} | {density:.1%} of the tokens, budget 8.0% to 16.0%"
+    assert line in trained.output and "| separators shuffled |" in trained.output
     other = trainer(
-        "name=later",
-        again,
-        "attention=sep_auto",
-        "attention.density_budget=[0.04,0.08]",
-        "attention.placement=shuffled",
+        "name=later", f"resume={trainer.root / 'auto'}", *chosen, "attention.density_budget=[0.04,0.08]", "dry_run=true"
     )
     assert other.code == 2 and "was written with attention.separators=" in other.sentence

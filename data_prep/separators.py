@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ CLASSES: tuple[SeparatorClass, ...] = (
     SeparatorClass(12, "line_merged", "marks and whitespace only, with one line break"),
     SeparatorClass(13, "paragraph_merged", "marks and whitespace only, with two line breaks or more"),
     SeparatorClass(14, "space_run", "other or several spaces and tabs"),
-    SeparatorClass(15, "clause_mixed", "a clause mark with other symbols, such as ),"),
+    SeparatorClass(15, "comma_mixed", "a comma or semicolon with other symbols, such as ),"),
     SeparatorClass(16, "sentence_mixed", 'a sentence mark with other symbols, such as ."'),
     SeparatorClass(17, "line_mixed", "one line break with other symbols"),
     SeparatorClass(18, "paragraph_mixed", "two line breaks or more with other symbols"),
@@ -51,6 +51,7 @@ CLASSES: tuple[SeparatorClass, ...] = (
     SeparatorClass(20, "fullwidth_sentence", "fullwidth and CJK sentence marks, alone or with symbols"),
     SeparatorClass(21, "other_clause", "clause marks of other scripts, alone or with symbols"),
     SeparatorClass(22, "other_sentence", "sentence marks of other scripts and the ellipsis character"),
+    SeparatorClass(23, "colon_mixed", 'colons with other symbols, such as ":'),
 )
 
 PAPER: tuple[int, ...] = tuple(range(1, 10))
@@ -58,11 +59,15 @@ PAPER: tuple[int, ...] = tuple(range(1, 10))
 
 ALL: tuple[int, ...] = tuple(entry.number for entry in CLASSES)
 
-NAMED_SETS: dict[str, tuple[int, ...]] = {"paper": PAPER, "all": ALL}
+NAMED_SETS: dict[str, tuple[int, ...]] = {"paper": PAPER, "all": ALL, "clause_mixed": (15, 23)}
+
+SPLIT_OFF: dict[int, int] = {23: 15}
+"""Classes that were part of an older one: side-cars without them in their header count their tokens as the older."""
 
 _NUMBER = {entry.name: entry.number for entry in CLASSES}
 _EXACT = {string: number for number, string in enumerate(".,?!;: \t\n", start=1)}
 _CLAUSE = frozenset(",;:")
+_COMMA = frozenset(",;")
 _SENTENCE = frozenset(".?!")
 _FULLWIDTH_CLAUSE = frozenset("\uff0c\uff1b\uff1a\u3001\uff64\ufe50\ufe51\ufe54\ufe55\ufe10\ufe11\ufe13\ufe14")
 _FULLWIDTH_SENTENCE = frozenset("\u3002\uff01\uff1f\uff0e\uff61\ufe52\ufe56\ufe57\ufe12\ufe15\ufe16")
@@ -108,19 +113,35 @@ def _sentence_or_clause(characters: frozenset[str], suffix: str) -> int:
         (_SENTENCE, f"sentence_{suffix}"),
         (_FULLWIDTH_SENTENCE, "fullwidth_sentence"),
         (_OTHER_SENTENCE, "other_sentence"),
-        (_CLAUSE, f"clause_{suffix}"),
+        (_CLAUSE, _clause(characters, suffix)),
         (_FULLWIDTH_CLAUSE, "fullwidth_clause"),
         (_OTHER_CLAUSE, "other_clause"),
     )
     return next((_NUMBER[name] for marks, name in ranked if marks & characters), 0)
 
 
+def _clause(characters: frozenset[str], suffix: str) -> str:
+    """Name of the class of clause marks: a colon with other symbols, as in JSON, binds tighter than a comma does."""
+    if suffix == "merged":
+        return "clause_merged"
+    return "comma_mixed" if characters & _COMMA else "colon_mixed"
+
+
 def _is_blank(character: str) -> bool:
     return character in " \t" or character in _BREAKS or unicodedata.category(character) == "Zs"
 
 
+def as_known(classes: NDArray[np.uint8], known: Collection[int]) -> NDArray[np.uint8]:
+    """The classes as a side-car counts them that knows the numbers `known` only: see SPLIT_OFF."""
+    table = np.arange(256, dtype=np.uint8)
+    for number, older in SPLIT_OFF.items():
+        if number not in known:
+            table[number] = older
+    return table[classes]
+
+
 def class_numbers(selection: str | Iterable[str]) -> tuple[int, ...]:
-    """Sorted class numbers of a selection: `paper`, `all`, class names, or a comma-separated mixture of them.
+    """Sorted class numbers of a selection: names of classes and of NAMED_SETS, also a comma-separated mixture.
 
     Raises UserError that lists the known names when one is unknown.
     """

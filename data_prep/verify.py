@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.annotate import check_token_range
 from data_prep.errors import UserError
 from data_prep.files import hash_file
 from data_prep.indexed import open_indexed, token_chunks
-from data_prep.separators import classify
+from data_prep.separators import as_known, classify
 from data_prep.sidecar import SidecarHeader, open_classes, read_header, token_lengths, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
@@ -49,7 +51,7 @@ def _check_tables(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> 
     class_of_token = np.zeros(tokenizer.vocab_size, dtype=np.uint8)
     for entry in header.classes:
         class_of_token[entry.ids] = entry.number
-    if not np.array_equal(class_of_token, classify(token_bytes)):
+    if not np.array_equal(class_of_token, _known_classes(header, token_bytes)):
         raise UserError(f"{prefix}.sep.json has another class table than its tokenizer gives: annotate it again.")
     if header.token_bytes != token_lengths(token_bytes, tokenizer.eod).tolist():
         raise UserError(f"{prefix}.sep.json has other byte lengths than its tokenizer gives: annotate it again.")
@@ -62,7 +64,7 @@ def _check_tokens(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> 
             f"{prefix} holds {len(data.tokens):,} tokens, {data.documents:,} documents and {len(classes):,} classes "
             f"where its header says {header.tokens:,} tokens and {header.documents:,} documents."
         )
-    class_of_token, counts = classify(tokenizer.token_bytes()), np.zeros(256, dtype=np.int64)
+    class_of_token, counts = _known_classes(header, tokenizer.token_bytes()), np.zeros(256, dtype=np.int64)
     for chunk, stored in zip(token_chunks(data.tokens), token_chunks(classes), strict=True):
         check_token_range(chunk, tokenizer.vocab_size, prefix)
         if not np.array_equal(class_of_token[chunk], stored):
@@ -70,3 +72,8 @@ def _check_tokens(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> 
         counts += np.bincount(stored, minlength=256)
     if any(counts[entry.number] != entry.count for entry in header.classes):
         raise UserError(f"{prefix}.sep.json counts its separators wrongly: annotate it again.")
+
+
+def _known_classes(header: SidecarHeader, token_bytes: Sequence[bytes | None]) -> NDArray[np.uint8]:
+    """Class of each vocabulary entry, u8 [V], by the classes that there were when the header was written."""
+    return as_known(classify(token_bytes), {entry.number for entry in header.classes})

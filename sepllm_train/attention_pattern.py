@@ -12,10 +12,11 @@ from sep_attention import FOREVER, AttentionPlan, build_plan
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.separators import ALL, CLASSES, PAPER
+from data_prep.separators import CLASSES, NAMED_SETS
 from sepllm_train.config.schema import AttentionConfig
 
 MAX_TIERS = 4
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class AttentionPattern:
 def resolve_pattern(attention: AttentionConfig, layers: int) -> AttentionPattern:
     """Resolve the configuration for a model of `layers` layers.
 
-    Raises UserError for an unknown separator class, a wrong number of windows, a layer that does not exist, or more
-    than four tiers.
+    Raises UserError for an unknown separator class, a wrong number of windows, a layer that does not exist, more
+    than four tiers, or separators=auto, for which `data/choice.py` puts the classes that suit the data.
     """
-    horizons, table = _tiers(attention)
+    horizons, table = tiers_of_classes(attention)
     windows = attention.window if isinstance(attention.window, list) else [attention.window] * layers
     if len(windows) != layers:
         raise UserError(f"attention.window lists {len(windows)} windows for a model of {layers} layers.")
@@ -118,8 +119,11 @@ def _full_layers(full_layers: Any, layers: int) -> set[int]:
     return set(full_layers)
 
 
-def _tiers(attention: AttentionConfig) -> tuple[tuple[int, ...], np.ndarray]:
-    """Horizon of each tier (tier 1 first, the for-ever one) and the table from separator class to tier."""
+def tiers_of_classes(attention: AttentionConfig) -> tuple[tuple[int, ...], np.ndarray]:
+    """Horizon of each tier (tier 1 first, the for-ever one) and the u8 table [256] from separator class to tier.
+
+    Raises UserError as `resolve_pattern` does.
+    """
     table = np.zeros(256, dtype=np.uint8)
     if attention.pattern != "sep":
         return (FOREVER,), table
@@ -140,6 +144,11 @@ def _tiers(attention: AttentionConfig) -> tuple[tuple[int, ...], np.ndarray]:
 
 def _separator_groups(separators: Any) -> list[tuple[set[int], int]]:
     """(class numbers, horizon in tokens) of each entry of attention.separators."""
+    if separators == AUTO:
+        raise UserError(
+            "attention.separators=auto is chosen from the statistics of the data: training does that when it starts, "
+            "and what has no data needs the class names, which run.json and config.yaml of the run hold."
+        )
     if not isinstance(separators, list):
         return [(_class_numbers([separators]), FOREVER)]
     if not any(isinstance(entry, dict) for entry in separators):
@@ -161,8 +170,8 @@ def _separator_groups(separators: Any) -> list[tuple[set[int], int]]:
 
 
 def _class_numbers(names: list[Any]) -> set[int]:
-    """Numbers of the separator classes called `names`; `paper` and `all` stand for their sets."""
-    by_name = {c.name: {c.number} for c in CLASSES} | {"paper": set(PAPER), "all": set(ALL)}
+    """Numbers of the separator classes called `names`; `paper` and the like stand for their sets."""
+    by_name = {c.name: {c.number} for c in CLASSES} | {name: set(numbers) for name, numbers in NAMED_SETS.items()}
     unknown = [name for name in names if not isinstance(name, str) or name not in by_name]
     if unknown:
         raise UserError(

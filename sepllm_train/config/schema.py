@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.errors import UserError
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
+PLACEMENTS = ("natural", "shuffled", "preceding", "thinned")
 BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 
@@ -97,8 +98,14 @@ class AttentionConfig:
     initial_tokens: int = 3
     # Neighbours, the token itself included: one number, or one per layer.
     window: Any = 64
-    # paper | all | list of class names | list of {classes: [...], horizon: tokens or forever}
+    # paper | all | auto | list of class names | list of {classes: [...], horizon: tokens or forever}
     separators: Any = "paper"
+    # separators=auto: [least, most] share of the tokens that the chosen classes have.
+    density_budget: list[float] = field(default_factory=lambda: [0.08, 0.16])
+    # natural, or a control: shuffled (gaps permuted), preceding (the token before each), thinned (some left out).
+    placement: str = "natural"
+    # placement=thinned: the probability with which each separator stays one.
+    keep_share: float | None = None
     # pattern=fixed: every interval-th token of the sequence stands in for a separator.
     interval: int | None = None
     # none | first | first_last | list of layer numbers counted from 0
@@ -114,7 +121,7 @@ class AttentionConfig:
         one_of("attention.backend", self.backend, BACKENDS)
         require(
             isinstance(self.separators, str | list),
-            f"attention.separators={self.separators} must be paper, all, or a list of class names or of tiers.",
+            f"attention.separators={self.separators} must be paper, all, auto, or a list of class names or of tiers.",
         )
         require(self.initial_tokens >= 0, f"attention.initial_tokens={self.initial_tokens} must be 0 or more.")
         windows = self.window if isinstance(self.window, list) else [self.window]
@@ -128,6 +135,35 @@ class AttentionConfig:
                 self.interval is not None and self.interval >= 1,
                 f"attention.pattern=fixed needs attention.interval of at least 1, not {self.interval}.",
             )
+        budget = self.density_budget
+        require(
+            len(budget) == 2 and 0 <= budget[0] < budget[1] <= 1,
+            f"attention.density_budget={budget} must be [LEAST,MOST], two shares of the tokens from 0 to 1.",
+        )
+        self._check_placement(windows)
+
+    def _check_placement(self, windows: list[int]) -> None:
+        """Placements move separators, so there must be some, and a share is what thinning alone needs."""
+        one_of("attention.placement", self.placement, PLACEMENTS)
+        require(
+            self.placement == "natural" or self.pattern == "sep",
+            f"attention.placement={self.placement} moves separators, which attention.pattern={self.pattern} has none "
+            "of: use attention.pattern=sep.",
+        )
+        require(
+            self.placement != "preceding" or min(windows) >= 2,
+            f"attention.placement=preceding needs attention.window={self.window} to be at least 2: only then does "
+            "every separator see the token before it as one of its neighbours.",
+        )
+        thinned = self.placement == "thinned"
+        require(
+            thinned or self.keep_share is None,
+            f"attention.keep_share={self.keep_share} is of attention.placement=thinned, not of {self.placement}.",
+        )
+        require(
+            not thinned or (self.keep_share is not None and 0 < self.keep_share <= 1),
+            f"attention.placement=thinned needs attention.keep_share above 0 and at most 1, not {self.keep_share}.",
+        )
 
 
 @dataclass

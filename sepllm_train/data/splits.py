@@ -21,6 +21,7 @@ from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
 from sepllm_train.data.order import Blend, Epochs
+from sepllm_train.data.placement import PlacedDataset, Placement, placement_of
 from sepllm_train.distributed.together import together
 from sepllm_train.errors import UserError
 
@@ -54,12 +55,20 @@ def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Datase
         raise UserError(f"{folder} is not there on every node: data.cache must be on a filesystem that all nodes see.")
     training: list[Dataset] = []
     validation: dict[str, Dataset] = {}
+    placement = placement_of(config.attention, config.seed)
     for source in corpus.sources:
         train, held_out = _source_datasets(config, source, folder)
-        training.append(Epochs(train, config.seed))
+        training.append(Epochs(_placed(train, placement), config.seed))
         if held_out is not None:
-            validation[source.name] = held_out
+            validation[source.name] = _placed(held_out, placement)
     return (training[0] if len(training) == 1 else Blend(training, corpus.weights())), validation
+
+
+def _placed(dataset: SeparatorDataset, placement: Placement | None) -> Dataset:
+    """The dataset with its separators where `placement` has them."""
+    if placement is None:
+        return dataset
+    return PlacedDataset(dataset, placement, f"{dataset.dataset_path} {dataset.index_split.name}")
 
 
 def _source_datasets(config: Config, source: Source, folder: Path) -> tuple[SeparatorDataset, SeparatorDataset | None]:

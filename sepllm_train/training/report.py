@@ -165,6 +165,9 @@ def _attention_line(config: Config, facts: Facts) -> str:
     details = ""
     if attention.pattern != "dense":
         details = f" | initial {attention.initial_tokens} | window {attention.window}"
+        if attention.placement != "natural":
+            share = "" if attention.keep_share is None else f" to {attention.keep_share:.4g}"
+            details += f" | separators {attention.placement}{share}"
         details += f" | full layers {attention.full_layers}" if attention.full_layers != "none" else ""
     backends = "; ".join(f"{name} ({reason})" for name, reason in facts.backends.items())
     return (

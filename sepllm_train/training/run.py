@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
+from sepllm_train.data.choice import ClassChoice, settle_separators
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.data.unchanged import DataFiles
@@ -37,8 +38,10 @@ from sepllm_train.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the model is built."""
+    """Everything that is known before the model is built. `config` names the classes that separators=auto chose."""
 
+    config: Config
+    choice: ClassChoice | None
     pattern: AttentionPattern
     corpus: Corpus
     files: DataFiles
@@ -59,6 +62,7 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
 def train(config: Config, launch: Launch, device: torch.device) -> Interrupted | None:
     """Train. Every rank calls it inside the process grid. Gives why it ended early, if a signal made it."""
     prepared = _prepare(config, launch.world_size, device)
+    config = prepared.config
     folder = prepared.entry.folder
     lock = together(lambda: run_folder.claim(folder) if launch.main else None)
     run_folder.check_shared(folder)
@@ -169,7 +173,10 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "initial_tokens": config.attention.initial_tokens,
             "window": config.attention.window,
             "separators": config.attention.separators,
+            "placement": config.attention.placement,
+            "keep_share": config.attention.keep_share,
             "full_layers": config.attention.full_layers,
+            **({} if prepared.choice is None else {"auto": prepared.choice.record()}),
         },
         "backends": facts.backends,
         "flops_per_token": facts.flops_per_token,
@@ -180,9 +187,10 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 
 def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Raises UserError."""
-    pattern = resolve_pattern(config.attention, config.model.layers)
     together(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
     corpus = together(lambda: open_corpus(config.data))
+    config, choice = settle_separators(config, corpus)
+    pattern = resolve_pattern(config.attention, config.model.layers)
     files = DataFiles(corpus)
     if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:
         raise UserError(
@@ -198,4 +206,6 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     say(optional_packages())
     for line in start_lines(config, corpus, facts, world_size, device):
         say(line)
-    return Prepared(pattern, corpus, files, dataset, validation, facts, entry, identity, schedule)
+    if choice is not None:
+        say(str(choice))
+    return Prepared(config, choice, pattern, corpus, files, dataset, validation, facts, entry, identity, schedule)

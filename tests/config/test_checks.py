@@ -36,6 +36,25 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: AttentionConfig(pattern="fixed"), "attention.interval"),
         (lambda: AttentionConfig(separators={"classes": ["comma"]}), "attention.separators"),
         (lambda: AttentionConfig(initial_tokens=-1), "attention.initial_tokens=-1"),
+        (
+            lambda: AttentionConfig(placement="random"),
+            "attention.placement=random.*natural, shuffled, preceding, thinned",
+        ),
+        (
+            lambda: AttentionConfig(placement="shuffled", pattern="fixed", interval=8),
+            "attention.placement=shuffled.*attention.pattern=fixed has none",
+        ),
+        (
+            lambda: AttentionConfig(placement="preceding", window=[64, 1]),
+            r"attention.placement=preceding needs attention.window=\[64, 1\] to be at least 2",
+        ),
+        (lambda: AttentionConfig(placement="thinned"), "needs attention.keep_share above 0 and at most 1, not None"),
+        (lambda: AttentionConfig(placement="thinned", keep_share=0.0), "attention.keep_share above 0.*not 0.0"),
+        (lambda: AttentionConfig(placement="thinned", keep_share=1.5), "attention.keep_share.*at most 1, not 1.5"),
+        (lambda: AttentionConfig(keep_share=0.5), "attention.keep_share=0.5 is of attention.placement=thinned"),
+        (lambda: AttentionConfig(density_budget=[0.1]), r"attention.density_budget=\[0.1\] must be"),
+        (lambda: AttentionConfig(density_budget=[0.2, 0.1]), r"density_budget=\[0.2, 0.1\] must be \[LEAST,MOST\]"),
+        (lambda: AttentionConfig(density_budget=[0.5, 1.1]), "density_budget"),
         (lambda: DataConfig(source="prefixes"), "data.prefixes"),
         (lambda: DataConfig(prefixes=["a"]), "add data=prefixes"),
         (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction=1.0"),
@@ -146,6 +165,7 @@ def test_all_mistakes_are_told_together() -> None:
     [
         (AttentionConfig(separators=["dot"]), "unknown separator class 'dot'.*period"),
         (AttentionConfig(separators="some"), "unknown separator class 'some'"),
+        (AttentionConfig(separators="auto"), "attention.separators=auto is chosen from the statistics of the data"),
         (AttentionConfig(window=[4, 4, 4]), "3 windows for a model of 4 layers"),
         (AttentionConfig(full_layers=[4]), "layer 4; this model has layers 0 to 3"),
         (AttentionConfig(full_layers="last"), "attention.full_layers=last"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.attention_pattern import AUTO, resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
@@ -42,7 +43,8 @@ def test_experiment(name: str) -> None:
 def test_group_file(group: str, name: str) -> None:
     config = load("+experiment=demo_sep", f"{group}={name}")
     validate(config, world_size=config.parallel.processes)
-    resolve_pattern(config.attention, config.model.layers)
+    if config.attention.separators != AUTO:  # that one is resolved from data
+        resolve_pattern(config.attention, config.model.layers)
 
 
 def test_every_file_belongs_to_a_tested_group() -> None:
@@ -66,3 +68,21 @@ def test_pairs_differ_in_attention_only() -> None:
         one, other = load(f"+experiment={dense}"), load(f"+experiment={sep}")
         assert (one.model, one.optim, one.training, one.data) == (other.model, other.optim, other.training, other.data)
         assert one.attention.pattern == "dense" and other.attention.pattern == "sep"
+
+
+def test_controls_differ_from_sep_in_placement_alone() -> None:
+    sep = load("+experiment=demo_sep").attention
+    for kind, share in (("shuffled", None), ("preceding", None), ("thinned", 0.5)):
+        control = load("+experiment=demo_sep", f"attention=sep_{kind}").attention
+        assert control == replace(sep, placement=kind, keep_share=share)
+    auto = load("+experiment=demo_sep", "attention=sep_auto").attention
+    assert auto == replace(sep, separators="auto") and auto.density_budget == [0.08, 0.16]
+
+
+def test_bounded_tiers_have_the_classes_of_tiers_and_an_end() -> None:
+    tiers, bounded = (
+        load("+experiment=demo_sep", f"attention={name}").attention for name in ("tiers", "tiers_bounded")
+    )
+    assert [t["classes"] for t in tiers.separators] == [t["classes"] for t in bounded.separators]
+    assert [t["horizon"] for t in bounded.separators] == [512, 4096, 16384]
+    assert (resolve_pattern(bounded, 1).tier_of_class != 1).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.separators import ALL, CLASSES, MAX_CLASSES, PAPER, class_numbers, classify
+from data_prep.separators import ALL, CLASSES, MAX_CLASSES, PAPER, SPLIT_OFF, as_known, class_numbers, classify
 from data_prep.tokenizers import load_tokenizer
 
 NAMES = {entry.number: entry.name for entry in CLASSES} | {0: "none"}
@@ -24,7 +24,8 @@ NAMES = {entry.number: entry.name for entry in CLASSES} | {0: "none"}
         ("\r\n", "line_merged"), ("\r", "line_merged"), ("\n\n", "paragraph_merged"), ("\r\n\r\n", "paragraph_merged"),
         ("\n \n", "paragraph_merged"), ("\u2029", "paragraph_merged"), ("  ", "space_run"), ("\t\t", "space_run"),
         ("\u3000", "space_run"), ("\xa0", "space_run"),
-        ("),", "clause_mixed"), ('."', "sentence_mixed"), ('," —.', "sentence_mixed"), (");\n", "line_mixed"),
+        ("),", "comma_mixed"), (");", "comma_mixed"), ('":', "colon_mixed"), ('":",', "comma_mixed"),
+        ('."', "sentence_mixed"), ('," —.', "sentence_mixed"), (");\n", "line_mixed"),
         ("}\n\n", "paragraph_mixed"),
         ("，", "fullwidth_clause"), ("、", "fullwidth_clause"), ("。", "fullwidth_sentence"),
         ("？」", "fullwidth_sentence"), ("，。", "fullwidth_sentence"), ("،", "other_clause"), ("؟", "other_sentence"),
@@ -86,5 +87,14 @@ def test_choosing_classes() -> None:
     assert class_numbers("all") == ALL
     assert class_numbers("newline, period") == (1, 9)
     assert class_numbers(["paper", "paragraph_merged"]) == (*PAPER, 13)
-    with pytest.raises(UserError, match=r"Unknown separator class 'dot': choose among paper, all, period, comma"):
+    assert class_numbers("clause_mixed") == (15, 23)
+    with pytest.raises(UserError, match=r"'dot': choose among paper, all, clause_mixed, period, comma"):
         class_numbers("dot")
+
+
+def test_a_split_class_counts_as_the_older_one_where_it_is_not_known() -> None:
+    classes = np.arange(len(CLASSES) + 1, dtype=np.uint8)
+    assert np.array_equal(as_known(classes, set(ALL)), classes)
+    before = set(ALL) - set(SPLIT_OFF)
+    assert as_known(classes, before).tolist() == [SPLIT_OFF.get(number, number) for number in range(len(CLASSES) + 1)]
+    assert all(number in ALL and older in before for number, older in SPLIT_OFF.items())

@@ -67,6 +67,10 @@ def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
         (["name=one", "resume=never"], "holds a finished run"),
         (["name=other", "resume=one", "model.layers=1"], "model.layers=2, this run has 1"),
         (["name=other", "resume=one", "attention.window=32"], "attention.window=64, this run has 32"),
+        (
+            ["name=other", "resume=one", "attention.placement=shuffled"],
+            "attention.placement=natural, this run has shuffled",
+        ),
         (["name=other", "resume=one"], "nothing is left of training.steps=4"),
     ],
 )

@@ -1,0 +1,84 @@
+"""Separator classes against the data: attention.separators=auto, and what old side-cars cannot tell apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data_prep.density import TOLERANCE, class_names, densities, missing_splits, select
+from data_prep.separators import CLASSES
+from sepllm_train.attention_pattern import AUTO, tiers_of_classes
+from sepllm_train.config.schema import Config
+from sepllm_train.data.corpus import Corpus
+from sepllm_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """What separators=auto has chosen: `density` is the share of the tokens that the classes `names` have, `budget`
+    what was allowed, `left_out` the classes that occur and were not taken, each with its share."""
+
+    names: list[str]
+    density: float
+    budget: tuple[float, float]
+    left_out: dict[str, float]
+
+    def __str__(self) -> str:
+        least, most = self.budget
+        left_out = ", ".join(f"{name} {share:.2%}" for name, share in self.left_out.items())
+        line = (
+            f"separators: auto took {', '.join(self.names)} | {self.density:.1%} of the tokens, budget {least:.1%} to "
+            f"{most:.1%} | left out: {left_out or 'none'}"
+        )
+        if self.density < least - TOLERANCE:
+            line += f" | warning: the separator classes of this data cannot reach {least:.1%}"
+        return line
+
+    def record(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"density": self.density, "budget": list(self.budget), "left_out": self.left_out}
+
+
+def settle_separators(config: Config, corpus: Corpus) -> tuple[Config, ClassChoice | None]:
+    """The configuration with class names in place of separators=auto, and how they were chosen (None without auto).
+
+    Depends on the headers of the data and its weights alone. Raises UserError when no class is within the budget, and
+    when the configuration tells classes apart that a side-car of the data does not.
+    """
+    headers = [source.header for source in corpus.sources]
+    if config.attention.pattern != "sep" or config.attention.separators != AUTO:
+        _check_side_cars(config, corpus)
+        return config, None
+    shares = densities(headers, corpus.weights())
+    least, most = config.attention.density_budget
+    selection = select(shares, least, most)
+    if not selection.numbers:
+        rarest = min((share for share in shares.values() if share > 0), default=0.0)
+        raise UserError(
+            f"attention.separators=auto: no separator class of the data has at most {most:.1%} of its tokens (the "
+            f"rarest has {rarest:.1%}): raise attention.density_budget={config.attention.density_budget}, or name "
+            "classes in attention.separators."
+        )
+    split = missing_splits(headers)
+    left = {n: share for n, share in shares.items() if share > 0 and n not in selection.numbers}
+    choice = ClassChoice(
+        names=class_names(selection.numbers, split),
+        density=selection.density,
+        budget=(least, most),
+        left_out={name: left[n] for n in sorted(left) for name in class_names([n], split)},
+    )
+    return replace(config, attention=replace(config.attention, separators=choice.names)), choice
+
+
+def _check_side_cars(config: Config, corpus: Corpus) -> None:
+    """Raise UserError when classes get different tiers that a side-car counts as one, made before they were two."""
+    _, tier = tiers_of_classes(config.attention)
+    names = {entry.number: entry.name for entry in CLASSES}
+    for source in corpus.sources:
+        for number, older in missing_splits([source.header]).items():
+            if tier[number] != tier[older]:
+                raise UserError(
+                    f"attention.separators tells {names[older]} from {names[number]}, which the side-car of "
+                    f"{source.prefix} counts as one class, clause_mixed: name that, or make the side-car again with "
+                    f"prepare_data.py annotate {source.prefix} --tokenizer FILE --overwrite."
+                )

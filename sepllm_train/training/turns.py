@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config
+from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.loader import MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
@@ -59,6 +60,7 @@ class Rival:
 def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
     """Model, optimizer and data of a configuration, as a run makes them, inside the process grid."""
     corpus = together(lambda: open_corpus(config.data))
+    config, _ = settle_separators(config, corpus)
     dataset, _ = build_datasets(config, corpus)
     pattern = resolve_pattern(config.attention, config.model.layers)
     facts = derive(config, pattern, corpus, dataset, world_size, device)

@@ -56,6 +56,7 @@ SEEDS = (
     "of rows. When a run of a pair did not reach the loss no mean is claimed: what it spent in all bounds it."
 )
 TIMED = (
+    "In place of the runs' own seconds stand steps times the seconds of a step from the timing file. "
     "The ratio of seconds is the paired ratio of steps times the ratio of the seconds of a step, a geometric mean over "
     "the turns; the variances of both logarithms add up to its interval, with the degrees of freedom of Welch and "
     "Satterthwaite rounded down."

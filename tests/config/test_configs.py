@@ -49,7 +49,7 @@ def test_group_file(group: str, name: str) -> None:
 
 def test_every_file_belongs_to_a_tested_group() -> None:
     folders = {path.name for path in Path(FOLDER).iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
-    assert folders == {*GROUPS, "experiment", "data"}
+    assert folders == {*GROUPS, "experiment", "data", "suite"}
 
 
 def test_paper_recipe() -> None:

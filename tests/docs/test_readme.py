@@ -21,10 +21,12 @@ from torch.distributed.run import get_args_parser
 from data_prep.separators import CLASSES
 from sepllm_train import errors
 from sepllm_train.attention_pattern import AUTO, resolve_pattern
-from sepllm_train.config.load import config_folder, register_schema, to_config
+from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate
 from sepllm_train.metrics.flops import CONVENTIONS, FlopsCounter, shape_of
+from sepllm_train.suite import config as suites
+from sepllm_train.suite.plan import make_plan
 from sepllm_train.training.clock import PARTS
 from tests.docs.markdown import PAGES, REPOSITORY, Command, commands, links, prose, spans, table
 
@@ -54,6 +56,14 @@ def check_pretraining(overrides: list[str], world_size: int | None) -> None:
     validate(config, world_size or config.parallel.tensor * config.parallel.pipeline)
     if config.attention.separators != AUTO:  # that one is resolved from data
         resolve_pattern(config.attention, config.model.layers)
+
+
+def check_suite(overrides: list[str]) -> None:
+    """What a suite checks before it opens its data."""
+    register_schema("suite_schema", suites.Config)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = to_dataclasses(compose("suite", overrides=overrides), suites.Config)
+    assert make_plan(config, None).selected(config.suite.only)
 
 
 def check_torchrun(words: list[str]) -> None:
@@ -125,6 +135,8 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
         check_sbatch(words)
     elif program == "python" and words[0] == "scripts/pretrain.py":
         check_pretraining(words[1:], world_size=None)
+    elif program == "python" and words[0] == "scripts/suite.py":
+        check_suite(words[1:])
     elif program == "python":
         check_script(words[0], words[1:], monkeypatch)
     elif program == ".venv/bin/python" and words[:2] == ["-m", "pip"]:

@@ -135,12 +135,15 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     sentences = []
     single = [row for row in result["classes"] if row["class"] != "all of them"]
     if single:
-        clear = [row["class"] for row in single if clear_of_zero(row["change"])]
-        unclear = [row["class"] for row in single if not clear_of_zero(row["change"])]
-        if clear:
-            sentences.append(f"Dropping changes the loss by more than two standard errors for: {', '.join(clear)}.")
-        if unclear:
-            sentences.append(f"Within two standard errors of no change: {', '.join(unclear)}.")
+        clear = [row for row in single if clear_of_zero(row["change"])]
+        groups = {
+            "Without this class the loss is higher by more than two standard errors": [
+                row for row in clear if row["change"].mean > 0
+            ],
+            "Lower by more than two": [row for row in clear if row["change"].mean < 0],
+            "Within two standard errors of no change": [row for row in single if row not in clear],
+        }
+        sentences += [f"{words}: {', '.join(row['class'] for row in rows)}." for words, rows in groups.items() if rows]
     gains = [row for row in result["sweep"] if "separators_gain" in row]
     if gains:
         better = [row for row in gains if row["separators_gain"].mean > 0 and clear_of_zero(row["separators_gain"])]

@@ -132,12 +132,12 @@ class _Collector:
     """Adds up the attention of one sample as its forward pass goes through the layers."""
 
     mass: Mass
-    keys: KeysByKind
+    kind: Tensor
     sample: int
     edges: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.edges = torch.tensor(self.mass.edges, device=self.keys.order.device)
+        self.edges = torch.tensor(self.mass.edges, device=self.kind.device)
 
     def layer(self, place: int) -> Callable[..., None]:
         """What to call before the attention of the layer whose results go to `place`."""
@@ -170,10 +170,12 @@ class _Collector:
         rows = max(1, BLOCK_ELEMENTS // ((heads + 1) * length))
         for start in range(0, length, rows):
             stop = min(start + rows, length)
-            visible = visible_rows(plan, layer, start, stop)
-            found = probabilities(query[:, start:stop], key, visible, scale, sink)
+            # Keys after the block are seen by none of its queries.
+            visible = visible_rows(plan, layer, start, stop)[:, :stop]
+            found = probabilities(query[:, start:stop], key[:, :stop], visible, scale, sink)
             even = visible / visible.sum(-1, keepdim=True)
-            sums = self.keys.sums(torch.cat((found, even[None])), start, self.edges).cpu() / length
+            keys = KeysByKind.of(self.kind[:stop])
+            sums = keys.sums(torch.cat((found, even[None])), start, self.edges).cpu() / length
             self.mass.mass[self.sample, place] += sums[:-1]
             self.mass.uniform[self.sample, place] += sums[-1]
         self.mass.sink[self.sample, place] = 1 - self.mass.mass[self.sample, place].sum((-1, -2))
@@ -218,7 +220,7 @@ def attention_mass(
         kind = kinds_of(sample["separator_class"][0], sample["document_start"][0], pattern, initial)
         mass.shares[number] = torch.bincount(kind, minlength=KINDS).cpu() / length
         plan = pattern.plan(sample["separator_class"], sample["document_start"])
-        with _watched(model, _Collector(mass, KeysByKind.of(kind), number)):
+        with _watched(model, _Collector(mass, kind, number)):
             model(sample["tokens"], torch.arange(length, device=device)[None], plan)
         advance()
     return mass

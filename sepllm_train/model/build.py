@@ -15,7 +15,7 @@ from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.initialization import initialize
-from sepllm_train.model.layers import NORMS, layer_spec
+from sepllm_train.model.layers import layer_spec, norm_class
 from sepllm_train.model.pointwise import Pointwise
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,7 +133,8 @@ def build_model(
     pointwise = Pointwise(model, config.training)
     spec = layer_spec(model, config.attention, resolve_pattern(config.attention, model.layers), pointwise)
     block = TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(settings, vp_stage), layer_norm=NORMS[model.norm]
+        layer_specs=[spec] * get_num_layers_to_build(settings, vp_stage),
+        layer_norm=norm_class(model.norm, compiled=pointwise.compiled),
     )
     gpt = SepGPTModel(
         config=settings,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import AttentionConfig, ModelConfig
+from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import SeparatorSequence
@@ -45,7 +46,26 @@ def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) ->
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, type[Any]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+def norm_class(norm: str, *, compiled: bool) -> type[Any]:
+    """Class of model.norm=`norm`: apex's where there is one, unless norms are compiled together with what is around
+    them, which needs torch's own."""
+    fused = None if compiled else apex_norm(norm, cuda=torch.cuda.is_available())
+    return NORMS[norm] if fused is None else apex_class(fused)
+
+
+def apex_class(fused: type[Any]) -> type[Any]:
+    """One of apex's norms behind the interface of those above."""
+
+    class ApexNorm(fused):
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+            super().__init__(hidden_size, eps=eps)
+            self.to(config.params_dtype)
+            _mark_sequence_parallel(self, config)
+
+    return ApexNorm
 
 
 class SeparatorLayer(TransformerLayer):
@@ -109,7 +129,7 @@ def layer_spec(
     model: ModelConfig, attention: AttentionConfig, pattern: AttentionPattern, pointwise: Pointwise
 ) -> ModuleSpec:
     """Specification of one transformer layer; the same for every layer of the model."""
-    norm = NORMS[model.norm]
+    norm = norm_class(model.norm, compiled=pointwise.compiled)
     core_attention = ModuleSpec(
         module=SeparatorAttention,
         params={

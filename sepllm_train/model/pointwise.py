@@ -26,8 +26,8 @@ COMPILATIONS = 128
 class Pointwise:
     """The functions of one model. `compiled` tells whether they are.
 
-    activation(x, bias): MLP activation of x + bias. add(residual, x, bias), add_both(residual, x, bias, y, bias of y):
-    sums. rotate(q, k, cos, sin): rotary embedding. statistics, softmax_gradient: see below.
+    activation(x, bias): MLP activation of x + bias. add(residual, x, bias): their sum. rotate(q, k, cos, sin): rotary
+    embedding. statistics, softmax_gradient: see below. A bias may be None.
     """
 
     def __init__(self, model: ModelConfig, training: TrainingConfig) -> None:
@@ -38,13 +38,13 @@ class Pointwise:
             torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)
         self.activation = self._made(_swiglu if model.activation == "swiglu" else _gelu)
         self.add = self._made(_add)
-        self.add_both = self._made(_add_both)
         self.rotate = self._made(_rotate)
         self.statistics = self._made(_statistics)
         self.softmax_gradient = self._made(_softmax_gradient)
         self._two_norms = self._made(_two_norms)
         self._add_and_norm = self._made(_add_and_norm)
         self._norm = self._made(_norm)
+        self._add_three = self._made(_add_three)
 
     def _made(self, function: Callable) -> Callable:
         """The function itself, or compiled for the very shapes it is called with."""
@@ -70,6 +70,14 @@ class Pointwise:
             return self._add_and_norm(residual, x, bias, _settings(norm))
         total = _add(residual, x, bias)
         return total, norm(total)
+
+    def add_both(self, residual: Tensor, x: Tensor, x_bias: Tensor | None, y: Tensor, y_bias: Tensor | None) -> Tensor:
+        """The sum of residual, x and y with the biases of x and y, of which both or neither is None."""
+        if not self.compiled or x_bias is None or y_bias is None:
+            return self.add(self.add(residual, x, x_bias), y, y_bias)
+        # Both biases have the same gradient: their sum outside gets it by one reduction, in fp32. (Written to two
+        # results in half precision, it becomes C++ that does not compile in torch 2.13.)
+        return self._add_three(residual, x, y, x_bias.float() + y_bias.float())
 
 
 _NormSettings = tuple[Tensor, Tensor | None, float]
@@ -99,8 +107,8 @@ def _add(residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return residual + _biased(x, bias)
 
 
-def _add_both(residual: Tensor, x: Tensor, x_bias: Tensor | None, y: Tensor, y_bias: Tensor | None) -> Tensor:
-    return _add(_add(residual, x, x_bias), y, y_bias)
+def _add_three(residual: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    return (residual + x + y + bias).to(residual.dtype)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -139,9 +139,9 @@ def _statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row of logits [T, V] and sum of exp(logits - maximum), fp32 [T]; -inf everywhere sums to 0."""
     wide = logits.float()
     maximum = wide.amax(-1).clamp_min(torch.finfo(torch.float32).min)
-    return maximum, (wide - maximum[:, None]).exp().sum(-1)
+    return maximum, (wide - maximum[:, None]).exp_().sum(-1)
 
 
 def _softmax_gradient(logits: Tensor, maximum: Tensor, factor: Tensor) -> Tensor:
     """exp(logits - maximum) * factor in the type of logits [T, V]; maximum and factor fp32 [T]."""
-    return ((logits.float() - maximum[:, None]).exp() * factor[:, None]).to(logits.dtype)
+    return (logits.float() - maximum[:, None]).exp_().mul_(factor[:, None]).to(logits.dtype)

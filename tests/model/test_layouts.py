@@ -44,7 +44,6 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"parallel": {"context": 2}, "training": {"loss_chunk": 40}, **FEW},
         {"parallel": {"tensor": 2, "sequence": True}, "training": {**COMPILED, "recompute": "full"}, **ONE},
         {"parallel": {"pipeline": 2}, "training": {**COMPILED, "recompute": "selective"}, **ONE},
-        {"parallel": {"context": 2}, "training": {"compile": True}, **ONE},
     ],
     4: [
         {"parallel": {"tensor": 2, "pipeline": 2}, "patterns": UNTIED},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,11 @@ def sample_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample_prefix(sample_cache: Path) -> Path:
     """Prefix of the sample corpus."""
     return prepare_sample(sample_cache)
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets what torch.compile makes be found again by other tests of the session, and their processes, but no later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield

@@ -277,6 +277,11 @@ class TrainingConfig:
     micro_batch: int = 8
     precision: str = "bf16"
     recompute: str = "none"
+    # torch.compile what layers and loss compute between matrix products. The first step takes some ten seconds longer.
+    compile: bool = False
+    # Tokens of a micro-batch whose logits exist at once; the output layer is then computed once more in the backward
+    # pass. 0 = all of them, once.
+    loss_chunk: int = 0
     # Steps between validations and between checkpoints; 0 = only after the last step.
     validation_interval: int = 1000
     # Sequences per dataset in one validation; 0 = no validation.
@@ -302,6 +307,7 @@ class TrainingConfig:
         one_of("training.precision", self.precision, ("fp32", "bf16", "fp16"))
         one_of("training.recompute", self.recompute, ("none", "selective", "full"))
         for key in (
+            "loss_chunk",
             "validation_interval",
             "validation_samples",
             "checkpoint_interval",

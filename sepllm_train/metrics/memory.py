@@ -110,13 +110,27 @@ def _activations(
     backward = kept + tokens * (layer.repeated + layer.passing) + weight
     if not last:
         return backward
-    rows = padded_vocabulary / tensor
-    # The final norm's input and output; the logits, in half precision with their fp32 copy, which becomes the softmax
-    # and then their gradient; after that the gradient in the training precision and that of the output layer.
+    # The final norm's input and output wait while the loss is computed.
     norm = tokens * (2 * layer.hidden + layer.norm)
-    loss = tokens * rows * (4 if element == 4 else 6)
-    gradient = element * rows * (tokens + model.hidden) + tokens * layer.gathered
-    return max(backward, kept + norm + max(loss, gradient))
+    return max(backward, kept + norm + _loss(config, padded_vocabulary / tensor, tokens, layer))
+
+
+def _loss(config: Config, rows: float, tokens: float, layer: _LayerBytes) -> float:
+    """Peak bytes of output layer and loss, of which this rank has `rows` entries, on `tokens` tokens."""
+    element, hidden, training = _element(config), config.model.hidden, config.training
+    if not training.loss_chunk:
+        # The logits, in half precision with their fp32 copy, which becomes the softmax and then their gradient; after
+        # that the gradient in the training precision and that of the output layer.
+        loss = tokens * rows * (4 if element == 4 else 6)
+        return max(loss, element * rows * (tokens + hidden) + tokens * layer.gathered)
+    # The backward pass of a chunk: its logits, beside what becomes their gradient and, where that is not one kernel,
+    # an fp32 copy; after that the gradient and its product, which is added to the output layer's in fp32. Besides the
+    # gradient of the hidden states, and these themselves where sequence parallelism has put them together.
+    chunk = min(training.loss_chunk, tokens)
+    logits = chunk * rows * (2 * element if training.compile else 8 if element == 4 else 10)
+    product = rows * (0 if element == 4 else element * (chunk + hidden))
+    states = tokens * layer.gathered * (2 if config.parallel.sequence else 1)
+    return 4 * rows * hidden + max(logits, product) + states
 
 
 def _micro_batches_in_flight(config: Config, replicas: int, *, last: bool) -> float:
@@ -135,6 +149,7 @@ def _micro_batches_in_flight(config: Config, replicas: int, *, last: bool) -> fl
 def _layer(config: Config, attended_share: float, device: str) -> _LayerBytes:
     """What one layer needs on `device`, in bytes per token of a rank's part of the sequence."""
     model, tensor, element = config.model, config.parallel.tensor, _element(config)
+    compiled = config.training.compile
     gathered = float(element * model.hidden)
     # Tensor parallelism splits what lies inside attention and MLP; the rest only with sequence parallelism.
     hidden = gathered / (tensor if config.parallel.sequence else 1)
@@ -147,11 +162,12 @@ def _layer(config: Config, attended_share: float, device: str) -> _LayerBytes:
     # special keys before each, and the window's.
     parts = config.parallel.context
     attention += 2 * key * (1 + attended_share * (parts - 0.5)) if parts > 1 else 0
-    # Before and after the activation; a gate adds its half of the projection and keeps both factors as copies.
-    mlp = element * model.ffn * (5 if gated else 2) / tensor
+    # Before and after the activation; a gate adds its half of the projection and, unless compiled, its activation.
+    mlp = element * model.ffn * (2 + gated * (1 if compiled else 2)) / tensor
     statistics = 4 * model.heads / tensor  # the softmax denominators of the queries
     # On a CPU torch computes RMSNorm from parts: the normalised values stay, and with half precision an fp32 input.
-    norm = hidden * (1 if element == 4 else 3) if model.norm == "rmsnorm" and device == "cpu" else 0.0
+    in_parts = model.norm == "rmsnorm" and device == "cpu" and not compiled
+    norm = hidden * (1 if element == 4 else 3) if in_parts else 0.0
     # Inputs of the two norms, and of the two projections that read what the norms return.
     norms = hidden * ((1 if model.parallel_residual else 2) + 2) + 2 * norm
     everything = norms + element * attention / tensor + statistics + mlp

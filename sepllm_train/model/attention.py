@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.distributed.context import ContextPlan, fetch_keys
+from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import SeparatorSequence
 
 
@@ -39,6 +40,7 @@ class SeparatorAttention(MegatronModule):
         pattern: AttentionPattern,
         backend: str,
         sink: bool,
+        pointwise: Pointwise,
     ) -> None:
         super().__init__(config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
@@ -46,6 +48,7 @@ class SeparatorAttention(MegatronModule):
         self.layer = pattern.layers[layer_number - 1]
         self.backend = backend
         self.scale = softmax_scale
+        self.pointwise = pointwise
         self.sink: torch.nn.Parameter | None = None
         if sink:
             heads = divide(config.num_attention_heads, get_pg_size(self.tp_group))
@@ -65,10 +68,13 @@ class SeparatorAttention(MegatronModule):
         """Attend. query [S, B, H, D], key and value [S, B, Hkv, D] of this rank's heads; gives [S, B, H * D].
 
         S is the whole sequence, also under sequence parallelism; under context parallelism it is this rank's part.
-        Mask and bias are megatron-core's and unused: what is visible is in the plan that `packed_seq_params` carries.
+        Mask and bias are megatron-core's and unused: `packed_seq_params` carries the plan, which tells what is visible,
+        and the rotation of queries and keys.
         """
         assert packed_seq_params is not None, "the model was called without an attention plan"
         plan = packed_seq_params.plan
+        if packed_seq_params.rotation is not None:
+            query, key = self.pointwise.rotate(query, key, *packed_seq_params.rotation)
         if isinstance(plan, ContextPlan):
             fetched = fetch_keys(key, value, plan.exchange(self.layer.reach), plan.group)
             out = torch.cat(

@@ -15,7 +15,8 @@ from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.initialization import initialize
-from sepllm_train.model.layers import NORMS, layer_spec
+from sepllm_train.model.layers import layer_spec, norm_class
+from sepllm_train.model.pointwise import Pointwise
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def transformer_config(config: Config) -> TransformerConfig:
             # Parameters are filled by `initialize`, on the CPU.
             use_cpu_initialization=True,
             perform_initialization=False,
-            # The fused GELU is the tanh approximation; the other fusions need apex or torch.compile.
+            # The fused GELU is the tanh approximation; the other fusions need apex, or are in pointwise.py.
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
@@ -129,15 +130,19 @@ def build_model(
     """
     model = config.model
     settings = transformer_config(config)
-    spec = layer_spec(model, config.attention, resolve_pattern(config.attention, model.layers))
+    pointwise = Pointwise(model, config.training)
+    spec = layer_spec(model, config.attention, resolve_pattern(config.attention, model.layers), pointwise)
     block = TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(settings, vp_stage), layer_norm=NORMS[model.norm]
+        layer_specs=[spec] * get_num_layers_to_build(settings, vp_stage),
+        layer_norm=norm_class(model.norm, compiled=pointwise.compiled),
     )
     gpt = SepGPTModel(
         config=settings,
         transformer_layer_spec=block,
         vocab_size=padded_vocabulary(vocabulary, config.parallel.tensor),
         vocabulary=vocabulary,
+        loss_chunk=config.training.loss_chunk,
+        pointwise=pointwise,
         max_sequence_length=config.data.sequence_length,
         pre_process=pre_process,
         post_process=post_process,

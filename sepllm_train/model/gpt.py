@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import get_pg_rank
 from sep_attention import AttentionPlan
 from torch import Tensor
 
 from sepllm_train.distributed.context import ContextPlan
+from sepllm_train.model.loss import OutputShard, chunked_cross_entropy
+from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import SeparatorSequence
 
 
@@ -17,11 +23,14 @@ class SepGPTModel(GPTModel):
     """GPT whose layers attend by an AttentionPlan.
 
     `vocabulary` counts the real entries; rows from there to the padded `vocab_size` have probability zero.
+    `loss_chunk`: tokens whose logits exist at once when there are labels; 0 = all.
     """
 
-    def __init__(self, *args: Any, vocabulary: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, vocabulary: int, loss_chunk: int, pointwise: Pointwise, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vocabulary = vocabulary
+        self.loss_chunk = loss_chunk
+        self.pointwise = pointwise
 
     def forward(
         self,
@@ -48,6 +57,23 @@ class SepGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the real entries. labels [B, S], logits [S, B, padded vocabulary / TP]; gives [B, S]."""
         return super().compute_language_model_loss(labels, self._mask_padding(logits))
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """What megatron-core's forward ends with: the output layer and the loss. hidden_states [S, B, hidden]."""
+        if not (self.post_process and self.loss_chunk) or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        shard = OutputShard(len(weight), self.vocabulary, self.loss_chunk, self.tp_group, self.pointwise)
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), shard)
+        return loss.view(hidden.shape[:2]).t().contiguous()
 
     def _mask_padding(self, logits: Tensor) -> Tensor:
         """Set the logits of entries that do not exist to -inf, in place; last axis is this rank's shard."""

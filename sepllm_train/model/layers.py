@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -14,11 +13,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import AttentionConfig, ModelConfig
+from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.model.attention import SeparatorAttention
+from sepllm_train.model.pointwise import Pointwise
+from sepllm_train.model.sequence import SeparatorSequence
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -43,40 +46,98 @@ def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) ->
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, type[Any]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
-class RowParallelLinearWithBias(RowParallelLinear):
-    """Row-parallel linear layer that adds its bias itself.
+def norm_class(norm: str, *, compiled: bool) -> type[Any]:
+    """Class of model.norm=`norm`: apex's where there is one, unless norms are compiled together with what is around
+    them, which needs torch's own."""
+    fused = None if compiled else apex_norm(norm, cuda=torch.cuda.is_available())
+    return NORMS[norm] if fused is None else apex_class(fused)
 
-    megatron-core's MLP asks for the bias apart, for a fused addition; when the MLP is recomputed, autograd would take
-    that parameter for a result of the recomputation and follow it in a circle.
+
+def apex_class(fused: type[Any]) -> type[Any]:
+    """One of apex's norms behind the interface of those above."""
+
+    class ApexNorm(fused):
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+            super().__init__(hidden_size, eps=eps)
+            self.to(config.params_dtype)
+            _mark_sequence_parallel(self, config)
+
+    return ApexNorm
+
+
+class SeparatorLayer(TransformerLayer):
+    """x + attention(norm(x)), then the same with the MLP: the block of Llama.
+
+    Takes the parts of megatron-core's layer (dropout is never used) and computes what is between them by `pointwise`.
     """
 
-    def __init__(self, *args: Any, skip_bias_add: bool, **kwargs: Any) -> None:
-        super().__init__(*args, skip_bias_add=False, **kwargs)
+    def __init__(self, *args: Any, pointwise: Pointwise, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pointwise = pointwise
 
-
-class ParallelResidualLayer(TransformerLayer):
-    """x + attention(norm1(x)) + mlp(norm2(x)), the block of GPT-NeoX.
-
-    It calls private methods of megatron-core 0.16.1's TransformerLayer, which other versions do not have.
-    """
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: SeparatorSequence,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape and None."""
-        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
-        normalized = self._forward_pre_mlp_layernorm(hidden_states)
-        mlp_output = checkpoint(self.mlp, False, normalized) if self.recompute_mlp else self.mlp(normalized)
-        return self._forward_post_mlp(mlp_output, attended), context
+        packed_seq_params.rotate_by(rotary_pos_emb, hidden_states.dtype)
+        return _viewless(self._block(hidden_states, packed_seq_params)), None
+
+    def _block(self, x: Tensor, sequence: SeparatorSequence) -> Tensor:
+        attended, bias = self._attend(self.pointwise.norm(x, self.input_layernorm), sequence)
+        x, normalized = self.pointwise.add_and_norm(x, attended, bias, self.pre_mlp_layernorm)
+        return self.pointwise.add(x, self._mlp(normalized), self.mlp.linear_fc2.bias)
+
+    def _attend(self, normalized: Tensor, sequence: SeparatorSequence) -> tuple[Tensor, Tensor | None]:
+        """Result of attention, and the bias that is to be added to it. Core attention rotates queries and keys."""
+        return self.self_attention(normalized, attention_mask=None, rotary_pos_emb=None, packed_seq_params=sequence)
+
+    def _mlp(self, normalized: Tensor) -> Tensor:
+        """Result of the MLP without its last bias.
+
+        The bias stays outside of recomputation: autograd would take a parameter that comes out of it for a result and
+        follow it in a circle.
+        """
+        return checkpoint(self._mlp_forward, False, normalized) if self.recompute_mlp else self._mlp_forward(normalized)
+
+    def _mlp_forward(self, normalized: Tensor) -> Tensor:
+        return self.mlp.linear_fc2(self.pointwise.activation(*self.mlp.linear_fc1(normalized)))[0]
 
 
-def layer_spec(model: ModelConfig, attention: AttentionConfig, pattern: AttentionPattern) -> ModuleSpec:
+class ParallelResidualLayer(SeparatorLayer):
+    """x + attention(norm1(x)) + mlp(norm2(x)), the block of GPT-NeoX."""
+
+    def _block(self, x: Tensor, sequence: SeparatorSequence) -> Tensor:
+        first, second = self.pointwise.two_norms(x, self.input_layernorm, self.pre_mlp_layernorm)
+        attended, bias = self._attend(first, sequence)
+        return self.pointwise.add_both(x, attended, bias, self._mlp(second), self.mlp.linear_fc2.bias)
+
+
+def _viewless(x: Tensor) -> Tensor:
+    """x as a tensor that is no view: megatron-core's recomputation refuses to keep views."""
+    return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
+
+
+def layer_spec(
+    model: ModelConfig, attention: AttentionConfig, pattern: AttentionPattern, pointwise: Pointwise
+) -> ModuleSpec:
     """Specification of one transformer layer; the same for every layer of the model."""
-    norm = NORMS[model.norm]
+    norm = norm_class(model.norm, compiled=pointwise.compiled)
     core_attention = ModuleSpec(
         module=SeparatorAttention,
-        params={"pattern": pattern, "backend": attention.backend, "sink": attention.sink == "learned"},
+        params={
+            "pattern": pattern,
+            "backend": attention.backend,
+            "sink": attention.sink == "learned",
+            "pointwise": pointwise,
+        },
     )
     self_attention = ModuleSpec(
         module=SelfAttention,
@@ -90,16 +151,15 @@ def layer_spec(model: ModelConfig, attention: AttentionConfig, pattern: Attentio
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinearWithBias)
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if model.parallel_residual else SeparatorLayer,
+        params={"pointwise": pointwise},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=self_attention,
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
         ),
     )

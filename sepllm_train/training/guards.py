@@ -1,4 +1,4 @@
-"""What watches over a run: requests to stop, progress, the data's files, lost data workers."""
+"""What watches over a run: requests to stop, progress, the data's files, compilation, lost data workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from sepllm_train.data.unchanged import DataFiles
 from sepllm_train.distributed.together import together
 from sepllm_train.errors import RankError, UserError
+from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.signals import StopRequest
 from sepllm_train.training.watchdog import Watchdog
 
@@ -21,6 +22,7 @@ class Guards:
     stop: StopRequest
     watchdog: Watchdog
     files: DataFiles
+    compilation: Compilation
     lost_workers: int = field(default=0, init=False)
 
     def numbers(self) -> list[float]:

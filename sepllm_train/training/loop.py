@@ -99,6 +99,8 @@ class Loop:
         while self.state.step < training.steps and not self.stopping:
             self.profiler.before(self.state.step + 1)
             self._step(iterators, progress)
+            if compiled := self.guards.compilation.take():
+                say(compiled)
             self._profiled()
             if self.last.bad is not None:
                 self._skipped(self.last.bad, dataset)

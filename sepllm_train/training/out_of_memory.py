@@ -132,6 +132,14 @@ def _recomputation(config: Config, world_size: int) -> list[tuple[str, Config]]:
     return [variant for mode in more for variant in _allowed(config, world_size, "training", recompute=mode)]
 
 
+def _loss_chunks(config: Config, world_size: int) -> list[tuple[str, Config]]:
+    """The loss over chunks of tokens, the largest first."""
+    tokens = config.training.micro_batch * config.data.sequence_length // config.parallel.context
+    now = config.training.loss_chunk or tokens
+    sizes = [size for size in (8192, 4096, 2048, 1024) if size < min(now, tokens)]
+    return [variant for size in sizes for variant in _allowed(config, world_size, "training", loss_chunk=size)]
+
+
 def _layouts(config: Config, world_size: int) -> list[tuple[str, Config]]:
     """Other layouts of the processes, the least change first; on more processes where there are too few."""
     variants = []
@@ -144,7 +152,7 @@ def _layouts(config: Config, world_size: int) -> list[tuple[str, Config]]:
     return variants
 
 
-LEVERS = (_micro_batches, _recomputation, _layouts)
+LEVERS = (_micro_batches, _recomputation, _loss_chunks, _layouts)
 
 
 def _allowed(config: Config, world_size: int, group: str, **changes: Any) -> list[tuple[str, Config]]:

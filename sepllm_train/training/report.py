@@ -14,6 +14,7 @@ from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.console import duration, quantity
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.distributed.context import mean_keys_sent, ring_keys
+from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
@@ -131,6 +132,7 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
         _attention_line(config, facts),
         *_context_lines(config, facts),
+        *_compute_lines(config, cuda=device.type == "cuda"),
         f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
         f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
         f"{training.steps:,} steps = {quantity(total)} tokens",
@@ -174,6 +176,18 @@ def _attention_line(config: Config, facts: Facts) -> str:
         f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
         f"first {PROBED_SAMPLES} samples | backend {backends}"
     )
+
+
+def _compute_lines(config: Config, *, cuda: bool) -> list[str]:
+    """What is computed otherwise than by torch's own operations one by one."""
+    parts = []
+    if config.training.compile:
+        parts.append("what is between the matrix products of a layer is compiled in the first step")
+    elif norm := apex_norm(config.model.norm, cuda=cuda):
+        parts.append(f"norms by apex's {norm.__name__}")
+    if config.training.loss_chunk:
+        parts.append(f"loss over chunks of {config.training.loss_chunk:,} tokens")
+    return [f"compute: {' | '.join(parts)}"] if parts else []
 
 
 def _context_lines(config: Config, facts: Facts) -> list[str]:

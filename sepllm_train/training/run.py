@@ -25,6 +25,7 @@ from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.tracking import check_tracker, start_mirror
 from sepllm_train.tracking.facts import run_facts
 from sepllm_train.training import checkpoint, run_folder
+from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.guards import Guards
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.out_of_memory import MemoryAdvice
@@ -72,8 +73,9 @@ def train(config: Config, launch: Launch, device: torch.device) -> Interrupted |
         run_folder.tidy(entry)
     watchdog = Watchdog(folder, config.training.hang_seconds, launch.rank, launch.world_size)
     memory = MemoryAdvice(config, prepared.facts, launch.world_size, device)
-    with stop_on_signals() as stop, watchdog, memory:
-        interrupted = _train(config, prepared, Guards(stop, watchdog, prepared.files), memory, launch, device)
+    with stop_on_signals() as stop, watchdog, memory, Compilation(watchdog) as compilation:
+        guards = Guards(stop, watchdog, prepared.files, compilation)
+        interrupted = _train(config, prepared, guards, memory, launch, device)
     if lock is not None:
         lock.close()
     return interrupted

@@ -25,6 +25,7 @@ from tests.metrics.peak_bytes import (
     measured_peak,
     peaks_of_layouts,
     random_batches,
+    train_two_steps,
 )
 
 TOLERANCE = 0.05
@@ -55,6 +56,9 @@ def device() -> Iterator[torch.device]:
         (LLAMA, VOCABULARY, {"precision": "fp32"}, "sep"),
         (LLAMA, 256, {"precision": "bf16"}, "dense"),
         (LLAMA, 256, {"precision": "bf16", "recompute": "selective"}, "sep"),
+        (PYTHIA, 8192, {"precision": "fp32", "loss_chunk": 128}, "sep"),
+        (PYTHIA14M, 8192, {"precision": "bf16", "loss_chunk": 100}, "sep"),
+        (LLAMA, 8192, {"precision": "bf16", "recompute": "full", "loss_chunk": 32}, "sep"),
         (PYTHIA | {"tied_embeddings": True}, 8192, {"precision": "bf16", "micro_batch": 1, "global_batch": 2}, "sep"),
     ],
 )
@@ -71,6 +75,15 @@ def test_measured_peak_is_the_allocators(device: torch.device) -> None:
     config = configuration(PYTHIA14M, {"precision": "fp32"}, pattern="sep")
     measured = measured_peak(config, VOCABULARY, 1, device)
     assert measured == pytest.approx(allocator_peak(config, VOCABULARY, device), rel=0.02)
+
+
+@pytest.mark.slow
+def test_estimate_of_compiled_training(device: torch.device, compile_cache: None) -> None:
+    """Compiled functions allocate past the operations that the other tests follow, so the allocator is asked."""
+    config = configuration(LLAMA, {"precision": "fp32", "compile": True, "loss_chunk": 128}, pattern="sep")
+    estimate = memory_estimate(config, VOCABULARY, device="cpu")
+    train_two_steps(config, VOCABULARY, 1, device)  # compiling allocates too
+    assert estimate["total"] == pytest.approx(allocator_peak(config, VOCABULARY, device), rel=TOLERANCE)
 
 
 def attended_share(config: Config) -> float:
@@ -105,6 +118,7 @@ def test_estimate_is_what_layouts_take() -> None:
             "pattern": "sep",
         },
         {"model": LLAMA, "training": fp32, "parallel": {"context": 2}, "pattern": "sep"},
+        {"model": PYTHIA, "training": bf16 | {"loss_chunk": 128}, "parallel": {"tensor": 2, "sequence": True}},
     ]
     ranks = run_ranks(peaks_of_layouts, 2, layouts=layouts, vocabulary=VOCABULARY)
     for number, layout in enumerate(layouts):

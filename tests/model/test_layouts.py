@@ -20,9 +20,15 @@ INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 UNTIED = [pattern for pattern in PATTERNS if pattern != "tied embeddings"]
 # Enough where a row repeats others with one more setting.
 FEW = {"patterns": ["first and last layer full", "windows, documents, sinks", "grouped queries, query-key norm"]}
+ONE = {"patterns": ["windows, documents, sinks"]}
+COMPILED = {"compile": True, "loss_chunk": 40}
 # A row = a layout, by the number of processes that are started for it; what is left of them are replicas.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
-    1: [{"training": {"recompute": "selective"}}, {"training": {"recompute": "full"}}],
+    1: [
+        {"training": {"recompute": "selective"}},
+        {"training": {"recompute": "full"}},
+        {"training": {"loss_chunk": 40}},
+    ],
     2: [
         {"parallel": {"tensor": 2}},
         {"parallel": {"tensor": 2, "sequence": True}, "patterns": UNTIED},
@@ -32,6 +38,12 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"patterns": UNTIED},
         {"parallel": {"context": 2}},
         {"parallel": {"context": 2, "sharded_optimizer": True}, "training": {"recompute": "selective"}, **FEW},
+        {"parallel": {"tensor": 2}, "training": {"loss_chunk": 40}},
+        {"parallel": {"tensor": 2, "sequence": True}, "training": {"loss_chunk": 40}, "patterns": UNTIED},
+        {"parallel": {"pipeline": 2}, "training": {"loss_chunk": 40}},
+        {"parallel": {"context": 2}, "training": {"loss_chunk": 40}, **FEW},
+        {"parallel": {"tensor": 2, "sequence": True}, "training": {**COMPILED, "recompute": "full"}, **ONE},
+        {"parallel": {"pipeline": 2}, "training": {**COMPILED, "recompute": "selective"}, **ONE},
     ],
     4: [
         {"parallel": {"tensor": 2, "pipeline": 2}, "patterns": UNTIED},
@@ -52,7 +64,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[int, list[list[dict[str, Any]]]]:
+def trained(compile_cache: None) -> dict[int, list[list[dict[str, Any]]]]:
     """Results of each rank for each layout, by the number of processes; filled as launches are made."""
     return {}
 

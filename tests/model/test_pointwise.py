@@ -1,0 +1,73 @@
+"""Training with training.compile against training without: numbers, names of weights, number of compilations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sepllm_train.config.schema import ModelConfig, TrainingConfig
+from sepllm_train.distributed.launch import Launch
+from sepllm_train.model.build import build_model
+from sepllm_train.model.pointwise import Pointwise
+from tests.model.layout_worker import PATTERNS, train
+from tests.model.tiny import VOCABULARY, tiny_config
+
+ALONE = Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(compile_cache: None) -> None:
+    """Begin without compiled functions."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+# Functions that the blocks call, each compiled with and without gradients; loss_chunk adds two without.
+@pytest.mark.parametrize(
+    ("pattern", "graphs"),
+    [
+        ("windows, documents, sinks", 2 * 4 + 2),
+        pytest.param("grouped queries, query-key norm", 2 * 5 + 2, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_training_equals_eager(pattern: str, graphs: int, device: torch.device) -> None:
+    """Four layers, with a window each, of two steps of four micro-batches and of a validation share compilations."""
+    runs = []
+    for compiled in (False, True):
+        training: dict[str, Any] = {"compile": compiled, "loss_chunk": 48}
+        runs.append(train(tiny_config(*PATTERNS[pattern], training=training), ALONE, device))
+        assert counters["stats"]["unique_graphs"] == (graphs if compiled else 0)
+    eager, found = runs
+    assert found["losses"] == pytest.approx(eager["losses"], abs=1e-5)
+    assert found["norms"] == pytest.approx(eager["norms"], rel=1e-5)
+    assert found["validation"] == pytest.approx(eager["validation"], abs=1e-5)
+    # Another model finds them too.
+    assert train(tiny_config(*PATTERNS[pattern], training=training), ALONE, device)["losses"] == found["losses"]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_names_of_weights_stay(device: torch.device) -> None:
+    names = [
+        set(build_model(tiny_config(training={"compile": compiled}), VOCABULARY).state_dict())
+        for compiled in (False, True)
+    ]
+    assert names[0] == names[1] and "decoder.layers.0.mlp.linear_fc1.weight" in names[0]
+
+
+def test_gelu_is_the_exact_one_and_half_precision_compiles() -> None:
+    """The tanh approximation is off by up to 4.7e-4. Both biases have the same gradient in the sum."""
+    pointwise = Pointwise(ModelConfig(), TrainingConfig(compile=True))
+    x = torch.linspace(-6, 6, 4096)[:, None]
+    exact = 0.5 * x.double() * (1 + torch.erf(x.double() / 2**0.5))
+    torch.testing.assert_close(pointwise.activation(x, torch.zeros(1)).double(), exact, rtol=0, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    residual, left, right = torch.randn(3, 8, 64, generator=generator).bfloat16().requires_grad_().unbind()
+    biases = torch.randn(2, 64, generator=generator).bfloat16().requires_grad_()
+    total = pointwise.add_both(residual, left, biases[0], right, biases[1])
+    total.float().square().sum().backward()
+    expected = residual.float() + left.float() + right.float() + biases.float().sum(0)
+    torch.testing.assert_close(total.float(), expected, rtol=2**-8, atol=0)
+    torch.testing.assert_close(biases.grad, (2 * expected.sum(0)).bfloat16().expand(2, -1), rtol=0.02, atol=0.05)

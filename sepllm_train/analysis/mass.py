@@ -21,6 +21,7 @@ from sepllm_train.analysis.evaluation import core_attentions
 from sepllm_train.attention_pattern import AttentionPattern, LayerPattern
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.gpt import SepGPTModel
+from sepllm_train.model.sequence import SeparatorSequence
 
 # Kinds of keys: 0 ordinary, then the number of the separator class, then the initial tokens.
 INITIAL = len(CLASSES) + 1
@@ -143,8 +144,10 @@ class _Collector:
         """What to call before the attention of the layer whose results go to `place`."""
 
         def before(core: SeparatorAttention, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-            query, key = inputs[0][:, 0], inputs[1][:, 0]  # [S, H, D], one sample
-            plan: AttentionPlan = settings["packed_seq_params"].plan
+            sequence: SeparatorSequence = settings["packed_seq_params"]
+            query, key = (x[:, 0] for x in core.rotated(inputs[0], inputs[1], sequence))  # [S, H, D], one sample
+            plan = sequence.plan
+            assert isinstance(plan, AttentionPlan)
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             heads = self.mass.heads
             sink = None if core.sink is None else core.sink[heads]

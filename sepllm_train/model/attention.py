@@ -73,8 +73,7 @@ class SeparatorAttention(MegatronModule):
         """
         assert packed_seq_params is not None, "the model was called without an attention plan"
         plan = packed_seq_params.plan
-        if packed_seq_params.rotation is not None:
-            query, key = self.pointwise.rotate(query, key, *packed_seq_params.rotation)
+        query, key = self.rotated(query, key, packed_seq_params)
         if isinstance(plan, ContextPlan):
             fetched = fetch_keys(key, value, plan.exchange(self.layer.reach), plan.group)
             out = torch.cat(
@@ -86,6 +85,10 @@ class SeparatorAttention(MegatronModule):
         else:
             out = self._attend(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), plan)
         return out.flatten(2)
+
+    def rotated(self, query: Tensor, key: Tensor, sequence: SeparatorSequence) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are compared: with the rotary embedding of their positions, if there is one."""
+        return (query, key) if sequence.rotation is None else self.pointwise.rotate(query, key, *sequence.rotation)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
         """[Q, B, H, D] queries, the last of the sequences behind key and value [B, Hkv, S, D]; gives [Q, B, H, D]."""

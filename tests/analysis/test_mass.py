@@ -66,12 +66,16 @@ class Measured:
             number = next(current, number)
 
         def keep(layer: int) -> Any:
-            def after(core: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                self.seen[number][layer] = (*inputs[:3], output)
+            def after(core: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any], output: Tensor) -> None:
+                query, key = core.rotated(*inputs[:2], settings["packed_seq_params"])
+                self.seen[number][layer] = (query, key, inputs[2], output)
 
             return after
 
-        handles = [core.register_forward_hook(keep(layer)) for layer, core in enumerate(core_attentions(self.model))]
+        handles = [
+            core.register_forward_hook(keep(layer), with_kwargs=True)
+            for layer, core in enumerate(core_attentions(self.model))
+        ]
         result = attention_mass(
             self.model,
             self.pattern,

@@ -20,6 +20,7 @@ __all__ = [
     "RunStopped",
     "UserError",
     "exit_on_user_error",
+    "first_line",
 ]
 
 EXIT_USER_ERROR = 2
@@ -29,6 +30,12 @@ EXIT_BAD_STEPS = 3
 EXIT_LOST_RANK = 4
 # A signal stopped the run after it had saved: start it again. EX_TEMPFAIL of sysexits.h.
 EXIT_INTERRUPTED = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 class RankError(UserError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sepllm_train.console import say
+from sepllm_train.errors import first_line
 
 # Seconds that the start and the end of a run wait for its tracker; an interrupted run has little time left.
 START_SECONDS, END_SECONDS, INTERRUPTED_SECONDS = 60.0, 60.0, 10.0
@@ -63,13 +64,13 @@ class Mirror:
 
     def log(self, record: dict[str, Any]) -> None:
         """Pass a record on. It must not be changed afterwards."""
+        self._tell()
         if self._off:
             return
         try:
             self._records.put_nowait(record)
         except queue.Full:
             self._leave(f"{_MOST_WAITING:,} records wait for it")
-        self._tell()
 
     def close(self, status: str) -> None:
         """End the tracker, once; `status` is how the run ended, as in run.json."""
@@ -99,7 +100,7 @@ class Mirror:
             self.tracker.close(self._status)
         except BaseException as error:
             # Whatever a tracker raises, SystemExit too: the run goes on.
-            self._failure = f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(": ")
+            self._failure = first_line(error)
             if not self._off:
                 self.tracker.abandon()
         self._opened.set()
@@ -116,15 +117,12 @@ class Mirror:
         self._warn(reason)
 
     def _tell(self) -> None:
-        """Say what the tracker has to say, and that it failed if it did."""
-        while not self.tracker.messages.empty():
-            say(self.tracker.messages.get())
+        """Say that the tracker failed, if it did, and what it has to say."""
         if self._failure is not None and not self._off:
             self._off = True
             self._warn(self._failure)
+        while not self.tracker.messages.empty():
+            say(self.tracker.messages.get())
 
     def _warn(self, reason: str) -> None:
-        say(
-            f"warning: {self.tracker.title} is off ({reason.rstrip('.')}): training goes on, and metrics.jsonl has "
-            "every record."
-        )
+        say(f"warning: {self.tracker.title} is off ({reason}): training goes on, and metrics.jsonl has every record.")

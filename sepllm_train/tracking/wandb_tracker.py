@@ -20,6 +20,7 @@ import psutil
 
 from data_prep.files import write_whole
 from sepllm_train.config.schema import LoggingConfig
+from sepllm_train.errors import first_line
 from sepllm_train.metrics.flops import CONVENTIONS
 
 # What losses can be drawn against; W&B draws them against the first where a panel does not say otherwise.
@@ -29,6 +30,7 @@ _OTHERS = ("train/*", "checkpoint/*")
 # Seconds that W&B's servers have to answer at the start.
 _ANSWER_SECONDS = 20.0
 _TEARDOWN_SECONDS = 5.0
+_FLUSH_SECONDS = 2.0
 _EXIT_CODES = {"finished": 0, "interrupted": 75}
 
 
@@ -82,8 +84,7 @@ class WandbTracker:
         except Exception as error:
             if self.mode == "offline":
                 raise
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            self.messages.put(f"warning: W&B is not reached ({reason}): this run is recorded offline.")
+            self.messages.put(f"warning: W&B is not reached ({first_line(error)}): this run is recorded offline.")
             self.mode = "offline"
             wandb.teardown()
             self.run = self._init(wandb, self.mode)
@@ -121,7 +122,7 @@ class WandbTracker:
         forget.start()
         forget.join(_TEARDOWN_SECONDS)
         if self.run is not None:
-            self.messages.put(f"W&B: what it has recorded can be uploaded with: {self._upload()}")
+            self.messages.put(f"W&B: what it recorded until then can be uploaded with: {self._upload()}")
 
     def _init(self, wandb: Any, mode: str) -> Any:
         """wandb.init without all that is not the records: console, code, git, packages, machine and its load."""
@@ -137,6 +138,8 @@ class WandbTracker:
             x_disable_meta=True,
             x_disable_stats=True,
             x_save_requirements=False,
+            # Seconds after which a record is in the file, whoever kills W&B's process (a scheduler, with SIGTERM).
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
         )
         logging = self.logging
         run = wandb.init(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_whole
-from sepllm_train.errors import UserError
+from sepllm_train.errors import UserError, first_line
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.tracking.wandb_tracker import AXES, has_key, host
 from sepllm_train.training.clock import PARTS
@@ -118,7 +118,7 @@ def main() -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: python -m pip install -e '.[wandb]'.") from None
     except ValueError as error:
-        raise UserError(f"W&B takes no such workspace: {_first_line(error)}.") from None
+        raise UserError(f"W&B takes no such workspace: {first_line(error)}.") from None
     if arguments.dry_run is not None:
         _write(arguments.dry_run, view_of(workspace))
     else:
@@ -142,11 +142,5 @@ def _save(workspace: Any) -> None:
     try:
         workspace.save()
     except Exception as error:
-        raise UserError(f"{host()} did not take the workspace: {_first_line(error)}.") from None
+        raise UserError(f"{host()} did not take the workspace: {first_line(error)}.") from None
     print(workspace.url)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -14,9 +14,6 @@ from tests.distributed_runner import run_ranks
 from tests.faults.processes import Launcher, records
 from tests.tracking import tracked_worker
 
-pytest.importorskip("wandb", reason="the extra wandb is not installed")
-pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
-
 WANDB = {"tracker": "wandb", "project": "tested", "group": "some", "tags": ["a", "b"]}
 TENSORBOARD = {"tracker": "tensorboard"}
 RUNS: list[dict[str, Any]] = [
@@ -67,6 +64,8 @@ def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tracked(no_account: Path, sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     """All of RUNS, trained."""
+    for package in ("wandb", "tensorboard"):
+        pytest.importorskip(package, reason=f"the extra {package} is not installed")
     root = tmp_path_factory.mktemp("tracked")
     told = run_ranks(
         tracked_worker.train_tracked, 2, time_limit=400, root=str(root), cache=str(sample_cache), runs=RUNS

@@ -18,6 +18,7 @@ from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.tracking import check_tracker, start_mirror, wandb_mode
 from sepllm_train.tracking import mirror as mirror_module
 from sepllm_train.tracking.mirror import Mirror
+from tests.tracking.wandb_file import read
 
 KEY = "0" * 40
 
@@ -74,8 +75,6 @@ def test_servers_that_cannot_be_reached(
     no_account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A key, but nothing listens: recorded offline, with one warning, and W&B gets what was there before too."""
-    from tests.tracking.wandb_file import read
-
     for variable, value in (("WANDB_API_KEY", KEY), ("WANDB_BASE_URL", "http://127.0.0.1:9")):
         monkeypatch.setenv(variable, value)
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_ERROR_REPORTING"):

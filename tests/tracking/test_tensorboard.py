@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tracking.conftest import Tracked
+
+reader = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator", reason="the extra tensorboard is not installed"
+)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every scalar, as TensorBoard shows them."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -34,7 +37,7 @@ def test_scalars_are_metrics_jsonl(tracked: Tracked, name: str) -> None:
 
 @pytest.mark.distributed
 def test_the_run_is_described(tracked: Tracked) -> None:
-    events = EventAccumulator(str(tracked.root / "tensorboard" / "tensorboard"))
+    events = reader.EventAccumulator(str(tracked.root / "tensorboard" / "tensorboard"))
     events.Reload()
     (text,) = events.Tensors("run/text_summary")
     assert b"separator_density" in text.tensor_proto.string_val[0]

@@ -15,6 +15,8 @@ from sepllm_train.tracking.wandb_tracker import AXES
 from tests.tracking.conftest import Tracked
 from tests.tracking.wandb_file import read
 
+pytest.importorskip("wandb_workspaces", reason="the extra wandb is not installed")
+
 
 def dry_run(monkeypatch: pytest.MonkeyPatch, file: Path, *arguments: str) -> dict[str, Any]:
     """The workspace that scripts/dashboard.py writes."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
+import pytest
+
+messages = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="the extra wandb is not installed")
 
 # The file begins with 7 bytes that name the format; they belong to the first block.
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")
@@ -42,7 +44,7 @@ def read_file(file: Path) -> Recorded:
     """A .wandb file."""
     found = Recorded()
     for data in _messages(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         found.kinds.add(kind)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
+from sepllm_train.attention_pattern import AUTO, AttentionPattern, resolve_pattern
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
@@ -190,6 +190,9 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Raises UserError."""
     together(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
+    if config.attention.separators != AUTO:
+        # A mistake is told before the sample corpus is made.
+        resolve_pattern(config.attention, config.model.layers)
     corpus = together(lambda: open_corpus(config.data))
     config, choice = settle_separators(config, corpus)
     pattern = resolve_pattern(config.attention, config.model.layers)

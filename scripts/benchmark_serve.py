@@ -3,7 +3,8 @@
 python scripts/benchmark_serve.py [--runs 20] [--rows 100000] [--refreshes 30]
 
 Writes run folders with records as the trainer writes them into a temporary folder, starts the real server, and appends
-rows to every run before each refresh. Without chromium and chromedriver the browser's part is left out.
+rows to every run before each refresh. Beside the wall clock, which other programs of the machine lengthen, it tells the
+processor time. Without chromium and chromedriver the browser's part is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from chromium import Chromium, programs
 
 BAR = 0.1
@@ -106,7 +108,8 @@ def main() -> int:
             runs.append(Growing(Path(folder) / f"run{number:02d}", number, arguments.rows))
             print(f"\rwrote {len(runs)} of {arguments.runs} runs", end="", file=sys.stderr, flush=True)
         size = sum(run.path.stat().st_size for run in runs)
-        print(f"\n{arguments.runs} runs of {arguments.rows:,} training records, {size / 1e6:,.0f} MB")
+        print(file=sys.stderr)
+        print(f"{arguments.runs} runs of {arguments.rows:,} training records, {size / 1e6:,.0f} MB")
         with served(runs) as (url, process):
             _measure(runs, url, process, arguments)
     return 0
@@ -132,19 +135,24 @@ def _measure(runs: list[Growing], url: str, process: subprocess.Popen[str], argu
     while (state := _state(url, ""))[1]["loading"]:
         time.sleep(0.2)
     seconds = time.perf_counter() - begin
-    print(f"first reading: {seconds:.1f} s, memory of the server afterwards: {_memory(process.pid):.0f} MB")
-    full, new, same = [], [], []
+    server = psutil.Process(process.pid)
+    memory = server.memory_info().rss / 1e6
+    print(
+        f"first reading: {seconds:.1f} s, processor {_processor([server]):.1f} s; the server then has {memory:.0f} MB"
+    )
+    new, same = [], []
+    busy = _processor([server])
     for _ in range(arguments.refreshes):
-        full.append(_timed(url, "")[0])
         for run in runs:
             run.grow(arguments.new)
         taken, state = _timed(url, state[1]["tag"])
         assert all(told["step"] == run.step for told, run in zip(state[1]["runs"], runs, strict=True))
         new.append(taken)
+    busy = (_processor([server]) - busy) / arguments.refreshes
+    for _ in range(arguments.refreshes):
         same.append(_timed(url, state[1]["tag"], unchanged=True)[0])
     print(f"state of {len(state[0]) / 1e6:.2f} MB for the page")
-    _tell("server, every run has new rows", new)
-    _tell("server, all curves", full)
+    _tell("server, every run has new rows", new, busy)
     _tell("server, nothing new (304)", same)
     if programs() is None:
         print("chromium and chromedriver are not installed: the browser's part is left out")
@@ -161,16 +169,18 @@ def _measure_browser(runs: list[Growing], url: str, browser: Chromium, refreshes
     update: list[float] = []
     frame: list[float] = []
     seen = browser.run(latest, "frame")[-1][0]
+    busy = _processor(browser.processes())
     while len(frame) < refreshes:
         for run in runs:
             run.grow(new)
         while not (told := [t for t in browser.run(latest, "frame") if t[0] > seen]):
-            time.sleep(0.05)
+            time.sleep(0.25)
         seen = told[-1][0]
         frame.append(told[-1][1] / 1000)
         update.append(browser.run(latest, "update")[-1][1] / 1000)
+    busy = (_processor(browser.processes()) - busy) / refreshes
     _tell("Chromium, update of the page", update)
-    _tell("Chromium, update until its frame is done", frame)
+    _tell("Chromium, update until its frame is done", frame, busy)
 
 
 def _timed(url: str, since: str, unchanged: bool = False) -> tuple[float, tuple[bytes, dict[str, Any]]]:
@@ -193,16 +203,19 @@ def _state(url: str, since: str, unchanged: bool = False) -> tuple[bytes, dict[s
     return content, json.loads(content[4 : 4 + length])
 
 
-def _memory(process: int) -> float:
-    """Resident megabytes of a process."""
-    lines = Path(f"/proc/{process}/status").read_text(encoding="utf8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+def _processor(processes: list[psutil.Process]) -> float:
+    """Seconds that processes have kept processors busy."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def _tell(what: str, seconds: list[float]) -> None:
+def _tell(what: str, seconds: list[float], busy: float | None = None) -> None:
+    """Print wall clocks and, with `busy`, the mean processor time."""
     middle, late = statistics.median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
     verdict = "below" if late < BAR else "above"
-    print(f"{what:<42} median {1e3 * middle:6.1f} ms, p95 {1e3 * late:6.1f} ms ({verdict} {1e3 * BAR:.0f} ms)")
+    processor = "" if busy is None else f", processor {1e3 * busy:.0f} ms"
+    print(
+        f"{what:<42} median {1e3 * middle:6.1f} ms, p95 {1e3 * late:6.1f} ms ({verdict} {1e3 * BAR:.0f} ms){processor}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -131,6 +133,10 @@ class Chromium:
     def screenshot(self, path: Path) -> None:
         """Write what the window shows as a PNG."""
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+
+    def processes(self) -> list[psutil.Process]:
+        """The browser's own processes, the driver left out."""
+        return psutil.Process(self._driver.pid).children(recursive=True)
 
     def console(self) -> list[str]:
         """Messages of the console since the last call."""

@@ -61,6 +61,12 @@ def test_configurations_travel(unpacked: Path, repository: Path) -> None:
     assert shipped == {path.relative_to(repository / "configs") for path in (repository / "configs").rglob("*.yaml")}
 
 
+def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
+    folder = Path("sepllm_train", "serve", "page")
+    shipped = {path.name for path in (unpacked / folder).iterdir()}
+    assert shipped == {path.name for path in (repository / folder).iterdir()} and "page.html" in shipped
+
+
 def test_entry_points_exist(unpacked: Path) -> None:
     (table,) = unpacked.glob("*.dist-info/entry_points.txt")
     targets = [line.split("=")[1].strip() for line in table.read_text().splitlines() if "=" in line]

@@ -58,7 +58,8 @@ def serve(folders: Sequence[Path], host: str = "127.0.0.1", port: int = 8765, fl
             server.serve_forever()
     except KeyboardInterrupt:
         stop.set()
-        loader.join()
+        if loader.is_alive():
+            loader.join()
         say("")
 
 

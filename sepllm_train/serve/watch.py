@@ -51,18 +51,20 @@ class Watch:
 
     def load(self, report: Callable[[int], None], stop: threading.Event) -> None:
         """Read everything there is, telling the bytes as they are read. Until then `refresh` reads nothing."""
-        for number, run in enumerate(self.runs):
-            pending = run.pending
-            while not stop.is_set():
-                with self._lock:
-                    self._read(number)
-                report(pending - run.pending)
-                if run.pending in (0, pending):
-                    break
+        try:
+            for number, run in enumerate(self.runs):
                 pending = run.pending
-                # A lock that is given back and taken again at once would keep requests waiting.
-                time.sleep(0.001)
-        self._loading = False
+                while not stop.is_set():
+                    with self._lock:
+                        self._read(number)
+                    report(pending - run.pending)
+                    if run.pending in (0, pending):
+                        break
+                    pending = run.pending
+                    # A lock that is given back and taken again at once would keep requests waiting.
+                    time.sleep(0.001)
+        finally:
+            self._loading = False
 
     def _read(self, number: int) -> None:
         """Read on in one run. Call it with the lock held."""

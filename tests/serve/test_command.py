@@ -47,7 +47,7 @@ def test_it_serves_until_ctrl_c(new_run: NewRun, repository: Path) -> None:
         with urllib.request.urlopen(url[1] + "settings") as answer:
             assert b'"flops": "paper"' in answer.read()
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
     assert (process.returncode, output.strip(), errors) == (0, "", "")
 
 

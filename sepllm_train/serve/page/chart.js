@@ -41,7 +41,7 @@ export class Chart {
     new ResizeObserver(() => this.redraw()).observe(this.plot);
   }
 
-  /** Show runs: {runs, units of the axis, log: whether that is logarithmic, range of losses, shown: curve -> bool, averaged}. */
+  /** Show {runs, units of the axis, log: whether it is logarithmic, range of losses, shown: curve -> bool, averaged}. */
   show(view) {
     this.view = view;
     this.redraw();
@@ -92,10 +92,9 @@ export class Chart {
     const lines = [];
     this.view.runs.forEach((run, number) => {
       for (const name of this.curves) {
-        const curve = run.curves[name];
+        const curve = (this.view.averaged && name !== "validation" ? run.smooth : run.curves)[name];
         if (run.hidden || !this.view.shown[name] || !curve || curve.value.length === 0) continue;
-        const y = this.view.averaged && name !== "validation" ? curve.averaged : curve.value;
-        lines.push({ number, name, run, x: curve[this.key], y, step: curve.step });
+        lines.push({ number, name, run, x: curve[this.key], y: curve.value, step: curve.step });
       }
     });
     // Validation above training.

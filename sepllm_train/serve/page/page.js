@@ -27,10 +27,11 @@ async function start() {
     byId("convention").append(option);
     byId("conventions").append(element("dt", "", `flops/${key}`), element("dd", "", convention.words));
   }
+  const losses = { curves: ["loss", "validation"], up: "loss (nats per token)" };
   charts = [
-    new Chart({ title: "Loss against FLOPs", curves: ["loss", "validation"], up: "loss (nats per token)", wide: true }),
-    new Chart({ title: "Loss against time", curves: ["loss", "validation"], up: "loss (nats per token)", key: "seconds" }),
-    new Chart({ title: "Loss against tokens", curves: ["loss", "validation"], up: "loss (nats per token)", key: "tokens" }),
+    new Chart({ ...losses, title: "Loss against FLOPs", wide: true }),
+    new Chart({ ...losses, title: "Loss against time", key: "seconds" }),
+    new Chart({ ...losses, title: "Loss against tokens", key: "tokens" }),
     new Chart({ title: "Throughput", curves: ["throughput"], up: "tokens per second", key: "tokens" }),
     new Chart({ title: "Attended share of causal pairs", curves: ["share"], up: "share", key: "tokens" }),
   ];
@@ -87,15 +88,16 @@ function update(content) {
     run.hidden = runs[number]?.hidden ?? false;
     run.style = styleOf(number);
     run.curves = runs[number]?.curves ?? {};
+    run.smooth = runs[number]?.smooth ?? {};
     if (curves) {
-      run.curves = {};
+      [run.curves, run.smooth] = [{}, {}];
       for (const [name, columns] of Object.entries(settings.curves)) {
         run.curves[name] = {};
         for (const column of columns) {
           run.curves[name][column] = new Float32Array(content, offset, curves[name]);
           offset += 4 * curves[name];
         }
-        run.curves[name].averaged = averaged(run.curves[name].mean);
+        run.smooth[name] = averaged(run.curves[name]);
       }
     }
     return run;
@@ -122,7 +124,8 @@ function measure(began) {
 
 function styleOf(number) {
   const colours = settings.colours;
-  return { colour: colours[number % colours.length], dash: DASHES[Math.floor(number / colours.length) % DASHES.length] };
+  const round = Math.floor(number / colours.length);
+  return { colour: colours[number % colours.length], dash: DASHES[round % DASHES.length] };
 }
 
 function writeNotes(state) {
@@ -170,7 +173,8 @@ function write(node, text) {
 function draw() {
   const convention = byId("convention").value;
   charts[0].key = `flops/${convention}`;
-  const shown = { loss: byId("training").value !== "none", validation: byId("validation").checked, throughput: true, share: true };
+  const [training, validation] = [byId("training").value, byId("validation").checked];
+  const shown = { loss: training !== "none", validation, throughput: true, share: true };
   for (const chart of charts) {
     chart.show({
       runs,
@@ -178,7 +182,7 @@ function draw() {
       log: byId("across").value === "log",
       range: byId("up").value,
       shown,
-      averaged: byId("training").value !== "every",
+      averaged: training !== "every",
     });
   }
   writeLegend(byId("legend"), runs, toggle, alone);

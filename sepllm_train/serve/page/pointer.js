@@ -137,7 +137,8 @@ export class Pointer {
     const [size, unit] = chart.unit;
     const x = own.line.x[own.index] / size;
     const averaged = chart.view.averaged && found.name !== "validation" ? ", averaged," : "";
-    const of = { loss: "training loss", validation: "validation loss", share: "attended share" }[found.name] ?? "tokens/s";
+    const names = { loss: "training loss", validation: "validation loss", share: "attended share" };
+    const of = names[found.name] ?? "tokens/s";
     const step = Math.round(found.step).toLocaleString("en");
     tip.replaceChildren(element("p", "", `${of}${averaged} at step ${step}, ${plain(x)} ${brief(unit)}`));
     for (const row of rows) {

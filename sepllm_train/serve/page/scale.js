@@ -76,7 +76,7 @@ export function nearest(values, wanted) {
   return wanted - values[after - 1] < values[after] - wanted ? after - 1 : after;
 }
 
-/** Lowest and highest finite value of `values` from `start` to `end`, above zero only when `log`; [inf, -inf] if none. */
+/** Lowest and highest of `values` from `start` to `end`, above zero only when `log`; [inf, -inf] if there is none. */
 export function extremes(values, start, end, log) {
   let [low, high] = [Infinity, -Infinity];
   for (let number = start; number < end; number += 1) {
@@ -88,24 +88,31 @@ export function extremes(values, start, end, log) {
   return [low, high];
 }
 
-// Averages are over this part of a curve's points.
+// Averages are over this part of a curve's points, and no more points than this are needed to draw them.
 const AVERAGED = 50;
+const SMOOTH = 320;
 
-/** Means around each point, of the values that are not nan; nan where the value itself is. */
-export function averaged(values) {
-  const half = Math.floor(values.length / AVERAGED / 2);
-  if (half === 0) return values;
-  const sums = new Float64Array(values.length + 1);
-  const counts = new Uint32Array(values.length + 1);
-  values.forEach((value, number) => {
+/** A curve of means around some points of `curve`, which has means of buckets: nan where the point itself has none. */
+export function averaged(curve) {
+  const { mean } = curve;
+  const half = Math.floor(mean.length / AVERAGED / 2);
+  const every = Math.max(1, Math.ceil(mean.length / SMOOTH));
+  const picked = [];
+  for (let number = mean.length - 1; number >= 0; number -= every) picked.push(number);
+  picked.reverse();
+  const sums = new Float64Array(mean.length + 1);
+  const counts = new Uint32Array(mean.length + 1);
+  mean.forEach((value, number) => {
     const known = !Number.isNaN(value);
     sums[number + 1] = sums[number] + (known ? value : 0);
     counts[number + 1] = counts[number] + known;
   });
-  return values.map((value, number) => {
+  const around = (number) => {
     // As many to either side, so that the ends of a falling curve are not moved.
-    const reach = Math.min(half, number, values.length - 1 - number);
+    const reach = Math.min(half, number, mean.length - 1 - number);
     const [from, to] = [number - reach, number + reach + 1];
-    return Number.isNaN(value) ? NaN : (sums[to] - sums[from]) / (counts[to] - counts[from]);
-  });
+    return Number.isNaN(mean[number]) ? NaN : (sums[to] - sums[from]) / (counts[to] - counts[from]);
+  };
+  const columns = Object.entries(curve).map(([name, column]) => [name, Float32Array.from(picked, (n) => column[n])]);
+  return { ...Object.fromEntries(columns), value: Float32Array.from(picked, around) };
 }

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,8 +38,7 @@ def export(plan: Plan, target: Path) -> None:
                 write_whole(target / name, (plan.folder / name).read_bytes())
         for path in (timing_file(plan.folder, length) for length in plan.lengths):
             if path.exists():
-                content = json.loads(path.read_text(encoding="utf8"))
-                _write_json(target / path.name, {**content, "machine": _without_places(content["machine"])})
+                write_whole(target / path.name, path.read_bytes())
         if (plan.folder / "report").is_dir():
             shutil.copytree(plan.folder / "report", target / "report", dirs_exist_ok=True)
     except OSError as error:
@@ -54,17 +52,10 @@ def _export_run(source: Path, target: Path) -> None:
     write_whole(target / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
     write_whole(target / "run.json", (source / "run.json").read_bytes())
     environment = json.loads((source / "environment.json").read_text(encoding="utf8"))
-    _write_json(target / "environment.json", _without_places(environment))
+    kept = {key: value for key, value in environment.items() if key not in LOCAL}
+    write_whole(target / "environment.json", (json.dumps(kept, indent=1) + "\n").encode())
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
     config["run_root"] = "runs"
     config["data"]["prefixes"] = [Path(prefix).name for prefix in config["data"]["prefixes"]]
     config["data"]["cache"] = None
     write_whole(target / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-
-
-def _without_places(environment: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in environment.items() if key not in LOCAL}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

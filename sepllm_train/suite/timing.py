@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -57,11 +58,18 @@ def _main() -> None:
                 "length": options.length,
                 "steps_of_a_turn": options.steps,
                 "rows": rows,
-                "machine": environment(),
+                "machine": machine(),
             }
             write_whole(timing_file(plan.folder, options.length), (json.dumps(content, indent=1) + "\n").encode())
     for row, figures in rows.items():
         say(f"{row}: {figures['tokens_per_second']:,.0f} tokens/s")
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on beside the code."""
+    own = environment()
+    device = own["gpu"] or f"{own['processor']}, {os.cpu_count()} cores"
+    return {"device": device, "threads": own["threads"], "python": own["python"], "torch": torch.__version__}
 
 
 def row_configs(plan: Plan, length: int, prefix: str | None) -> dict[str, Config]:

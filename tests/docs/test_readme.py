@@ -7,6 +7,7 @@ import dataclasses
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
@@ -77,13 +78,16 @@ def check_torchrun(words: list[str]) -> None:
 def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script up to the point where its own parser has accepted the words."""
     assert (REPOSITORY / path).is_file()
-    parse = argparse.ArgumentParser.parse_args
 
-    def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
-        parse(parser, *arguments, **options)
-        raise Parsed
+    def stopping_after(parse: Callable[..., Any]) -> Callable[..., None]:
+        def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+            parse(parser, *arguments, **options)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        return stop
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [path, *words])
     with pytest.raises(Parsed):
         runpy.run_path(str(REPOSITORY / path), run_name="__main__")

@@ -61,13 +61,38 @@ def suite(repository: Path, sample_cache: Path, sample_prefix: Path, tmp_path: P
 @pytest.mark.slow
 def test_trains_times_and_reports(suite: Suite) -> None:
     rows = "suite.only.rows=[dense,sep,streaming]"
-    done = suite(rows)
+    exported = suite.root / "exported" / "paper-toy"
+    done = suite(rows, f"suite.export={exported}")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [f"{row}_128_seed{seed}" for seed in (1, 2) for row in ("dense", "streaming", "sep")]
     assert [suite.status(name) for name in names] == ["finished"] * 6
     assert suite.status("fixed_128_seed1") is None
     timing = json.loads((suite.folder / "timing_128.json").read_text())
     assert len(timing["rows"]["sep"]["turns"]) == 1 and timing["rows"]["sep"]["step_seconds"] > 0
+
+    figures = json.loads((suite.folder / "report" / "report.json").read_text())["128"]
+    assert [row["label"] for row in figures["rows"]] == ["dense", "streaming", "sep"]
+    assert [len(row["runs"]) for row in figures["rows"]] == [2, 2, 2]
+    shares = figures["shares"]
+    assert shares["dense"]["attended"] == shares["dense"]["kept"] == 1.0
+    # Initial tokens and a window of 16 of 128 tokens, and what separators add.
+    assert shares["streaming"]["kept"] == 19 / 128 < shares["sep"]["kept"] < 0.5
+    assert shares["sep"]["flops"]["flops/model"] < shares["dense"]["flops"]["flops/model"]
+    evaluated = json.loads((suite.folder / "evaluations.json").read_text())
+    assert set(evaluated) == set(names) and all(one["tokens"] == 1024 for one in evaluated.values())
+    text = (suite.folder / "report" / "report.md").read_text()
+    assert "6 of its 14 runs are finished" in text and "The last checkpoints on 1,024 held-out tokens" in text
+    assert "flops/paper a token" in text and "validation loss of dense" in text
+
+    # The copy tells nothing of this machine's folders, and gives the same report.
+    assert {path.name for path in (exported / "runs").iterdir()} == set(names)
+    for path in (path for path in exported.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".md", ".csv")):
+        assert str(suite.root) not in path.read_text(), path
+        assert str(suite.prefix.parent) not in path.read_text(), path
+    (exported / "report" / "report.md").unlink()
+    remade = Suite(suite.repository, suite.cache, suite.prefix, exported.parent)("suite.do=[report]")
+    assert remade.returncode == 0, remade.stderr
+    assert (exported / "report" / "report.md").read_text() == text
 
     before = {name: (suite.folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
     again = suite(rows, "suite.do=[train]")

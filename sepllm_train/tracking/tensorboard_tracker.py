@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class TensorBoardTracker:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         resumed = any(self.folder.iterdir())
+        self._quiet = _QuietThreads()
         self.writer = SummaryWriter(str(self.folder), purge_step=0 if resumed else None)
         self.writer.add_text("run", f"```json\n{json.dumps(self.facts, indent=2, default=str)}\n```", 0)
         self.messages.put(f"TensorBoard: tensorboard --logdir {self.folder.parent.parent}")
@@ -42,6 +44,23 @@ class TensorBoardTracker:
     def close(self, status: str) -> None:
         """Write what is still in memory and close the file."""
         self.writer.close()
+        self._quiet.end()
 
     def abandon(self) -> None:
         """Nothing of it outlives the process: its threads are daemons."""
+
+
+class _QuietThreads:
+    """Until `end`, no traceback of TensorBoard's own thread is printed: the next call raises what ended it."""
+
+    def __init__(self) -> None:
+        self.before = threading.excepthook
+        threading.excepthook = self._hook
+
+    def end(self) -> None:
+        """Let threads print as before."""
+        threading.excepthook = self.before
+
+    def _hook(self, failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.before(failure)

@@ -22,6 +22,7 @@ from data_prep.files import write_whole
 from sepllm_train.config.schema import LoggingConfig
 from sepllm_train.errors import first_line
 from sepllm_train.metrics.flops import CONVENTIONS
+from sepllm_train.tracking.wandb_file import has_ended
 
 # What losses can be drawn against; W&B draws them against the first where a panel does not say otherwise.
 AXES = (*(f"flops/{convention}" for convention in CONVENTIONS), "tokens", "seconds", "step")
@@ -108,6 +109,9 @@ class WandbTracker:
         self.run.finish(exit_code=_EXIT_CODES.get(status, 1))
         wandb.teardown()
         if self.mode == "offline":
+            # That it could not write the file, W&B tells no one.
+            if not has_ended(Path(self.run.settings.sync_file)):
+                raise OSError(f"{self.run.settings.sync_file} is not whole: is the disk full?")
             self.messages.put(f"W&B: recorded offline, upload it with: {self._upload()}")
 
     def abandon(self) -> None:

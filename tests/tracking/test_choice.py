@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import queue
+import re
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +97,30 @@ def test_servers_that_cannot_be_reached(
         (1, 3.0, None),
         (2, None, 0.5),
     ]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_full_disk(
+    no_account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tracker: str
+) -> None:
+    """A limit on the size of files, which W&B's process inherits, stands for the disk: one warning, no traceback."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache") if variable.endswith("DIR") else "false")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        metrics = MetricsLog(tmp_path / "metrics.jsonl")
+        mirror = start_mirror(LoggingConfig(tracker=tracker), metrics, tmp_path, "name", lambda: {"a": 1})
+        assert mirror is not None
+        for step in range(200):
+            mirror.log({"step": step} | {f"train/key{number}": step / 7 for number in range(20)})
+        mirror.close("finished")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    printed = capfd.readouterr()
+    (warning,) = [line for line in printed.out.splitlines() if line.startswith("warning: ")]
+    assert re.search(r"is off \(.*(File too large|is the disk full\?)\): training goes on", warning)
+    assert "Traceback" not in printed.out + printed.err
 
 
 class Collector:

@@ -1,21 +1,17 @@
-"""Reads the file that an offline run of W&B leaves: its own messages in LevelDB's log format."""
+"""What an offline run of W&B has recorded, from the file that it leaves."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-messages = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="the extra wandb is not installed")
+from sepllm_train.tracking.wandb_file import messages
 
-# The file begins with 7 bytes that name the format; they belong to the first block.
-_BLOCK, _HEADER = 32768, struct.Struct("<IHB")
-_FULL, _LAST = 1, 4
+protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="the extra wandb is not installed")
 
 
 @dataclass
@@ -43,8 +39,10 @@ def read(run_folder: Path) -> Recorded:
 def read_file(file: Path) -> Recorded:
     """A .wandb file."""
     found = Recorded()
-    for data in _messages(file.read_bytes()):
-        record = messages.Record()
+    content = file.read_bytes()
+    assert content.startswith(b":W&B")
+    for data in messages(content):
+        record = protocol.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         found.kinds.add(kind)
@@ -64,23 +62,3 @@ def read_file(file: Path) -> Recorded:
         elif kind == "preempting":
             found.preempting = True
     return found
-
-
-def _messages(content: bytes) -> Iterator[bytes]:
-    """The messages of a log. One that was being written when its process died is left out."""
-    assert content[:4] == b":W&B"
-    position, message = 7, b""
-    while position + _HEADER.size <= len(content):
-        left = _BLOCK - position % _BLOCK
-        if left < _HEADER.size:
-            position += left
-            continue
-        _, length, kind = _HEADER.unpack_from(content, position)
-        position += _HEADER.size
-        if position + length > len(content):
-            return
-        message += content[position : position + length]
-        position += length
-        if kind in (_FULL, _LAST):
-            yield message
-            message = b""

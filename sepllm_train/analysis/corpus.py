@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from data_prep.density import STRENGTHS
 from data_prep.indexed import token_chunks
 from data_prep.readers import COMPRESSIONS, Corpus, Document
-from data_prep.separators import CLASSES, NAMED_SETS, classify
+from data_prep.separators import CLASSES, NAMED_SETS, class_numbers, classify
 from data_prep.sidecar import open_classes, read_header
 from data_prep.stats import Gaps
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -26,29 +27,15 @@ from sepllm_train.errors import UserError
 CHUNK = 1 << 20
 # Documents of a domain are gathered to so many tokens before they are counted.
 BATCH = 1 << 16
-LEVELS = {
-    "clause": ("comma", "semicolon", "colon", "clause_merged", "clause_mixed", "fullwidth_clause", "other_clause"),
-    "sentence": (
-        "period",
-        "question",
-        "exclamation",
-        "sentence_merged",
-        "sentence_mixed",
-        "fullwidth_sentence",
-        "other_sentence",
-    ),
-    "line": ("newline", "line_merged", "line_mixed"),
-    "paragraph": ("paragraph_merged", "paragraph_mixed"),
-    "blank": ("space", "tab", "space_run"),
-}
-_NUMBER = {entry.name: entry.number for entry in CLASSES}
+# `space` is a class too, so the level of blanks has another name.
+LEVELS = {"blank" if level == "space" else level: names for level, names in STRENGTHS.items()}
 
 
 def selections() -> dict[str, tuple[int, ...]]:
     """Name -> class numbers of every selection that is measured: each class, each level, `paper` and `all`."""
     single = {entry.name: (entry.number,) for entry in CLASSES}
-    levels = {name: tuple(_NUMBER[part] for part in parts) for name, parts in LEVELS.items()}
-    return single | levels | NAMED_SETS
+    levels = {level: class_numbers(names) for level, names in LEVELS.items()}
+    return single | levels | {name: NAMED_SETS[name] for name in ("paper", "all")}
 
 
 @dataclass

@@ -78,6 +78,7 @@ def test_measured_peak_is_the_allocators(device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_estimate_of_compiled_training(device: torch.device, compile_cache: None) -> None:
     """Compiled functions allocate past the operations that the other tests follow, so the allocator is asked."""
     config = configuration(LLAMA, {"precision": "fp32", "compile": True, "loss_chunk": 128}, pattern="sep")

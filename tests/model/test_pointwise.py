@@ -25,12 +25,13 @@ def nothing_compiled(compile_cache: None) -> None:
     counters.clear()
 
 
+@pytest.mark.slow
 # Functions that the blocks call, each compiled with and without gradients; loss_chunk adds two without.
 @pytest.mark.parametrize(
     ("pattern", "graphs"),
     [
         ("windows, documents, sinks", 2 * 4 + 2),
-        pytest.param("grouped queries, query-key norm", 2 * 5 + 2, marks=pytest.mark.slow),
+        ("grouped queries, query-key norm", 2 * 5 + 2),
     ],
 )
 def test_compiled_training_equals_eager(pattern: str, graphs: int, device: torch.device) -> None:

@@ -19,9 +19,7 @@ COMPILED = (
 
 
 @pytest.mark.slow
-def test_compiled_run_resumes_bitwise_and_as_an_uncompiled_one(
-    trainer: Any, finished: Any, compile_cache: None
-) -> None:
+def test_compiled_run_resumes_bitwise_or_uncompiled(trainer: Any, finished: Any, compile_cache: None) -> None:
     outcome = trainer("name=compiled", *COMPILED, "training.validation_interval=0")
     assert outcome.code == 0, outcome.errors[-3000:]
     assert (

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from sepllm_train.config.schema import one_of, positive, require
 
+# What the plan gives every run, and the key of the suite that it comes from.
+PLANNED = {
+    "seed": "suite.seeds",
+    "name": "the row's name",
+    "run_root": "suite.root",
+    "resume": "the suite, which always continues",
+    "data": "suite.prefix or suite.text",
+    "data.source": "suite.prefix or suite.text",
+    "data.prefixes": "suite.prefix or suite.text",
+    "data.sequence_length": "suite.lengths",
+    "training.steps": "sizes.SIZE.steps",
+    "training.global_batch": "sizes.SIZE.tokens_per_step",
+    "training.micro_batch": "sizes.SIZE.micro_batch_tokens",
+    "training.validation_samples": "sizes.SIZE.validation_tokens",
+}
 ACTIONS = ("train", "time", "evaluate", "report")
 
 
@@ -119,7 +135,11 @@ class Config:
     def __post_init__(self) -> None:
         suite = self.suite
         require(bool(suite.name) and bool(suite.rows), "no suite is named: add one, such as +suite=paper.")
-        require("/" not in suite.name, f"suite.name={suite.name} must be a plain folder name.")
+        for name in (suite.name, *suite.rows):
+            require(
+                re.fullmatch(r"\w[\w.-]*", name) is not None,
+                f"{name!r} is no name for a suite or a row: letters, digits, _, - and . make folder names.",
+            )
         one_of("suite.size", suite.size, tuple(self.sizes))
         require(
             suite.reference in suite.rows,
@@ -131,6 +151,15 @@ class Config:
             require(min(values) >= 1, f"suite.{key}={values} must be numbers of at least 1.")
             unknown = set(getattr(suite.only, key)) - set(values)
             require(not unknown, f"suite.only.{key} names {sorted(unknown)}; the suite has {values}.")
+        for override in (*suite.overrides, *self.size.overrides, *(own for row in suite.rows.values() for own in row)):
+            key = override.lstrip("+~").partition("=")[0]
+            require(key not in PLANNED, f"{override} is part of the plan: set it by {PLANNED.get(key)}.")
+        timed = (self.size.timing_turns + 1) * self.size.timing_steps
+        steps = self.size.steps if suite.same_steps else min(self.size.steps, self.size.reference_steps)
+        require(
+            timed <= steps,
+            f"sizes.{suite.size}: timing_turns and one to warm up take {timed} steps, and a run has {steps}.",
+        )
         unknown_rows = [row for row in suite.only.rows if row not in suite.rows]
         require(not unknown_rows, f"suite.only.rows names {unknown_rows}; the suite has {', '.join(suite.rows)}.")
         for length in self.lengths:

@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.files import write_whole
 from sepllm_train.analysis.evaluation import evaluate_run
 from sepllm_train.console import duration, say
-from sepllm_train.suite.plan import Plan, PlannedRun
+from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
 
 FILE = "evaluations.json"
@@ -34,17 +34,25 @@ KEPT = (
 def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
     """Write evaluations.json with the losses of every finished run of `runs` on `tokens` held-out tokens.
 
-    Runs that were evaluated before are left as they are. Raises UserError for a run whose checkpoint is gone.
+    What was evaluated before on as many tokens, and was not trained anew since, is left as it is. Raises UserError for
+    a run whose checkpoint is gone.
     """
     path = plan.folder / FILE
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    waiting = [run for run in runs if finished(plan, run) and run.name not in found]
+    found = read_json(path)
+
+    def wanted(run: PlannedRun) -> dict[str, Any]:
+        started = read_json(plan.run_root / run.name / "environment.json").get("started")
+        return {"steps": run.steps, "asked": tokens, "started": started}
+
+    waiting = [
+        run for run in runs if finished(plan, run) and not wanted(run).items() <= found.get(run.name, {}).items()
+    ]
     began = time.perf_counter()
     for number, run in enumerate(waiting, 1):
         result = evaluate_run(
             plan.run_root / run.name, samples=max(1, tokens // run.length), recall_window=RECALL_WINDOW
         )
-        found[run.name] = {"steps": run.steps, **{key: result[key] for key in KEPT}}
+        found[run.name] = wanted(run) | {key: result[key] for key in KEPT}
         write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
         left = (time.perf_counter() - began) / number * (len(waiting) - number)
         say(f"evaluated {run.name}: loss {result['loss']:.4f} | {number}/{len(waiting)}, about {duration(left)} left")

@@ -13,7 +13,7 @@ from data_prep.files import write_whole
 from sepllm_train.console import say
 from sepllm_train.errors import UserError
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import FILE, Plan
+from sepllm_train.suite.plan import FILE, Plan, read_json
 from sepllm_train.suite.report import SHARES
 from sepllm_train.suite.runner import finished
 from sepllm_train.suite.timing import timing_file
@@ -27,6 +27,8 @@ def export(plan: Plan, target: Path) -> None:
 
     Raises UserError when `target` cannot be written.
     """
+    if target.resolve().is_relative_to(plan.folder.resolve()):
+        raise UserError(f"suite.export={target} is inside the suite's own folder: choose another one.")
     try:
         (target / "runs").mkdir(parents=True, exist_ok=True)
         done = [run for run in plan.runs if finished(plan, run)]
@@ -42,7 +44,9 @@ def export(plan: Plan, target: Path) -> None:
         if (plan.folder / "report").is_dir():
             shutil.copytree(plan.folder / "report", target / "report", dirs_exist_ok=True)
     except OSError as error:
-        raise UserError(f"suite.export={target} cannot be written ({error.strerror}): choose another folder.") from None
+        raise UserError(
+            f"suite.export={target} cannot be written ({error.strerror or error}): choose another folder."
+        ) from None
     say(f"exported {len(done)} runs to {target}")
 
 
@@ -50,9 +54,9 @@ def _export_run(source: Path, target: Path) -> None:
     """Copy the records of one run."""
     target.mkdir(exist_ok=True)
     write_whole(target / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
-    write_whole(target / "run.json", (source / "run.json").read_bytes())
-    environment = json.loads((source / "environment.json").read_text(encoding="utf8"))
-    kept = {key: value for key, value in environment.items() if key not in LOCAL}
+    run = {**read_json(source / "run.json"), "origin": None}
+    write_whole(target / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    kept = {key: value for key, value in read_json(source / "environment.json").items() if key not in LOCAL}
     write_whole(target / "environment.json", (json.dumps(kept, indent=1) + "\n").encode())
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
     config["run_root"] = "runs"

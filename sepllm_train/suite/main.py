@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from sepllm_train.errors import UserError, exit_on_user_error
 from sepllm_train.suite.config import Config
 from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export
-from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_plan
-from sepllm_train.suite.prepare import prepare_data
+from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_json, read_plan
+from sepllm_train.suite.prepare import data_prefix, prepare_data
 from sepllm_train.suite.report import write_suite_report
-from sepllm_train.suite.runner import command_of, environment, launcher, train_runs
+from sepllm_train.suite.runner import command_of, environment, interruptible, launcher, train_runs
+from sepllm_train.suite.timing import timing_file
+from sepllm_train.training.run_folder import claim
 
 
 def main() -> None:
@@ -23,42 +26,63 @@ def main() -> None:
 
 
 def run_suite(config: Config) -> None:
-    """Do what suite.do asks for. Raises UserError for mistakes and for runs that failed."""
+    """Do what suite.do asks for. Raises UserError for mistakes and for runs that failed, Interrupted at a signal."""
     suite, folder = config.suite, folder_of(config)
     if suite.dry_run:
-        plan = make_plan(config, suite.prefix)
-        for run in plan.selected(suite.only):
-            say(" ".join(command_of(plan, run)))
-        say(f"dry run: {len(plan.selected(suite.only))} runs; nothing was trained.")
+        _dry_run(config, folder)
         return
-    if {"train", "time", "evaluate"} & set(suite.do):
+    if not {"train", "time", "evaluate"} & set(suite.do):
+        # A report needs what was recorded, not the data, and changes nothing that is being trained.
+        plan = read_plan(folder)
+        _finish(config, plan)
+        return
+    with interruptible(), claim(folder):
         plan = make_plan(config, prepare_data(config, folder))
         fix_plan(plan)
-    else:
-        # A report needs what was recorded, not the data.
-        plan = read_plan(folder)
-    runs = plan.selected(suite.only)
-    say(f"suite {suite.name}, size {suite.size}, in {folder}: {suite.question}")
-    if "train" in suite.do:
-        train_runs(plan, runs, suite.jobs)
-    if "time" in suite.do:
-        for length in dict.fromkeys(run.length for run in runs):
-            _time(config, plan, length)
-    if "evaluate" in suite.do:
-        evaluate_runs(plan, runs, config.size.evaluation_tokens)
-    if "report" in suite.do:
+        runs = plan.selected(suite.only)
+        say(f"suite {suite.name}, size {suite.size}, in {folder}: {suite.question}")
+        if "train" in suite.do:
+            train_runs(plan, runs, suite.jobs)
+        if "time" in suite.do:
+            for length in dict.fromkeys(run.length for run in runs):
+                _time(config, plan, length)
+        if "evaluate" in suite.do:
+            evaluate_runs(plan, runs, config.size.evaluation_tokens)
+        _finish(config, plan)
+
+
+def _dry_run(config: Config, folder: Path) -> None:
+    """Print the commands of the runs."""
+    plan = make_plan(config, data_prefix(config, folder), read=False)
+    runs = plan.selected(config.suite.only)
+    for run in runs:
+        say(shlex.join(command_of(plan, run)))
+    say(f"dry run: {len(runs)} runs; nothing was trained.")
+
+
+def _finish(config: Config, plan: Plan) -> None:
+    """Report and export."""
+    if "report" in config.suite.do:
         say(f"report: {write_suite_report(plan)}")
-    if suite.export is not None:
-        export(plan, Path(suite.export).expanduser())
+    if config.suite.export is not None:
+        export(plan, Path(config.suite.export).expanduser())
 
 
 def _time(config: Config, plan: Plan, length: int) -> None:
-    """Time the rows at a length in a process of its own, which has the machine's cores to itself."""
-    size = config.size
+    """Time the rows at a length in a process of its own, unless they were timed before in as many turns."""
+    size, path = config.size, timing_file(plan.folder, length)
+    asked = {"turns": size.timing_turns, "steps_of_a_turn": size.timing_steps}
+    if asked.items() <= read_json(path).items():
+        say(f"the rows at {length:,} tokens were timed before; delete {path} to time them again")
+        return
     say(f"timing the rows at {length:,} tokens in turns: let nothing else run meanwhile")
     arguments = [str(plan.folder), f"--length={length}", f"--turns={size.timing_turns}", f"--steps={size.timing_steps}"]
     arguments += [] if plan.prefix is None else [f"--prefix={plan.prefix}"]
     command = [*launcher(plan.processes), "-m", "sepllm_train.suite.timing", *arguments]
-    code = subprocess.run(command, env=environment(1, plan.processes), check=False).returncode
+    with subprocess.Popen(command, env=environment(1, plan.processes)) as process:
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
     if code:
         raise UserError(f"timing the rows at {length} tokens failed with code {code}.")

@@ -69,13 +69,13 @@ def folder_of(config: Config) -> Path:
     return Path(config.suite.root).expanduser() / f"{config.suite.name}-{config.suite.size}"
 
 
-def make_plan(config: Config, prefix: str | None) -> Plan:
-    """The plan of a configuration on the dataset `prefix` (None: the sample corpus).
+def make_plan(config: Config, prefix: str | None, *, read: bool = True) -> Plan:
+    """The plan of a configuration on the dataset `prefix` (None: the sample corpus), without its hashes unless `read`.
 
     All rows of one seed come before those of the next, so that a suite that is cut short holds whole comparisons.
     """
     suite, size = config.suite, config.size
-    header = None if prefix is None else read_header(prefix)
+    header = None if prefix is None or not read else read_header(prefix)
     runs = [
         PlannedRun(
             name=f"{row}_{length}_seed{seed}",
@@ -133,7 +133,25 @@ def _overrides(config: Config, row: str, length: int, seed: int) -> list[str]:
 
 def data_overrides(prefix: str | None) -> list[str]:
     """Overrides that make a run read the suite's data."""
-    return [] if prefix is None else ["data=prefixes", f"data.prefixes=[{prefix}]"]
+    return [] if prefix is None else ["data=prefixes", f"data.prefixes=[{quoted(prefix)}]"]
+
+
+def quoted(value: str | Path) -> str:
+    """A value that Hydra takes as it is, whatever characters it has."""
+    text = str(value)
+    for special in ("'", "${"):
+        text = text.replace(special, "\\" + special)
+    return f"'{text}'"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file, empty where there is no file. Raises UserError for one that cannot be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore or delete it.") from None
 
 
 def fix_plan(plan: Plan) -> None:

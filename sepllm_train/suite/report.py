@@ -12,13 +12,13 @@ from typing import Any
 from data_prep.files import write_whole
 from sepllm_train.analysis.runs import read_config
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
-from sepllm_train.compare.rows import Row, read_rows
+from sepllm_train.compare.rows import Row, read_rows, runs_of
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.console import say
 from sepllm_train.errors import UserError
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import Plan, PlannedRun
+from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
 from sepllm_train.suite.shares import Shares, shares_of
 from sepllm_train.suite.timing import timing_file
@@ -38,7 +38,7 @@ def write_suite_report(plan: Plan) -> Path:
     """
     folder = plan.folder / "report"
     done = [run for run in plan.runs if finished(plan, run)]
-    parts = [_head(plan, len(done))]
+    parts = [_head(plan, done)]
     figures: dict[str, Any] = {}
     for length in plan.lengths:
         runs = [run for run in done if run.length == length]
@@ -68,10 +68,17 @@ def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
     order = [plan.reference, *(row for row in plan.rows if row != plan.reference)]
     sorted_runs = sorted(runs, key=lambda run: (order.index(run.row), run.seed))
     notes: list[str] = []
-    rows = read_rows([plan.run_root / run.name for run in sorted_runs], tell=notes.append)
+    found = runs_of(read_rows([plan.run_root / run.name for run in sorted_runs], groups=False, tell=notes.append))
+    # The plan says what a row is: configurations also hold where the data was.
     row_of = {run.name: run.row for run in runs}
-    rows = [Row(row_of[row.runs[0].folder.name], row.runs) for row in rows]
+    gathered = {row: [run for run in found if row_of[run.folder.name] == row] for row in order}
+    rows = _with_a_seed_in_common([Row(row, own) for row, own in gathered.items() if own], notes)
     timing = timing_file(plan.folder, length)
+    if not timing.exists():
+        notes.append(
+            "The rows were not timed in turns: seconds are those that the runs took beside each other and beside "
+            "whatever else ran, and do not compare."
+        )
     return build_report(
         rows,
         REFERENCE,
@@ -81,10 +88,25 @@ def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
     )
 
 
+def _with_a_seed_in_common(rows: list[Row], notes: list[str]) -> list[Row]:
+    """The rows that share a seed with the first one: ratios are taken within a seed. `notes` gets what is left out.
+
+    Raises UserError when that leaves the first one alone.
+    """
+    reference = {run.seed for run in rows[0].runs}
+    kept = [row for row in rows if reference & {run.seed for run in row.runs}]
+    notes += [
+        f"Left out: {row.label} has no seed in common with {rows[0].label} yet." for row in rows if row not in kept
+    ]
+    if len(kept) < 2:
+        raise UserError(f"no row has a seed in common with {rows[0].label} yet: train more of the suite.")
+    return kept
+
+
 def _shares(plan: Plan, length: int) -> dict[str, Shares]:
     """Shares of each row at a length, counted once and kept in the suite's folder."""
     path = plan.folder / SHARES
-    stored: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    stored = read_json(path)
     if not stored.get(str(length), {}).keys() >= _one_of_each(plan, length).keys():
         say(f"counting what the rows attend at {length:,} tokens")
         stored[str(length)] = {
@@ -119,22 +141,25 @@ def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
     return Table(f"At {report.equal[0].tokens:,.0f} tokens, and what a token costs", header, lines)
 
 
-def _head(plan: Plan, done: int) -> str:
+def _head(plan: Plan, done: Sequence[PlannedRun]) -> str:
     """Title and what was fixed before the first run."""
-    stamp = json.loads((plan.folder / "plan.json").read_text(encoding="utf8"))
+    stamp = read_json(plan.folder / "plan.json")
     commit = (stamp.get("git") or {}).get("commit", "no commit")
+    states = [read_json(plan.run_root / run.name / "environment.json").get("git") or {} for run in done]
+    trained_at = sorted({state.get("commit", "no commit")[:12] for state in states})
+    changed = " (some with changes that are in no commit)" if any(state.get("changed") for state in states) else ""
     return (
         f"# Suite {plan.suite}, size {plan.size}\n\n{plan.question}\n\n"
         f"The plan (data and its order, seeds {', '.join(map(str, plan.seeds))}, tokens of every run) was fixed on "
-        f"{stamp.get('fixed')} at commit {commit[:12]}, before the first run. {done} of its {len(plan.runs)} runs are "
-        "finished.\n"
+        f"{stamp.get('fixed')} at commit {commit[:12]}, before the first run. {len(done)} of its {len(plan.runs)} runs "
+        f"are finished; the code was that of {', '.join(trained_at) or 'none'}{changed}.\n"
     )
 
 
 def _evaluation_table(plan: Plan, runs: Sequence[PlannedRun], report: Report) -> list[Table]:
     """Losses of the last checkpoints, where they were evaluated: means over the seeds of each row."""
     path = plan.folder / EVALUATIONS
-    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    found = read_json(path)
     lines = []
     for row in report.rows:
         own = [found[run.name] for run in runs if run.row == row.label and run.name in found]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -14,12 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from data_prep.tokenize import usable_cores
 from sepllm_train.console import duration, say
 from sepllm_train.errors import EXIT_INTERRUPTED, Interrupted, UserError
-from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides
+from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
 from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.signals import STOPPING
 
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 # Seconds between looks at the processes, and between lines of progress.
 _LOOK = 0.5
 _TELL = 60.0
@@ -42,31 +49,31 @@ def finished(plan: Plan, run: PlannedRun) -> bool:
 def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     """Train those of `runs` that are not finished, `jobs` at a time, in their order.
 
-    A run that fails does not stop the others; at the end UserError names those that did. SIGTERM and Ctrl-C are passed
-    on to the runs, which save, and raise Interrupted: the same command continues.
+    A run that fails does not stop the others; at the end UserError names those that did. When the suite is stopped
+    (Interrupted), the runs are told, and save first.
     """
     waiting = [run for run in runs if not finished(plan, run)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; {jobs} at a time")
     progress = _Progress(plan, waiting)
     running: list[Job] = []
     failed: list[Job] = []
-    with _signals() as received:
+    try:
         while waiting or running:
-            while waiting and len(running) < jobs and not received:
+            while waiting and len(running) < jobs:
                 running.append(_start(plan, waiting.pop(0), jobs))
-            if received:
-                _stop(running)
-                raise Interrupted(f"{received[0]} stopped the suite: the same command continues it.")
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _ended(job, failed)
                 progress.tell(running, now=True)
             progress.tell(running)
             time.sleep(_LOOK)
+    finally:
+        _stop(plan, running)
     if failed:
         names = "; ".join(f"{job.run.name} ({_last_line(job.log)})" for job in failed)
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {names}. What they printed is in {plan.folder}/logs."
+            f"{len(failed)} of {len(runs)} runs failed: {names}. Their output is in {plan.folder}/logs; "
+            "suite.do=[time,evaluate,report] goes on with the others."
         )
 
 
@@ -78,7 +85,7 @@ def command_of(plan: Plan, run: PlannedRun) -> list[str]:
         "sepllm_train.pretrain",
         *run.overrides,
         *data_overrides(plan.prefix),
-        f"run_root={plan.run_root}",
+        f"run_root={quoted(plan.run_root)}",
         f"name={run.name}",
     ]
 
@@ -105,6 +112,7 @@ def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment(jobs, plan.processes),
+            preexec_fn=_end_with_the_suite,
         )
     return Job(run, process, log)
 
@@ -120,26 +128,39 @@ def _ended(job: Job, failed: list[Job]) -> None:
     say(f"warning: {job.run.name} {why}: {_last_line(job.log)}")
 
 
-def _stop(running: list[Job]) -> None:
+def _end_with_the_suite() -> None:
+    """In a new process: get SIGTERM when the suite is gone, however it ended. Linux alone has that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _stop(plan: Plan, running: Sequence[Job]) -> None:
     """Let the runs save and wait for them."""
+    if not running:
+        return
     say(f"stopping {len(running)} runs, which save first")
     for job in running:
-        job.process.send_signal(signal.SIGTERM)
+        # torchrun leaves SIGTERM to its workers, which do not get it from here by themselves.
+        own = psutil.Process(job.process.pid) if job.process.poll() is None else None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [] if own is None else own.children() if plan.processes > 1 else [own]:
+                process.send_signal(signal.SIGTERM)
     for job in running:
         job.process.wait()
 
 
 @contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect the names of SIGTERM and SIGINT while the block runs."""
-    received: list[str] = []
+def interruptible() -> Iterator[None]:
+    """Raise Interrupted in the block at the first of the signals that stop a run; later ones change nothing."""
 
-    def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
+    def stop(number: int, frame: Any) -> None:
+        for other in STOPPING:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(f"{signal.Signals(number).name} stopped the suite: the same command continues it.")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in STOPPING}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -175,6 +196,8 @@ class _Progress:
             return
         self.told = time.perf_counter()
         done = self._done()
+        # A run that was killed goes back to its checkpoint.
+        self.before = min(self.before, done)
         fresh = done - self.before
         left = "" if not fresh else f", about {duration((self.told - self.began) / fresh * (self.total - done))} left"
         names = ", ".join(f"{job.run.name} {self._step(job.run)}/{job.run.steps}" for job in running)

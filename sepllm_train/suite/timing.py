@@ -56,6 +56,7 @@ def _main() -> None:
         if launch.main:
             content = {
                 "length": options.length,
+                "turns": options.turns,
                 "steps_of_a_turn": options.steps,
                 "rows": rows,
                 "machine": machine(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -113,7 +114,8 @@ class Mirror:
     def _leave(self, reason: str) -> None:
         """Give the tracker up."""
         self._off = True
-        self.tracker.abandon()
+        with contextlib.suppress(Exception):
+            self.tracker.abandon()
         self._warn(reason)
 
     def _tell(self) -> None:

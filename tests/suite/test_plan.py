@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.validate import validate
 from sepllm_train.suite.config import Config
-from sepllm_train.suite.plan import data_overrides, fix_plan, make_plan, read_plan
+from sepllm_train.suite.plan import data_overrides, fix_plan, make_plan, quoted, read_plan
 
 SUITES = sorted(path.stem for path in (config_folder() / "suite").glob("*.yaml"))
 SIZES = ("cpu", "gpu", "toy")
@@ -106,9 +106,14 @@ def test_a_fixed_plan_refuses_another_and_takes_the_same(tmp_path: Path, sample_
         fix_plan(plan)
 
 
-def test_data_overrides() -> None:
+@pytest.mark.parametrize("folder", ["a/b", "jürgen, it's (mine)", "a=b#c&d [1]", "back\\slash", "${oc.env:HOME}"])
+def test_folders_reach_a_run_as_they_are(folder: str) -> None:
     assert data_overrides(None) == []
-    assert data_overrides("a/b") == ["data=prefixes", "data.prefixes=[a/b]"]
+    register_schema()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        overrides = [*data_overrides(folder), f"run_root={quoted(folder)}"]
+        config = to_config(compose("pretrain", overrides=overrides))
+    assert config.data.prefixes == [folder] and config.run_root == folder
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,10 @@ def test_data_overrides() -> None:
         (["+suite=paper", "suite.only.rows=[sap]"], "suite.only.rows names ['sap']"),
         (["+suite=paper", "suite.do=[sleep]"], "suite.do=sleep is unknown"),
         (["+suite=paper", "suite.tokenizer=t.json"], "suite.tokenizer=t.json is for suite.text, which is empty."),
+        (["+suite=paper", "suite.overrides=['training.steps=4']"], "training.steps=4 is part of the plan: set it by"),
+        (["+suite=paper", "suite.rows.sep=['seed=4']"], "seed=4 is part of the plan: set it by suite.seeds."),
+        (["+suite=paper", "suite.size=toy", "sizes.toy.timing_turns=9"], "take 10 steps, and a run has 6"),
+        (["+suite=paper", "suite.name=../x"], "'../x' is no name for a suite or a row"),
         (["+suite=paper", "suite.prefix=a", "suite.text=[b.txt]"], "suite.prefix=a is prepared data"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from data_prep.errors import UserError
+from data_prep.sidecar import read_header
+from sepllm_train.suite.prepare import prepare_data
+from sepllm_train.training.run_folder import claim
+from tests.suite.test_plan import suite as suite_config
 
 TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_turns=1")
 
@@ -90,6 +97,8 @@ def test_trains_times_and_reports(suite: Suite) -> None:
         assert str(suite.root) not in path.read_text(), path
         assert str(suite.prefix.parent) not in path.read_text(), path
     (exported / "report" / "report.md").unlink()
+    inside = suite("suite.do=[report]", f"suite.export={suite.folder / 'copy'}")
+    assert inside.returncode == 2 and "is inside the suite's own folder" in inside.stderr
     remade = Suite(suite.repository, suite.cache, suite.prefix, exported.parent)("suite.do=[report]")
     assert remade.returncode == 0, remade.stderr
     assert (exported / "report" / "report.md").read_text() == text
@@ -104,6 +113,36 @@ def test_trains_times_and_reports(suite: Suite) -> None:
     assert "was fixed before the first run" in other.stderr
 
 
+def test_text_is_prepared_once_and_dry_runs_say_what_would_be_run(suite: Suite, tmp_path: Path) -> None:
+    text = tmp_path / "a text.txt"
+    missing = suite("suite.prefix=null", f"suite.text=['{text}']", "suite.dry_run=true")
+    assert missing.returncode == 2 and missing.stderr == f"error: There is no file {text}: give .txt or .jsonl files.\n"
+    words = "It was a bright, cold day. The clocks; they struck: thirteen! Who was there? Nobody knew.\n"
+    text.write_text("".join(f"{number} {words}" for number in range(400)))
+    choice = ("suite.prefix=null", f"suite.text=['{text}']", "sizes.toy.vocabulary=320")
+    shown = suite(*choice, "suite.dry_run=true", "suite.only.rows=[sep]", "suite.only.seeds=[2]")
+    assert shown.returncode == 0 and not suite.folder.exists()
+    (command, last) = shown.stdout.splitlines()
+    overrides = shlex.split(command)
+    assert "attention=sep" in overrides and "seed=2" in overrides
+    assert f"data.prefixes=['{suite.folder / 'data' / 'text'}']" in overrides
+    assert last == "dry run: 1 runs; nothing was trained."
+
+    config = suite_config(*TOY, f"suite.root={suite.root}", *choice)
+    prefix = prepare_data(config, suite.folder)
+    assert prefix is not None and read_header(prefix).tokenizer.vocab_size == 320
+    assert prepare_data(config, suite.folder) == prefix
+    other = suite_config(*TOY, f"suite.root={suite.root}", *choice[:-1], "sizes.toy.vocabulary=400")
+    with pytest.raises(UserError, match="was made with tokenizer '320 entries, trained on the text', where it is now"):
+        prepare_data(other, suite.folder)
+
+
+def test_one_suite_at_a_time_in_a_folder(suite: Suite) -> None:
+    with claim(suite.folder):
+        second = suite("suite.do=[train]")
+    assert second.returncode == 2 and "another process" in second.stderr and second.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(suite: Suite) -> None:
     broken = "suite.rows.sep=['attention=sep','model.heads=3']"
@@ -115,8 +154,15 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(suite: Suite) ->
 
 
 @pytest.mark.slow
-def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite) -> None:
-    choice = ("suite.do=[train]", "suite.only.seeds=[1]", "suite.only.rows=[sep]", "sizes.toy.steps=100000")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite, processes: int) -> None:
+    choice = (
+        f"sizes.toy.processes={processes}",
+        "suite.do=[train]",
+        "suite.only.seeds=[1]",
+        "suite.only.rows=[sep]",
+        "sizes.toy.steps=100000",
+    )
     process = subprocess.Popen(
         suite.command(*choice), env=suite.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -125,7 +171,8 @@ def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite) -
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
+    assert "stopping 1 runs, which save first" in output
     assert process.returncode == 75 and "SIGTERM stopped the suite: the same command continues it." in errors
     assert suite.status("sep_128_seed1") == "interrupted"
     latest = suite.folder / "runs" / "sep_128_seed1" / "checkpoints" / "latest"

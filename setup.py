@@ -63,7 +63,7 @@ setup(
         "console_scripts": [
             "sepllm-pretrain=sepllm_train.pretrain:main",
             "sepllm-prepare-data=data_prep.cli:main",
-            "sepllm-compare-runs=sepllm_train.compare:main",
+            "sepllm-compare-runs=sepllm_train.compare_runs:main",
         ]
     },
 )

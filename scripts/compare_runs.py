@@ -3,7 +3,7 @@
 python scripts/compare_runs.py runs/demo_dense runs/demo_sep --output runs/comparison
 """
 
-from sepllm_train.compare import main
+from sepllm_train.compare_runs import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

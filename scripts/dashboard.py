@@ -4,8 +4,8 @@ python scripts/dashboard.py --entity ME --group first --dry-run first.json
 python scripts/dashboard.py --entity ME --group dense sep --name "dense against sep"
 """
 
+from sepllm_train.dashboard import main
 from sepllm_train.errors import exit_on_user_error
-from sepllm_train.tracking.workspace import main
 
 if __name__ == "__main__":
     exit_on_user_error(main)

@@ -43,7 +43,7 @@ def run_python(code: str, unpacked: Path, *arguments: str) -> subprocess.Complet
 
 
 def test_packages_come_from_the_wheel(unpacked: Path) -> None:
-    names = "sepllm_train, sepllm_train.compare.cli, sepllm_train.training, data_prep, sep_attention"
+    names = "sepllm_train, sepllm_train.compare_runs, sepllm_train.training, data_prep, sep_attention"
     done = run_python(
         f"import {names}; print(sepllm_train.__file__, data_prep.__file__, sep_attention.__file__)", unpacked
     )

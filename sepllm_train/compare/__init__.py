@@ -1,5 +1,1 @@
-"""Comparison of runs: validation loss against FLOPs, seconds and tokens."""
-
-from sepllm_train.compare.cli import main
-
-__all__ = ["main"]
+"""Comparison of rows of runs: validation loss against FLOPs, seconds and tokens."""

@@ -23,7 +23,6 @@ from sepllm_train.distributed.together import together
 from sepllm_train.errors import Interrupted, RunStopped, UserError
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.tracking import check_tracker, start_mirror
-from sepllm_train.tracking.facts import run_facts
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.guards import Guards
@@ -34,6 +33,7 @@ from sepllm_train.training.setup import build_training
 from sepllm_train.training.signals import stop_on_signals
 from sepllm_train.training.state import TrainState
 from sepllm_train.training.step import Stepper
+from sepllm_train.training.tracked_facts import run_facts
 from sepllm_train.training.watchdog import Watchdog
 
 

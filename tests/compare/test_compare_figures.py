@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.compare import main
 from sepllm_train.compare.curves import at_tokens, common_loss, first_reach
 from sepllm_train.compare.records import read_run, read_runs
+from sepllm_train.compare_runs import main
 from tests.compare.run_records import training, validation
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.compare import main
+from sepllm_train.compare_runs import main
 from sepllm_train.metrics.flops import CONVENTIONS
 from tests.compare.run_records import validation
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.compare import main
+from sepllm_train.compare_runs import main
 from sepllm_train.serve.server import Server
 from sepllm_train.serve.watch import Watch
 from tests.serve.conftest import GrowingRun

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from sepllm_train import dashboard
 from sepllm_train.errors import UserError
-from sepllm_train.tracking import workspace
 from sepllm_train.tracking.wandb_tracker import AXES
 from tests.tracking.conftest import Tracked
 from tests.tracking.wandb_file import read
@@ -22,7 +22,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, file: Path, *arguments: str) -> dic
     """The workspace that scripts/dashboard.py writes."""
     words = ["dashboard.py", "--entity", "me", *arguments, "--dry-run", str(file)]
     monkeypatch.setattr("sys.argv", words)
-    workspace.main()
+    dashboard.main()
     return json.loads(file.read_text())
 
 
@@ -41,7 +41,7 @@ def test_panels_show_what_a_run_logs(tracked: Tracked, tmp_path: Path, monkeypat
         assert set(panel["metrics"]) <= logged
         if not panel["metrics"]:
             assert any(re.fullmatch(panel["metricRegex"], key) for key in logged), panel
-    layers = {key for key in logged if re.fullmatch(workspace.LAYERS, key)}
+    layers = {key for key in logged if re.fullmatch(dashboard.LAYERS, key)}
     assert layers == {f"train/layer_{number:02d}/attended_share" for number in range(3)}
     for loss in ("val/loss", "train/loss"):
         assert [panel["xAxis"] for panel in shown if panel["metrics"] == [loss]] == list(AXES)
@@ -83,5 +83,5 @@ def test_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistake(no_account: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], sentence: str) -> None:
     monkeypatch.setattr("sys.argv", ["dashboard.py", "--entity", "me", *words])
     with pytest.raises(UserError, match=sentence) as raised:
-        workspace.main()
+        dashboard.main()
     assert "\n" not in str(raised.value)

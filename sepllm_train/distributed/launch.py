@@ -90,8 +90,14 @@ def _process_group(launch: Launch, backend: str, timeout_seconds: float) -> Iter
             raise not_all_arrived(error, launch.world_size, timeout_seconds) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    yield
-    # Only after success: a rank that failed must end at once, not wait for the others in the shutdown.
+    try:
+        yield
+    except BaseException:
+        # A rank that failed must end at once, not wait for the others in the shutdown. Alone there is none to wait for,
+        # and a group that is left to the end of the process can abort that: its threads are still running.
+        if launch.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

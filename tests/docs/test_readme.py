@@ -89,6 +89,8 @@ def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [path, *words])
+    # Scripts find their neighbours as when Python runs them.
+    monkeypatch.syspath_prepend(str((REPOSITORY / path).parent))
     with pytest.raises(Parsed):
         runpy.run_path(str(REPOSITORY / path), run_name="__main__")
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +15,10 @@ from sepllm_train.config.schema import Config, ParallelConfig
 from sepllm_train.distributed.context import ContextGroup
 from sepllm_train.distributed.lost import not_all_arrived
 from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.distributed.orphans import end_with_parent
 
 with quiet_imports():
     from megatron.core import parallel_state, tensor_parallel
-
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -106,8 +101,8 @@ def _end_with_launcher() -> None:
 
     Linux alone has that; where it cannot be had, ranks end at the next checkpoint, for which they need the store.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 @contextmanager

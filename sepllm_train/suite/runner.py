@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,13 +19,12 @@ import psutil
 
 from data_prep.tokenize import usable_cores
 from sepllm_train.console import duration, say
+from sepllm_train.distributed.orphans import end_with_parent
 from sepllm_train.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
 from sepllm_train.training.run_folder import read_run
 from sepllm_train.training.signals import STOPPING
 
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 # Seconds between looks at the processes, and between lines of progress.
 _LOOK = 0.5
 _TELL = 60.0
@@ -112,7 +110,7 @@ def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment(jobs, plan.processes),
-            preexec_fn=_end_with_the_suite,
+            preexec_fn=end_with_parent,
         )
     return Job(run, process, log)
 
@@ -126,12 +124,6 @@ def _ended(job: Job, failed: list[Job]) -> None:
     failed.append(job)
     why = "was interrupted" if code == EXIT_INTERRUPTED else f"failed with code {code}"
     say(f"warning: {job.run.name} {why}: {_last_line(job.log)}")
-
-
-def _end_with_the_suite() -> None:
-    """In a new process: get SIGTERM when the suite is gone, however it ended. Linux alone has that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _stop(plan: Plan, running: Sequence[Job]) -> None:

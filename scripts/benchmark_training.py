@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=9, metavar="N", help="turns that count, after one to warm up (9)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a turn (4)")
     parser.add_argument("--data", metavar="PREFIX", help="prepared data set (default: the sample corpus)")
+    parser.add_argument("--skip-checkpoints", action="store_true", help="leave out what saving a checkpoint costs")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 peak of one device, for MFU")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration of both")
     options = parser.parse_intermixed_args(arguments)
@@ -170,7 +171,7 @@ def figures_of(rival: Any, device: torch.device, options: argparse.Namespace) ->
         "mfu": None if peak is None else flops / seconds / (peak * 1e12 * devices),
         "seconds": parts,
         "data_wait_share": parts["data_wait"] / seconds,
-        "checkpoint_stall_seconds": checkpoint_stall(rival),
+        "checkpoint_stall_seconds": None if options.skip_checkpoints else checkpoint_stall(rival),
         "turns": rival.seconds,
     }
 
@@ -208,11 +209,13 @@ def line(model: str, length: int, row: dict[str, Any], device: torch.device) -> 
     for pattern in PATTERNS:
         figures = row[pattern]
         parts = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in figures["seconds"].items())
+        stall = figures["checkpoint_stall_seconds"]
+        saving = "" if stall is None else f" | checkpoint stall {1e3 * stall:.1f} ms"
         mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%}"
         cells.append(
             f"\n  {pattern:<5} {figures['tokens_per_second']:>11,.0f} tokens/s{mfu} | step "
             f"{1e3 * figures['step_seconds']:.1f} ms: {parts} | data wait {figures['data_wait_share']:.2%} "
-            f"(bar {DATA_WAIT_BAR:.0%}) | checkpoint stall {1e3 * figures['checkpoint_stall_seconds']:.1f} ms"
+            f"(bar {DATA_WAIT_BAR:.0%}){saving}"
         )
     bar = CPU_BARS.get(length) if device.type == "cpu" and model == "pythia14m" else None
     wanted = "" if bar is None else f" (bar {bar}x)"

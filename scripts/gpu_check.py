@@ -113,7 +113,9 @@ def correctness(options: argparse.Namespace) -> bool:
     """Stage 1; whether every case passed."""
     stage = Stage(options, interpret=True)
     program = BENCHMARKS / "gpu_correctness.py"
-    arguments = ("--output", stage.output, "--device", options.device, "--minutes", STAGE_SECONDS / 60 - 1)
+    jobs = 1 if options.device == "cpu" else max(1, min(12, len(os.sched_getaffinity(0)) - 2))
+    limits = ("--minutes", STAGE_SECONDS / 60 - 1, "--jobs", jobs)
+    arguments = ("--output", stage.output, "--device", options.device, *limits)
     return stage.run("correctness", program, *arguments) == 0
 
 

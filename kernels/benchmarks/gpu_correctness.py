@@ -1,6 +1,7 @@
 """Holds the Triton kernels to a float64 reference on a GPU: errors, determinism, CUDA graphs, recompilation.
 
     python kernels/benchmarks/gpu_correctness.py --output DIR
+    python kernels/benchmarks/gpu_correctness.py --output DIR --jobs 12      # compilers are what it waits for
 
 Needs torch and Triton alone. Errors are relative to plain PyTorch's in the same precision: at most twice forward and
 three times backward. One line of JSON a case goes to DIR/correctness.jsonl as it is done; the exit code is 1 when a
@@ -13,8 +14,10 @@ import argparse
 import itertools
 import json
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,31 +215,14 @@ def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failures": [f"{type(error).__name__}: {error}"[:500]]}
 
 
-def main() -> int:
-    """Run cases until the time is over; 1 when one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of correctness.jsonl")
-    parser.add_argument("--minutes", type=float, default=6, help="stop after this long (%(default)s)")
-    parser.add_argument("--cases", type=int, default=250, help="most cases (%(default)s)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no CUDA device here; --device cpu with TRITON_INTERPRET=1 tries tiny cases.")
-    deadline = time.monotonic() + 60 * options.minutes
-    on_gpu = device.type == "cuda"
-    cases = itertools.islice(gpu_cases() if on_gpu else interpreter_cases(), options.cases)
-    runs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-    if on_gpu:
-        runs = [("CUDA graph", lambda: graph_case(device)), ("layouts", lambda: recompilation_case(device))]
-    runs += [(case.name, partial(run_case, case, device, number)) for number, case in enumerate(cases)]
-    options.output.mkdir(parents=True, exist_ok=True)
+def check_cases(runs: Sequence[tuple[str, Callable[[], dict[str, Any]]]], path: Path, minutes: float) -> bool:
+    """Run cases until the time is over, each a line of `path`; whether all that were run passed."""
+    deadline = time.monotonic() + 60 * minutes
     failed = done = 0
-    with open(options.output / "correctness.jsonl", "w", encoding="utf8") as stream:
-        stream.write(json.dumps({"machine": machine_facts(device)}) + "\n")
+    with path.open("w", encoding="utf8") as stream:
         for name, run in runs:
             if time.monotonic() > deadline:
-                print(f"{options.minutes:g} minutes are over, {len(runs) - done} cases were not run")
+                print(f"{minutes:g} minutes are over, {len(runs) - done} cases were not run")
                 break
             result = {"case": name, **attempt(run)}
             failures = result["failures"]
@@ -245,7 +231,52 @@ def main() -> int:
             done, failed = done + 1, failed + bool(failures)
             print(f"{'FAILED' if failures else 'ok'}: {name} {'; '.join(failures)}", flush=True)
     print(f"{done} cases, {failed} failed")
-    return 1 if failed else 0
+    return not failed
+
+
+def check_in_parts(options: argparse.Namespace) -> bool:
+    """Deal the cases to `options.jobs` processes that share the device; whether all that were run passed."""
+    command = [sys.executable, __file__, "--output", str(options.output), "--device", options.device]
+    command += ["--minutes", str(options.minutes), "--cases", str(options.cases), "--jobs", str(options.jobs)]
+    parts = [subprocess.Popen([*command, "--part", str(part)]) for part in range(options.jobs)]
+    codes = [part.wait() for part in parts]
+    with (options.output / "correctness.jsonl").open("a", encoding="utf8") as stream:
+        for part in range(options.jobs):
+            path = options.output / f"correctness-{part}.jsonl"
+            if path.exists():
+                stream.write(path.read_text(encoding="utf8"))
+                path.unlink()
+    return not any(codes)
+
+
+def main() -> int:
+    """Run cases until the time is over; 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of correctness.jsonl")
+    parser.add_argument("--minutes", type=float, default=6, help="stop after this long (%(default)s)")
+    parser.add_argument("--cases", type=int, default=250, help="most cases (%(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that the cases are dealt to (%(default)s)")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs} must be at least 1.")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device here; --device cpu with TRITON_INTERPRET=1 tries tiny cases.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "correctness.jsonl"
+    if options.part is None:
+        path.write_text(json.dumps({"machine": machine_facts(device)}) + "\n", encoding="utf8")
+        return 0 if check_in_parts(options) else 1
+    on_gpu = device.type == "cuda"
+    cases = itertools.islice(gpu_cases() if on_gpu else interpreter_cases(), options.cases)
+    runs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    if on_gpu:
+        runs = [("CUDA graph", lambda: graph_case(device)), ("layouts", lambda: recompilation_case(device))]
+    runs += [(case.name, partial(run_case, case, device, number)) for number, case in enumerate(cases)]
+    mine = runs[options.part :: options.jobs]
+    return 0 if check_cases(mine, options.output / f"correctness-{options.part}.jsonl", options.minutes) else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python kernels/benchmarks/tune.py --minutes 20
     python kernels/benchmarks/tune.py --head-sizes 128 --keep-table
+    python kernels/benchmarks/tune.py --candidates FILE --compile-only    # minutes of compiling, on any machine
+    python kernels/benchmarks/tune.py --candidates FILE                   # then only what compiled well is timed
 
 Candidates are compiled first; those that spill more than the compile gate allows, or that do without wgmma where the
 device has it, are not timed. The score of a tile is the geometric mean, over LENGTHS, of its time over that of the
@@ -14,18 +16,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from compile_gate import SPILL_BUDGET, compile_all, violations
 from compiled import targets_of
-from gpu_attention import Cell, Inputs, make_inputs
-from records import RESULTS, exit_with, write_json, write_text
+from gpu_attention import Cell, Inputs, make_inputs, outcome
+from records import RESULTS, exit_with, read_json, write_json, write_text
 from rivals import ours
 from sep_attention import build_plan, tuning
 from sep_attention.tuning import KERNELS, ShippedTile, Tile, forced_tiles, padded_head, select_tile
@@ -39,6 +45,8 @@ WINDOW = 128
 TOKENS, HIDDEN = 16384, 2048
 MARGIN = 0.02
 TABLE = Path(tuning.__file__)
+# Head size and kernel.
+Turn = tuple[int, str]
 
 
 def candidates(kernel: str, architecture: int) -> list[Tile]:
@@ -50,29 +58,91 @@ def candidates(kernel: str, architecture: int) -> list[Tile]:
     return [tile for tile in tiles if tile.registers is None or (tile.warps == 8 and architecture >= 90)]
 
 
-def survivors(kernel: str, head_size: int, architecture: int, jobs: int) -> list[Tile]:
-    """Candidates that compile within the budget of the gate."""
+def survivors(head_sizes: Sequence[int], architecture: int, jobs: int) -> dict[Turn, list[Tile]]:
+    """Candidates that compile within the budget of the gate, by head size and kernel."""
     lines = [
-        ShippedTile(kernel, head_size, "bf16", "half", architecture, tile) for tile in candidates(kernel, architecture)
+        ShippedTile(kernel, head_size, "bf16", "half", architecture, tile)
+        for head_size, kernel in itertools.product(head_sizes, KERNELS)
+        for tile in candidates(kernel, architecture)
     ]
     targets = [target for line in lines for target in targets_of(line)]
     good = set()
     for target, result in compile_all(targets, jobs):
-        most = SPILL_BUDGET.get(head_size, 0)
+        most = SPILL_BUDGET.get(target.shipped.head_size, 0)
         if not isinstance(result, str) and result.spills <= most and not violations(target, result, {}):
-            good.add(target.shipped.tile)
-    return [line.tile for line in lines if line.tile in good]
+            good.add(target.shipped)
+    found: dict[Turn, list[Tile]] = {turn: [] for turn in itertools.product(head_sizes, KERNELS)}
+    for line in lines:
+        if line in good:
+            found[line.head_size, line.kernel].append(line.tile)
+    return found
+
+
+def kept_survivors(path: Path, head_sizes: Sequence[int], architecture: int) -> dict[Turn, list[Tile]]:
+    """What `--compile-only` wrote. Raises UserError for a file that was made for something else."""
+    content = read_json(path)
+    if content.get("architecture") != architecture or content.get("triton") != triton.__version__:
+        raise UserError(
+            f"--candidates {path} is of architecture {content.get('architecture')} and Triton "
+            f"{content.get('triton')}, here are {architecture} and {triton.__version__}: make it anew."
+        )
+    found = {
+        (entry["head_size"], entry["kernel"]): [Tile(*tile) for tile in entry["tiles"]] for entry in content["kernels"]
+    }
+    lacking = sorted(set(head_sizes) - {head_size for head_size, _ in found})
+    if lacking:
+        raise UserError(f"--candidates {path} has no head size {lacking[0]}: make it anew.")
+    return found
+
+
+def keep_survivors(path: Path, found: Mapping[Turn, Sequence[Tile]], architecture: int) -> None:
+    """Write candidates for `kept_survivors`."""
+    kernels = [
+        {"head_size": head_size, "kernel": kernel, "tiles": [list(tile) for tile in tiles]}
+        for (head_size, kernel), tiles in found.items()
+    ]
+    write_json(path, {"architecture": architecture, "triton": triton.__version__, "kernels": kernels})
+
+
+def compile_for_timing(found: Mapping[Turn, Sequence[Tile]], jobs: int) -> None:
+    """Launch every candidate once in `jobs` processes: Triton's cache then has it, and timing waits for no compiler."""
+    work = [(head_size, kernel, tile) for (head_size, kernel), tiles in found.items() for tile in tiles]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = [problem for problem in pool.map(_launch_once, *zip(*work, strict=True)) if problem]
+    for problem in failures:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _launch_once(head_size: int, kernel: str, tile: Tile) -> str:
+    """Empty, or why a candidate cannot be launched."""
+    try:
+        bench = Bench(head_size, torch.device("cuda"), lengths=LENGTHS[:1], tokens=LENGTHS[0])
+        with forced_tiles(**{kernel: tile}):
+            ((attend, (inputs, *_)),) = bench.cases
+            outcome(attend, inputs)
+        torch.cuda.synchronize()
+    except Exception as error:  # the compiler and the driver raise what they like; timing meets it again
+        return " ".join(f"{kernel} D={head_size} {tuple(tile)}: {error}".split())[:300]
+    return ""
 
 
 class Bench:
     """Times one kernel's tiles on real separators at each of LENGTHS."""
 
-    def __init__(self, head_size: int, device: torch.device, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(
+        self,
+        head_size: int,
+        device: torch.device,
+        clock: Clock | None = None,
+        *,
+        lengths: Sequence[int] = LENGTHS,
+        tokens: int = TOKENS,
+    ) -> None:
+        self.clock = Clock(device, seconds=0.05, most=30) if clock is None else clock
         self.cases = []
         text = load_separators()
-        for length in LENGTHS:
-            batch = TOKENS // length
+        for length in lengths:
+            batch = tokens // length
             plan = build_plan(torch.from_numpy(text_rows(text, length, batch)).to(device))
             inputs = make_inputs(Cell(length, WINDOW, head_size, 1, "text"), batch, HIDDEN, device, 2)
             self.cases.append((ours(plan, WINDOW), inputs))
@@ -129,14 +199,21 @@ def tune_kernel(bench: Bench, kernel: str, head_size: int, tiles: Sequence[Tile]
     current = select_tile(kernel, head_size, "half", device)
     reference = bench.milliseconds(kernel, current)
     timed: list[dict[str, Any]] = [{"tile": list(current), "milliseconds": reference, "score": 1.0}]
+    failed = []
     for tile in tiles:
         if time.monotonic() > deadline:
             break
-        if tile != current:
+        if tile == current:
+            continue
+        try:
             times = bench.milliseconds(kernel, tile)
-            timed.append({"tile": list(tile), "milliseconds": times, "score": score(times, reference)})
+        except Exception as error:  # too little shared memory, say: it is no candidate on this device
+            failed.append({"tile": list(tile), "reason": " ".join(str(error).split())[:200]})
+            continue
+        timed.append({"tile": list(tile), "milliseconds": times, "score": score(times, reference)})
     timed.sort(key=lambda entry: entry["score"])
-    return {"kernel": kernel, "head_size": head_size, "candidates": len(tiles), "timed": timed}
+    found = {"kernel": kernel, "head_size": head_size, "candidates": len(tiles), "timed": timed}
+    return found | ({"failed": failed} if failed else {})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=20, help="stop timing after this long (%(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="figures (default: a name under results/)")
+    parser.add_argument("--candidates", type=Path, metavar="FILE", help="tiles that compile well, kept between calls")
+    parser.add_argument("--compile-only", action="store_true", help="write --candidates and stop; needs no GPU")
+    parser.add_argument("--architecture", type=int, choices=(80, 90), default=90, help="of --compile-only (90)")
     parser.add_argument("--keep-table", action="store_true", help="leave tuning.py as it is")
     return parser
 
@@ -152,24 +232,36 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Tune forward, dQ and dK/dV in turn at each head size."""
     options = _parser().parse_args()
+    if options.compile_only:
+        if options.candidates is None:
+            raise UserError("--compile-only has nowhere to write: give --candidates FILE.")
+        found = survivors(options.head_sizes, options.architecture, options.jobs)
+        keep_survivors(options.candidates, found, options.architecture)
+        print(f"{sum(map(len, found.values()))} candidates in {options.candidates}")
+        return 0
     if not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: tuning times the kernels on a GPU.")
     device = torch.device("cuda")
+    architecture = tuning.architecture_of(torch.cuda.get_device_capability(device))
+    if options.candidates is None:
+        found = survivors(options.head_sizes, architecture, options.jobs)
+    else:
+        found = kept_survivors(options.candidates, options.head_sizes, architecture)
+    compile_for_timing(found, options.jobs)
     deadline = time.monotonic() + 60 * options.minutes
     clock = Clock(device, seconds=0.05, most=30)
-    architecture = tuning.architecture_of(torch.cuda.get_device_capability(device))
     machine = machine_facts(device)
     path = options.output or RESULTS / f"tuning-{'-'.join(machine['device'].lower().split())}.json"
     results: dict[str, Any] = {"machine": machine, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "kernels": []}
     chosen: dict[tuple[int, str, int], dict[str, Tile]] = {}
     turns = list(itertools.product(options.head_sizes, KERNELS))
     for turn, (head_size, kernel) in enumerate(turns):
-        tiles = survivors(kernel, head_size, architecture, options.jobs)
         share = max(0, deadline - time.monotonic()) / (len(turns) - turn)
-        found = tune_kernel(Bench(head_size, device, clock), kernel, head_size, tiles, time.monotonic() + share)
-        results["kernels"].append(found)
+        bench = Bench(head_size, device, clock)
+        timed = tune_kernel(bench, kernel, head_size, found[head_size, kernel], time.monotonic() + share)
+        results["kernels"].append(timed)
         write_json(path, results)
-        best = found["timed"][0]
+        best = timed["timed"][0]
         print(f"{kernel} D={head_size}: {best['tile']}, {best['score']:.3f} of the table's time", flush=True)
         if best["score"] < 1 - MARGIN:
             chosen.setdefault((architecture, "half", padded_head(head_size)), {})[kernel] = Tile(*best["tile"])

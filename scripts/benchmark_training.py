@@ -62,6 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="sequence lengths")
     parser.add_argument("--window", type=int, default=64, help="attention.window of the separator runs (64)")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences (default: 1 on a CPU, 16,384 tokens)")
+    parser.add_argument("--step-tokens", type=int, metavar="N", help="tokens of a step (default: one micro-batch)")
     parser.add_argument("--turns", type=int, default=9, metavar="N", help="turns that count, after one to warm up (9)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a turn (4)")
     parser.add_argument("--data", metavar="PREFIX", help="prepared data set (default: the sample corpus)")
@@ -122,7 +123,9 @@ def configuration(
         config = to_config(compose("pretrain", overrides))
     replicas = world_size // config.parallel.processes
     if not any(override.startswith("training.global_batch=") for override in options.overrides):
-        config.training.global_batch = config.training.micro_batch * max(1, replicas)
+        smallest = config.training.micro_batch * max(1, replicas)
+        wanted = (options.step_tokens or 0) // length
+        config.training.global_batch = max(1, wanted // smallest) * smallest
     validate(config, world_size)
     return config
 

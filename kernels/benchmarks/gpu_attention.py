@@ -224,6 +224,7 @@ def describe(row: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timed calls of a kernel and pass (%(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=HEAD_SIZES)
@@ -247,7 +248,7 @@ def main() -> int:
     begin = time.monotonic()
     text = load_separators(options.text)
     on_gpu = device.type == "cuda"
-    clock = Clock(device) if on_gpu else Clock(device, seconds=0, most=1, least=1)
+    clock = Clock(device, options.seconds) if on_gpu else Clock(device, seconds=0, most=1, least=1)
     path, results = open_results(options, device)
     results["limits"].append(machine_limits(clock))
     print(f"{results['machine']['device']}: {results['limits'][-1]}; writing {path}", flush=True)

@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=(64, 128), choices=tuning.HEAD_SIZES)
     parser.add_argument("--minutes", type=float, default=20, help="stop timing after this long (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers (%(default)s); 0: as timing comes to it")
     parser.add_argument("--output", type=Path, metavar="FILE", help="figures (default: a name under results/)")
     parser.add_argument("--candidates", type=Path, metavar="FILE", help="tiles that compile well, kept between calls")
     parser.add_argument("--compile-only", action="store_true", help="write --candidates and stop; needs no GPU")
@@ -235,7 +235,7 @@ def main() -> int:
     if options.compile_only:
         if options.candidates is None:
             raise UserError("--compile-only has nowhere to write: give --candidates FILE.")
-        found = survivors(options.head_sizes, options.architecture, options.jobs)
+        found = survivors(options.head_sizes, options.architecture, max(1, options.jobs))
         keep_survivors(options.candidates, found, options.architecture)
         print(f"{sum(map(len, found.values()))} candidates in {options.candidates}")
         return 0
@@ -244,10 +244,11 @@ def main() -> int:
     device = torch.device("cuda")
     architecture = tuning.architecture_of(torch.cuda.get_device_capability(device))
     if options.candidates is None:
-        found = survivors(options.head_sizes, architecture, options.jobs)
+        found = survivors(options.head_sizes, architecture, max(1, options.jobs))
     else:
         found = kept_survivors(options.candidates, options.head_sizes, architecture)
-    compile_for_timing(found, options.jobs)
+    if options.jobs:
+        compile_for_timing(found, options.jobs)
     deadline = time.monotonic() + 60 * options.minutes
     clock = Clock(device, seconds=0.05, most=30)
     machine = machine_facts(device)

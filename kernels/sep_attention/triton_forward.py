@@ -77,8 +77,12 @@ def _attend_tier(
             key = key_positions(positions, slot, valid, is_local)
             span = key_spans(tiers, document_end, key, valid, reaches, T, DOCUMENTS)
             scores = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), scores, MASKED)
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        weights = tl.math.exp2(scores * scale - new_peak[:, None])
+        top = tl.max(scores, 1)
+        new_peak = tl.where(top > MASKED, tl.maximum(peak, top * scale), peak)
+        # A row that has seen no key yet subtracts nothing: the compiler fuses the next line's product and difference,
+        # which rounds MASKED * scale in another way than a peak would be, to more than exp2 can hold.
+        shift = tl.where(new_peak > MASKED, new_peak, 0.0)
+        weights = tl.math.exp2(scores * scale - shift[:, None])
         shrink = tl.math.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)

@@ -14,6 +14,8 @@ import torch
 import triton
 from records import REPOSITORY
 
+# Clock cycles that the GPU waits before a timed call, a millisecond or so: the host has launched all of it by then.
+WAIT_CYCLES = 2_000_000
 # Larger than the second-level cache of any GPU so far.
 FLUSH_BYTES = 256 * 2**20
 MATMUL_SIZE = 8192
@@ -21,12 +23,17 @@ COPY_BYTES = 2**30
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: median and quartiles of a number of calls."""
+    """Milliseconds of one call: median and quartiles of a number of calls.
+
+    On a GPU they are the GPU's, once its launches have been queued; `host` is the median of what queuing them takes,
+    which is what counts where the GPU has nothing else to do meanwhile.
+    """
 
     median: float
     low: float
     high: float
     calls: int
+    host: float
 
 
 class Clock:
@@ -39,31 +46,35 @@ class Clock:
     def measure(self, run: Callable[[Any], object], prepare: Callable[[int], Any]) -> Timing:
         """Times run(prepare(n)) for n = 0, 1, ...; prepare is not timed. Warms up first."""
         for number in range(3 if self.device.type == "cuda" else 1):
-            estimate = self._once(run, prepare, number, 1)[0]
+            estimate = self._once(run, prepare, number, 1)[0][0]
         count = min(self.most, max(self.least, round(1e3 * self.seconds / max(estimate, 1e-6))))
-        times = self._once(run, prepare, 0, count)
+        times, host = zip(*self._once(run, prepare, 0, count), strict=True)
         low, median, high = statistics.quantiles(times, n=4) if count > 1 else times * 3
-        return Timing(median, low, high, count)
+        return Timing(median, low, high, count, statistics.median(host))
 
-    def _once(self, run: Callable[[Any], object], prepare: Callable[[int], Any], first: int, count: int) -> list[float]:
-        if self.device.type != "cuda":
-            times = []
-            for number in range(first, first + count):
-                prepared = prepare(number)
-                begin = time.perf_counter()
-                run(prepared)
-                times.append(1e3 * (time.perf_counter() - begin))
-            return times
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for number, (begin_event, end_event) in enumerate(events, first):
+    def _once(
+        self, run: Callable[[Any], object], prepare: Callable[[int], Any], first: int, count: int
+    ) -> list[tuple[float, float]]:
+        """Milliseconds of the device and of the host of each of `count` calls."""
+        on_gpu = self.device.type == "cuda"
+        host, events = [], []
+        for number in range(first, first + count):
             prepared = prepare(number)
-            # The flush also keeps the GPU busy while the host gets the timed launches ready.
-            self._flush.zero_()
-            begin_event.record()
+            if on_gpu:
+                begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                events.append((begin_event, end_event))
+                self._flush.zero_()
+                torch.cuda._sleep(WAIT_CYCLES)
+                begin_event.record()
+            begin = time.perf_counter()
             run(prepared)
-            end_event.record()
+            host.append(1e3 * (time.perf_counter() - begin))
+            if on_gpu:
+                end_event.record()
+        if not on_gpu:
+            return list(zip(host, host, strict=True))
         torch.cuda.synchronize(self.device)
-        return [begin_event.elapsed_time(end_event) for begin_event, end_event in events]
+        return list(zip((begin.elapsed_time(end) for begin, end in events), host, strict=True))
 
 
 def machine_limits(clock: Clock) -> dict[str, float]:

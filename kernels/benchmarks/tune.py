@@ -220,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=(64, 128), choices=tuning.HEAD_SIZES)
     parser.add_argument("--minutes", type=float, default=20, help="stop timing after this long (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers (%(default)s); 0: as timing comes to it")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers; 0: none ahead of timing"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="figures (default: a name under results/)")
     parser.add_argument("--candidates", type=Path, metavar="FILE", help="tiles that compile well, kept between calls")
     parser.add_argument("--compile-only", action="store_true", help="write --candidates and stop; needs no GPU")

@@ -7,12 +7,14 @@ are queries, D head dimension, T tiers.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sep_attention.plan import FOREVER, MAX_TIERS, AttentionPlan, effective_reach
 from sep_attention.triton_backward import ROW_PADDING, attention_backward_kv, attention_backward_q
@@ -53,19 +55,43 @@ class _Layer(NamedTuple):
     def launches(self, q: Tensor, k: Tensor, kernel: str) -> list[dict[str, Any]]:
         """Compile-time constants and compiler options of each launch of a kernel for these tensors."""
         precision = dot_precision(q.dtype)
-        tile = select_tile(kernel, q.shape[-1], precision, q.device)
-        launches = kernel_constants(
+        return _launches(
             kernel,
             q.shape[-1],
             precision,
-            tile,
-            groups=q.shape[1] // k.shape[1],
-            tiers=len(self.horizons),
-            finite=min(self.horizons) < FOREVER,
-            documents=self.document_start is not None,
-            sink=self.sink is not None,
+            select_tile(kernel, q.shape[-1], precision, q.device),
+            q.shape[1] // k.shape[1],
+            len(self.horizons),
+            min(self.horizons) < FOREVER,
+            self.document_start is not None,
+            self.sink is not None,
         )
-        return [constants | compiler_options(tile, constants) for constants in launches]
+
+
+@functools.cache
+def _launches(
+    kernel: str,
+    head_size: int,
+    precision: str,
+    tile: Tile,
+    groups: int,
+    tiers: int,
+    finite: bool,
+    documents: bool,
+    sink: bool,
+) -> list[dict[str, Any]]:
+    launches = kernel_constants(
+        kernel,
+        head_size,
+        precision,
+        tile,
+        groups=groups,
+        tiers=tiers,
+        finite=finite,
+        documents=documents,
+        sink=sink,
+    )
+    return [constants | compiler_options(tile, constants) for constants in launches]
 
 
 def kernel_constants(
@@ -115,7 +141,10 @@ def _query_grid(q: Tensor, options: dict[str, Any]) -> tuple[int, int]:
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Makes the tensor's GPU the current one, where it is not."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 _PLAN_SCHEMA = (
@@ -124,12 +153,8 @@ _PLAN_SCHEMA = (
 )
 
 
-@torch.library.custom_op(
-    "sep_attention::triton_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_PLAN_SCHEMA}) -> (Tensor, Tensor)",
-)
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Q, D] and the natural logarithm of the softmax denominators, f32 [B, H, Q]."""
     layer = _Layer(*rest)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -154,20 +179,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     return out, lse
 
 
+_forward = torch.library.custom_op(
+    "sep_attention::triton_forward",
+    _launch_forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_PLAN_SCHEMA}) -> (Tensor, Tensor)",
+)
+
+
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "sep_attention::triton_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN_SCHEMA}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
+def _launch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the sink, the last of which is empty where there is none."""
     layer = _Layer(*rest)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
@@ -225,6 +253,15 @@ def _backward(
     return dq, dk, dv, dsink
 
 
+_backward = torch.library.custom_op(
+    "sep_attention::triton_backward",
+    _launch_backward,
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN_SCHEMA}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @_backward.register_fake
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
@@ -239,7 +276,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     layer = _Layer(*rest)
     ctx.save_for_backward(q, k, v, *output, *layer[:6])
     ctx.settings = layer[6:]
-    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -249,6 +285,30 @@ def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _EagerAttention(torch.autograd.Function):
+    """The same without torch.library, whose dispatch takes the host longer than everything else of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _launch_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        dq, dk, dv, dsink = _launch_backward(dout, q, k, v, out, lse, *tensors, *ctx.settings)
+        return dq, dk, dv, None, None, None, None, None, None if tensors[-1] is None else dsink, None, None, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer) -> Tensor:
+    """Output of a call, differentiable. Compilers and tensors that only stand for others need the registered op."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return _forward(q, k, v, *layer)[0]
+    return _EagerAttention.apply(q, k, v, *layer)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -302,8 +362,7 @@ def triton_attention(
         [FOREVER] * plan.num_tiers if horizons is None else list(horizons),
         scale,
     )
-    out, _ = _forward(q, k, v, *layer)
-    return out
+    return _attend(q, k, v, layer)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

@@ -63,8 +63,8 @@ class ShippedTile(NamedTuple):
 # consumer cards have, and serve every architecture that lacks warpgroup products.
 _TABLE: dict[tuple[int, str, int], tuple[Tile, Tile, Tile]] = {
     (90, "half", 32): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2)),
-    (90, "half", 64): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2)),
-    (90, "half", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+    (90, "half", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2, 128), Tile(32, 64, 4, 3)),
+    (90, "half", 128): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2, 128), Tile(32, 64, 4, 3)),
     (90, "half", 256): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2, split=True)),
     (90, "tf32", 32): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     (90, "tf32", 64): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),

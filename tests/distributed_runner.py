@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.free_ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *, time_limit: floa
         common = os.environ | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
@@ -80,13 +81,6 @@ def _wait(ranks: list[subprocess.Popen], time_limit: float, folder: Path) -> Non
 def _tail(folder: Path, rank: int) -> str:
     """The last 6,000 characters that a rank printed."""
     return (folder / f"{rank}.log").read_text(errors="replace")[-6000:]
-
-
-def _free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _run_one(script: str, function: str, arguments: str, result: str) -> None:

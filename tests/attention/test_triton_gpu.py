@@ -76,6 +76,17 @@ def test_float32(width: int, precision: str, tolerance: float) -> None:
         assert relative_error(ours[name], value) <= tolerance, name
 
 
+@pytest.mark.parametrize("width", [32, 64, 80, 128])
+@pytest.mark.parametrize("document_density", [None, 0.01], ids=["band", "documents"])
+def test_rows_whose_first_tile_holds_nothing_in_sight(document_density: float | None, width: int) -> None:
+    # Of a block of queries, the first keys are another document's, or before the band of all but the first rows.
+    case = Case(length=1000, width=width, window=16, initial_tokens=0, density=0.0, document_density=document_density)
+    plan, tensors = _on_gpu(case, torch.bfloat16)
+    exact, ours = _exact(case, plan, tensors), _run(case, plan, tensors, "triton")
+    for name, value in exact.items():
+        assert relative_error(ours[name], value) <= 0.02, name
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_two_backward_passes_give_the_same_bits(width: int) -> None:
     case = Case(length=3000, width=width, groups=4, window=128, sink=True, horizons=(FOREVER, 700), density=0.3)

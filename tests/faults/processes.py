@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.free_ports import free_port
 from tests.small_run import SMALL_MODEL
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,10 +95,7 @@ class Launcher:
     @contextmanager
     def ranks(self, name: str, *overrides: str, world_size: int = 2, started: int | None = None) -> Iterator[Run]:
         """The ranks themselves, without torchrun; only the first `started` of them."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         places = [
             common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             for rank in range(world_size if started is None else started)

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.free_ports import free_port
+
 NODES = 2
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -79,7 +81,7 @@ class Cluster:
     def start(self) -> None:
         """Start the daemons; skips the test where they do not come up."""
         host = socket.gethostname().split(".")[0]
-        ports = _free_ports(NODES + 1)
+        ports = [free_port() for _ in range(NODES + 1)]
         nodes = "\n".join(
             f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[number]} CPUs=8 State=UNKNOWN"
             for number in range(1, NODES + 1)
@@ -191,15 +193,3 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def _find(program: str) -> str | None:
     """Path of a program; the daemons are outside of an ordinary user's path."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()

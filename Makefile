@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 # Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install lint types sm90  ## Lint, types, compiled kernels and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

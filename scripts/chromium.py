@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -42,9 +43,11 @@ class Chromium:
             free.bind(("127.0.0.1", 0))
             self._base = f"http://127.0.0.1:{free.getsockname()[1]}"
             port = free.getsockname()[1]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        # Its caches go to the home folder, whatever the profile.
+        home = {**os.environ, "HOME": self._profile.name}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": home}
         self._driver = subprocess.Popen([found[1], f"--port={port}"], **quiet)  # type: ignore[call-overload]
-        arguments = [*FLAGS, f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}"]
+        arguments = [*FLAGS, f"--user-data-dir={self._profile.name}/profile", f"--window-size={width},{height}"]
         options = {"binary": found[0], "args": arguments}
         logs = {"browser": "ALL", "performance": "ALL"}
         wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": logs}}

@@ -120,7 +120,7 @@ def test_folders_reach_a_run_as_they_are(folder: str) -> None:
     ("overrides", "sentence"),
     [
         ([], "no suite is named: add one, such as +suite=paper."),
-        (["+suite=paper", "suite.size=huge"], "suite.size=huge is unknown: choose one of cpu, gpu, toy."),
+        (["+suite=paper", "suite.size=huge"], "suite.size=huge is unknown: choose one of cpu, gpu_small, gpu, toy."),
         (["+suite=paper", "suite.reference=full"], "suite.reference=full is not a row"),
         (["+suite=paper", "suite.lengths=[3000]"], "3000 tokens do not divide the 8192 tokens of a step"),
         (["+suite=paper", "suite.seeds=[]"], "suite.seeds is empty"),

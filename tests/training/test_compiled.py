@@ -33,10 +33,10 @@ def test_compiled_run_resumes_bitwise_or_uncompiled(trainer: Any, finished: Any,
     assert losses == pytest.approx(trainer.values(eager, "train/loss"), abs=1e-5)
 
     half = trainer.root / "compiled" / "checkpoints" / "step_00000002"
-    for name, overrides in (("again", COMPILED), ("uncompiled", ())):
+    for name, overrides in (("compiled_again", COMPILED), ("uncompiled", ())):
         outcome = trainer(f"name={name}", f"resume={half}", *overrides, "training.validation_interval=0")
         assert outcome.code == 0, outcome.errors[-3000:]
-    assert trainer.values("again", "train/loss") == losses[2:]
-    whole, again = (dict(digests(trainer.root / name)) for name in ("compiled", "again"))
+    assert trainer.values("compiled_again", "train/loss") == losses[2:]
+    whole, again = (dict(digests(trainer.root / name)) for name in ("compiled", "compiled_again"))
     assert again == whole and whole.keys() == dict(digests(trainer.root / eager)).keys()
     assert trainer.values("uncompiled", "train/loss") == pytest.approx(losses[2:], abs=1e-5)

@@ -116,7 +116,8 @@ def compile_for_timing(found: Mapping[Turn, Sequence[Tile]], jobs: int) -> None:
 def _launch_once(head_size: int, kernel: str, tile: Tile) -> str:
     """Empty, or why a candidate cannot be launched."""
     try:
-        bench = Bench(head_size, torch.device("cuda"), lengths=LENGTHS[:1], tokens=LENGTHS[0])
+        device = torch.device("cuda")
+        bench = Bench(head_size, device, Clock(device), lengths=LENGTHS[:1], tokens=LENGTHS[0])
         with forced_tiles(**{kernel: tile}):
             ((attend, (inputs, *_)),) = bench.cases
             outcome(attend, inputs)
@@ -133,12 +134,12 @@ class Bench:
         self,
         head_size: int,
         device: torch.device,
-        clock: Clock | None = None,
+        clock: Clock,
         *,
         lengths: Sequence[int] = LENGTHS,
         tokens: int = TOKENS,
     ) -> None:
-        self.clock = Clock(device, seconds=0.05, most=30) if clock is None else clock
+        self.clock = clock
         self.cases = []
         text = load_separators()
         for length in lengths:

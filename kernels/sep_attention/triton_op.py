@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -278,10 +278,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.settings = layer[6:]
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of what the forward op takes, by the registered op or by the launches themselves."""
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    dq, dk, dv, dsink = _backward(dout, q, k, v, out, lse, *tensors, *ctx.settings)
+    dq, dk, dv, dsink = backward(dout, q, k, v, out, lse, *tensors, *ctx.settings)
     return dq, dk, dv, None, None, None, None, None, None if tensors[-1] is None else dsink, None, None, None
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward, ctx, dout)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -299,9 +304,7 @@ class _EagerAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        dq, dk, dv, dsink = _launch_backward(dout, q, k, v, out, lse, *tensors, *ctx.settings)
-        return dq, dk, dv, None, None, None, None, None, None if tensors[-1] is None else dsink, None, None, None
+        return _gradients(_launch_backward, ctx, dout)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer) -> Tensor:

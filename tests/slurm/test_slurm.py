@@ -16,7 +16,8 @@ from tests.small_run import SMALL_MODEL
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS = 60
+# Enough that a run is still training when its first record has been seen and acted on.
+STEPS = 150
 SMALL = (
     *SMALL_MODEL,
     f"training.steps={STEPS}",
@@ -90,7 +91,7 @@ def test_time_limit_saves_requeues_and_resumes_bitwise(cluster: Cluster, small: 
 def test_array(cluster: Cluster, small: tuple[str, ...]) -> None:
     """A run that loses a rank, one that is cancelled, a mistake, and one that Slurm interrupts.
 
-    The last one shares its number with the whole array.
+    The last one shares its number with the whole array. It and the cancelled one would go on for ever.
     """
     runs = cluster.folder / "runs"
     listed = cluster.folder / "runs.txt"
@@ -99,7 +100,7 @@ def test_array(cluster: Cluster, small: tuple[str, ...]) -> None:
         "+experiment=demo_dense name=killed training.checkpoint_interval=10\n\n"
         "+experiment=demo_sep name=cancelled training.steps=100000\n"
         "+experiment=demo_sep name=wrong attention.windw=7\n"
-        "  +experiment=demo_sep 'attention.separators=[period, comma]' name=signalled\n"
+        "  +experiment=demo_sep 'attention.separators=[period, comma]' name=signalled training.steps=100000\n"
     )
     array = cluster.submit("sweep.sbatch", str(listed), *small, options=("--array=1-4", "--time=30"),
                            SEPLLM_REQUEUE_CRASHES="1")  # fmt: skip
@@ -116,9 +117,11 @@ def test_array(cluster: Cluster, small: tuple[str, ...]) -> None:
     assert "exit code 2 and is not requeued" in cluster.output(wrong)
     assert cluster.wait(cancelled, 120)["JobState"] == "CANCELLED"
     assert status(runs / "cancelled") == "interrupted"
-    for job, name in ((killed, "killed"), (signalled, "signalled")):
-        assert cluster.wait(job, 240)["JobState"] == "COMPLETED", cluster.output(job)
-        assert status(runs / name) == "finished" and records(runs / name)[-1]["step"] == STEPS
+    cluster.until(lambda: "resumed from" in cluster.output(signalled), 240, signalled)
+    cluster.call("scancel", signalled)
+    assert cluster.wait(signalled, 120)["JobState"] == "CANCELLED"
+    assert cluster.wait(killed, 240)["JobState"] == "COMPLETED", cluster.output(killed)
+    assert status(runs / "killed") == "finished" and records(runs / "killed")[-1]["step"] == STEPS
     assert "was killed by SIGKILL" in cluster.output(killed)
     # Only the tasks that were meant: the first number of an array is also that of one of its tasks.
     restarts = {job: cluster.job(job)["Restarts"] for job in (killed, cancelled, wrong, signalled)}

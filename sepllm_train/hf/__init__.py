@@ -1,0 +1,24 @@
+"""Models of Hugging Face's transformers with separator attention: patterns, caches, and our checkpoints among them."""
+
+from sepllm_train.hf.cache import SlotCache
+from sepllm_train.hf.caches import FixedCache, FullCache, PatternCache, SepCache, StreamingCache
+from sepllm_train.hf.hooks import attach
+from sepllm_train.hf.pattern import ATTENTION, apply_pattern, load_model, remove_pattern
+from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern
+
+__all__ = [
+    "ATTENTION",
+    "FixedCache",
+    "FullCache",
+    "PatternCache",
+    "SepCache",
+    "SlotCache",
+    "StreamingCache",
+    "apply_pattern",
+    "attach",
+    "load_model",
+    "make_pattern",
+    "no_separators",
+    "remove_pattern",
+    "trained_pattern",
+]

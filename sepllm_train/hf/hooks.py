@@ -1,0 +1,191 @@
+"""The two hooks on a transformers model that tell our caches and patterns which tokens come.
+
+They do nothing unless the call has one of our caches, or a pattern was put on the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Name of a forward's cache: the first from transformers 5.24 on, the second before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+_MODELS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class LayerMasks:
+    """Masks [B, 1, N, W] of the forward that is running, one per layer; None while all layers share the model's."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor] | None = None
+
+
+class _GiveMask:
+    """Hook before layer `number`."""
+
+    def __init__(self, shared: LayerMasks, number: int) -> None:
+        self.shared = shared
+        self.number = number
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if self.shared.masks is None:
+            return None
+        if "attention_mask" not in kwargs:
+            raise ValueError(f"{type(layer).__name__} is not given a mask by name: its layers must all attend alike.")
+        return args, {**kwargs, "attention_mask": self.shared.masks[self.number]}
+
+
+def attach(model: Any) -> Any:
+    """Let our caches work with a transformers model, and give it back. A cache made with the model does this itself.
+
+    The model is not changed but for a hook before its forward, one after, and one before each of its layers.
+    """
+    base = model.base_model
+    _MODELS[id(base.config)] = base
+    # A copy of a model has its hooks already.
+    if not any(hook is _before for hook in base._forward_pre_hooks.values()):
+        base.register_forward_pre_hook(_before, with_kwargs=True)
+        base.register_forward_hook(_after, with_kwargs=True)
+        # Found again by this name, also in a deep copy of the model.
+        base.sepllm_layer_masks = LayerMasks()
+        for number, layer in enumerate(_layers(base)):
+            layer.register_forward_pre_hook(_GiveMask(base.sepllm_layer_masks, number), with_kwargs=True)
+    return model
+
+
+def base_of(model: Any) -> Any:
+    """The model without its head; for a config, that of the model with it that `attach` was called on.
+
+    Raises ValueError when there is none.
+    """
+    if hasattr(model, "base_model"):
+        return model.base_model
+    base = _MODELS.get(id(model))
+    if base is None:
+        raise ValueError(
+            f"no model with this {type(model).__name__} was attached: call sepllm_train.hf.attach(model), or give the "
+            "model in place of its config."
+        )
+    return base
+
+
+def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Cut the tokens where keys are dropped, run all pieces but the last, and let the model run that."""
+    from sepllm_train.hf.cache import SlotCache
+
+    kwargs = _by_name(base, args, kwargs)
+    cache = cache_of(kwargs)
+    if not isinstance(cache, SlotCache):
+        pattern = getattr(base, "sepllm_pattern", None)
+        return None if pattern is None else ((), pattern.prepare(base, kwargs))
+    if cache.running:
+        return None
+    if cache.pending >= 0:
+        raise RuntimeError("an earlier call with this cache failed half-way: call reset() on it.")
+    ids, valid = tokens_of(kwargs)
+    check_implementation(base)
+    cache.begin(len(ids), ids.device)
+    if bool((valid[:, :-1] & ~valid[:, 1:]).any()) or bool(((cache.held[0].slots.length > 0)[:, None] & ~valid).any()):
+        raise ValueError("a row of the batch has padding after its first token: pad on the left.")
+    cache.pieces = []
+    start = 0
+    while True:
+        cache.make_room()
+        end = start + cache.fits(valid[:, start:])
+        positions, masks = cache.append(ids[:, start:end], valid[:, start:end])
+        piece = {**kwargs, "input_ids": ids[:, start:end], "position_ids": positions, "use_cache": True}
+        piece["attention_mask"] = give_masks(base, masks)
+        if end == ids.shape[1]:
+            return (), piece
+        cache.running = True
+        try:
+            cache.pieces.append(base(**piece)[0])
+        finally:
+            cache.running = False
+        start = end
+
+
+def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Put the hidden states of the pieces together."""
+    from sepllm_train.hf.cache import SlotCache
+
+    cache = cache_of(_by_name(base, args, kwargs))
+    told = kwargs.get("sepllm_forward")
+    if told is not None and len(told.layers_run) < len(told.pattern.windows):
+        raise ValueError(
+            f"{type(base).__name__} does not hand its attention what tells the pattern: apply_pattern(model, "
+            "implementation='mask') works with any model."
+        )
+    if not isinstance(cache, SlotCache):
+        base.sepllm_layer_masks.masks = None
+        return output
+    if cache.running:
+        return output
+    base.sepllm_layer_masks.masks = None
+    cache.pending = -1
+    pieces, cache.pieces = cache.pieces, []
+    if not pieces:
+        return output
+    hidden = torch.cat((*pieces, output[0]), 1)
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache of a call, None where it has none."""
+    return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+
+
+def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    return {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
+
+
+def tokens_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The ids of a call, i64 [B, N], and which of them are none of the padding, bool [B, N]."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        raise ValueError("the call has no input_ids: separators are found by the tokens' ids, not by embeddings.")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask has {mask.dim()} dimensions and must have 2: the cache makes its own mask.")
+    return ids, mask[:, -ids.shape[1] :].bool()
+
+
+def give_masks(base: Any, masks: list[Tensor]) -> Tensor:
+    """Additive mask [B, 1, N, W] of layer 0, from one bool [B, N, W] per layer; where layers differ, the hooks before
+    them hand out the others."""
+    added = {id(mask): additive(mask, base.dtype) for mask in masks}
+    base.sepllm_layer_masks.masks = [added[id(mask)] for mask in masks] if len(added) > 1 else None
+    return added[id(masks[0])]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [B, N, W] as [B, 1, N, W]: 0 where a key is seen, the least number of `dtype` where it is not."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def check_implementation(base: Any) -> None:
+    used = base.config._attn_implementation
+    if used not in ("eager", "sdpa", "sepllm"):
+        raise ValueError(
+            f"the model's attention is {used}, which takes no mask of its own: load it with attn_implementation='sdpa'."
+        )
+
+
+def _layers(base: Any) -> list[Any]:
+    """The decoder layers. Raises ValueError when they are not found."""
+    count = base.config.get_text_config().num_hidden_layers
+    for child in base.children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            return list(child)
+    raise ValueError(f"{type(base).__name__} has no list of {count} layers: it is no decoder this package knows.")

@@ -1,0 +1,88 @@
+"""Which tokens of a transformers model's vocabulary are separators, and the pattern it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sep_attention import FOREVER
+
+from data_prep.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from sepllm_train.inference.pattern import TokenPattern, separator_ids
+
+# Key of config.json under which an exported model carries its pattern.
+CONFIG_KEY = "sepllm_attention"
+
+
+def trained_pattern(config: Any) -> TokenPattern | None:
+    """The pattern that an exported model was trained with; None for a model that attends fully.
+
+    Raises ValueError when it is there and cannot be read.
+    """
+    content = getattr(config, CONFIG_KEY, None)
+    return None if content is None else TokenPattern.from_dict(content)
+
+
+def make_pattern(
+    model: Any,
+    *,
+    window: int,
+    initial: int,
+    separators: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    selection: str = "paper",
+) -> TokenPattern:
+    """The paper's pattern for any model: which tokens are separators, `initial` first ones, `window` neighbours.
+
+    Separators are those given by id, or those of `tokenizer` (a transformers tokenizer, one of ours, or the path of its
+    file) among the classes `selection`, or those an exported model was trained with.
+
+    Raises ValueError when there are none, or they do not fit the model's vocabulary.
+    """
+    config = model.config.get_text_config() if hasattr(model, "config") else model.get_text_config()
+    vocabulary, layers = config.vocab_size, config.num_hidden_layers
+    if separators is None and tokenizer is not None:
+        separators = separator_ids(read_tokenizer(tokenizer, vocabulary), selection)
+    trained = trained_pattern(config)
+    if separators is not None:
+        if not len(separators):
+            raise ValueError("separators=[] names no token: use StreamingCache for a cache without separators.")
+        return TokenPattern.from_separators(separators, vocabulary, layers, window=window, initial=initial)
+    if trained is None or not trained.separators:
+        raise ValueError(
+            f"which tokens are separators is not known: {type(model).__name__} does not carry a pattern. Give "
+            "tokenizer= the model's tokenizer, or separator_ids= their ids."
+        )
+    return TokenPattern((window,) * layers, initial, trained.horizons, trained.tier_of_token)
+
+
+def no_separators(model: Any, *, window: int, initial: int, interval: int | None = None) -> TokenPattern:
+    """StreamingLLM's pattern, or with `interval` every interval-th token in the place of separators."""
+    config = model.config.get_text_config() if hasattr(model, "config") else model.get_text_config()
+    nothing = torch.zeros(config.vocab_size, dtype=torch.uint8)
+    return TokenPattern((window,) * config.num_hidden_layers, initial, (FOREVER,), nothing, interval)
+
+
+def read_tokenizer(tokenizer: Any, vocabulary: int) -> Tokenizer:
+    """One of our tokenizers from a transformers tokenizer, a path, or itself.
+
+    Raises ValueError when its strings are not known or it has more entries than the model's `vocabulary`.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    elif not isinstance(tokenizer, Tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not tell the strings of its entries: give the path of its "
+                "tokenizer.json or SentencePiece model."
+            )
+        tokenizer = HuggingFaceTokenizer(Path(tokenizer.name_or_path or "tokenizer"), backend.to_str().encode())
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} entries and the model's vocabulary {vocabulary}: it is "
+            "another model's tokenizer."
+        )
+    return tokenizer

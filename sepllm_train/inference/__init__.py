@@ -1,0 +1,1 @@
+"""Using what was trained: the separator cache, generation, streaming."""

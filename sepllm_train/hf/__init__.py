@@ -2,7 +2,7 @@
 
 from sepllm_train.hf.cache import SlotCache
 from sepllm_train.hf.caches import FixedCache, FullCache, PatternCache, SepCache, StreamingCache
-from sepllm_train.hf.hooks import attach
+from sepllm_train.hf.hooks import attach, cache_argument
 from sepllm_train.hf.pattern import ATTENTION, apply_pattern, load_model, remove_pattern
 from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern
 
@@ -16,6 +16,7 @@ __all__ = [
     "StreamingCache",
     "apply_pattern",
     "attach",
+    "cache_argument",
     "load_model",
     "make_pattern",
     "no_separators",

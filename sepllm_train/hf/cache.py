@@ -20,7 +20,7 @@ from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.policy import CachePolicy
 from sepllm_train.inference.slots import Slots
 
-POSITIONS = ("cache", "training")
+POSITIONS = ("cache", "training", "absolute")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class SlotCache(Cache):
 
     model: a transformers model, or the config of one that `attach` was called on. policies: one per layer. pattern:
     tells the separators among the tokens. positions: `cache`, where a key's position is its place in the cache, for
-    texts of any length; or `training`, where every key keeps its position in the text, up to the model's context
-    length. block: most tokens of a forward at once; longer prompts are cut, which changes no result.
+    texts of any length; `training`, where every key keeps its position in the text, up to the model's context length;
+    or `absolute`, the same beyond that length, where a model fails: for comparison. block: most tokens of a forward at
+    once; longer prompts are cut, which changes no result.
 
     A prompt is compressed as it comes: each token sees what it would have seen had the tokens come one by one. Batches
     are padded on the left. A further call goes on with the text; `reset` empties the cache.
@@ -61,7 +62,7 @@ class SlotCache(Cache):
     # Where the cache is not what the model was trained with, in words.
     differences: tuple[str, ...] = ()
     # Distance of each column's key from where it arrived, where keys move.
-    _offset: Tensor
+    offset: Tensor
     _log: list[tuple[Any, ...]]
 
     def __init__(
@@ -111,7 +112,7 @@ class SlotCache(Cache):
         if not self.held:
             none = torch.zeros(rows, dtype=torch.int64, device=device)
             self.held = [Held(Slots.empty(policy, rows, device), none) for policy in self.policies]
-            self._offset = none.new_zeros(rows, 0)
+            self.offset = none.new_zeros(rows, 0)
         known = len(self.held[0].slots.length)
         if known != rows:
             raise ValueError(f"the cache holds {known} sequences and was given {rows}: call reset() before other ones.")
@@ -129,10 +130,10 @@ class SlotCache(Cache):
             if self.moves:
                 place = kept.columns()
                 moved = place - slots.columns().gather(1, order)
-                self._offset = torch.where(place >= 0, self._offset.gather(1, order) + moved, 0)
+                self.offset = torch.where(place >= 0, self.offset.gather(1, order) + moved, 0)
             for layer, number in zip(self.layers, self.group_of_layer, strict=True):
                 if number == group:
-                    layer.drop(order, self._offset if self.moves else None)
+                    layer.drop(order, self.offset if self.moves else None)
             self.held[group] = Held(kept, self.held[group].length_sum, self.columns_seen)
 
     def fits(self, valid: Tensor) -> int:
@@ -149,7 +150,7 @@ class SlotCache(Cache):
         count = valid.cumsum(1)
         seen = self.held[0].slots.seen[:, None]
         position = seen + count - 1
-        if not self.moves:
+        if self.positions == "training":
             self._check_context(int(position[:, -1].max()) + 1)
         place = self.held[0].slots.length[:, None] + count - 1 if self.moves else position
         reach = self.pattern.reach(ids, position)
@@ -160,12 +161,12 @@ class SlotCache(Cache):
             self.held[group] = Held(slots, held.length_sum + lengths, held.dropped_at)
             masks.append(slots.visible(ids.shape[1]))
         if self.moves:
-            self._offset = torch.cat((self._offset, torch.zeros_like(ids)), 1)
+            self.offset = torch.cat((self.offset, torch.zeros_like(ids)), 1)
         self.columns_seen += ids.shape[1]
         self.pending = ids.shape[1]
         return place.clamp(min=0), [masks[group] for group in self.group_of_layer]
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_queryoffset(self, layer_idx: int = 0) -> int:
         """Column of the next token."""
         return self.layers[layer_idx].get_mask_sizes(0)[0]
 
@@ -203,11 +204,11 @@ class SlotCache(Cache):
         """Take row beam_idx[i] for row i, i64 [B']: beam search."""
         if not self.held:
             return
-        rows = beam_idx.to(self._offset.device)
+        rows = beam_idx.to(self.offset.device)
         self.held = [
             Held(held.slots.select(rows), held.length_sum.index_select(0, rows), held.dropped_at) for held in self.held
         ]
-        self._offset = self._offset.index_select(0, rows)
+        self.offset = self.offset.index_select(0, rows)
         for layer in self.layers:
             layer.select(rows)
         self._log = []
@@ -218,7 +219,7 @@ class SlotCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self.reorder_cache(torch.arange(len(self._offset)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self.offset)).repeat_interleave(repeats))
 
     def _start(self) -> None:
         self.columns_seen = 0
@@ -226,7 +227,7 @@ class SlotCache(Cache):
         self.running = False
         self.pieces = []
         self.held = []
-        self._offset = torch.zeros(0, 0, dtype=torch.int64)
+        self.offset = torch.zeros(0, 0, dtype=torch.int64)
         self._log = []
 
     def _take_back(self, columns: int) -> None:
@@ -238,16 +239,16 @@ class SlotCache(Cache):
             lengths = (count * (slots.length[:, None] + count.cumsum(1))).sum(1)
             self.held[group] = Held(slots, held.length_sum - lengths, held.dropped_at)
         if self.moves:
-            self._offset = self._offset[:, :-columns]
+            self.offset = self.offset[:, :-columns]
         for layer in self.layers:
             layer.take_back(columns)
         self.columns_seen -= columns
 
     def _state(self) -> tuple[Any, ...]:
-        return self.columns_seen, list(self.held), self._offset, [layer.state() for layer in self.layers]
+        return self.columns_seen, list(self.held), self.offset, [layer.state() for layer in self.layers]
 
     def _restore(self, state: tuple[Any, ...]) -> None:
-        self.columns_seen, self.held, self._offset, layers = state
+        self.columns_seen, self.held, self.offset, layers = state
         for layer, held in zip(self.layers, layers, strict=True):
             layer.restore(held)
 
@@ -279,7 +280,7 @@ def _check(base: Any, policies: Sequence[CachePolicy], positions: str, context: 
     sliding = getattr(config, "sliding_window", None)
     if sliding is not None and getattr(config, "use_sliding_window", True) and capacity > sliding:
         raise ValueError(f"capacity={capacity} is above the model's own sliding window of {sliding}: lower it.")
-    if positions == "training":
+    if positions != "cache":
         return
     if len(policies) > 1 or policies[0].capacity is None:
         raise ValueError(

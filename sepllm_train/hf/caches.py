@@ -138,11 +138,11 @@ class PatternCache(SlotCache):
 class FullCache(SlotCache):
     """All keys, counted as the others count theirs."""
 
-    def __init__(self, model: Any, *, strict: bool = False, block: int = 1024) -> None:
+    def __init__(self, model: Any, *, positions: str = "training", strict: bool = False, block: int = 1024) -> None:
         model = base_of(model)
         pattern = no_separators(model, window=FOREVER, initial=0)
         policies = [CachePolicy(FOREVER)] * len(pattern.windows)
-        _start(self, model, policies, pattern, "training", strict, block)
+        _start(self, model, policies, pattern, positions, strict, block)
 
 
 def with_full_layers(model: Any, policy: CachePolicy, layers: Sequence[int] | None) -> list[CachePolicy]:

@@ -143,6 +143,12 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
 
 
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward takes its cache."""
+    known = inspect.signature(model.base_model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in known)
+
+
 def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward by name."""
     return {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs

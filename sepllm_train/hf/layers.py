@@ -100,6 +100,19 @@ class SlotLayer(CacheLayerMixin):
         """Back to an older state."""
         self.is_initialized, self._width, self.keys, self.values, self._arrived = state
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the layer holds, without the room to come."""
+        held = {"keys": self.keys, "values": self.values, "arrived": self._arrived} if self.is_initialized else {}
+        return {name: tensor[:, :, : self._width] for name, tensor in held.items() if tensor is not None}
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what `tensors` gave."""
+        if tensors:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+            self._width = tensors["keys"].shape[2]
+            self.keys, self.values, self._arrived = tensors["keys"], tensors["values"], tensors.get("arrived")
+            self._make_room(max(self._capacity or 0, self._width))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""

@@ -5,7 +5,6 @@ Shape letters: B rows (sequences), T tokens of which the last N are new, H heads
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from sepllm_train.hf.hooks import CACHE_ARGUMENTS, attach, cache_of, check_implementation, give_masks, tokens_of
+from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
 from sepllm_train.hf.separators import trained_pattern
 from sepllm_train.inference.pattern import TokenPattern
 
@@ -81,9 +80,7 @@ class PatternOnModel:
             used = kwargs.get("use_cache")
             if not (base.config.use_cache if used is None else used):
                 return kwargs, None
-            known = inspect.signature(base.forward).parameters
-            name = next(name for name in CACHE_ARGUMENTS if name in known)
-            cache = kwargs[name] = DynamicCache(config=base.config)
+            cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
         if not isinstance(cache, DynamicCache) or isinstance(cache, StaticCache):
             raise ValueError(
                 f"the pattern does not work with {type(cache).__name__}: use transformers' DynamicCache or one of ours."

@@ -1,0 +1,241 @@
+"""Perplexity of a text without end: every token is predicted from what the cache holds when it comes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from data_prep.errors import UserError
+from data_prep.files import write_whole
+from sepllm_train.console import duration, quantity, say
+from sepllm_train.hf.hooks import cache_argument
+from sepllm_train.streaming.model import CacheOptions, Opened
+from sepllm_train.streaming.state import load_state, save_state
+from sepllm_train.streaming.text import TokenStream
+
+RESULT = "result.json"
+SAY_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """tokens: at most so many, None for all of the text. chunk: tokens given to the model in a call, which changes
+    nothing but the speed: 1 is how text is generated. every: tokens between points of the result. save_every: seconds
+    between saved states."""
+
+    tokens: int | None = None
+    chunk: int = 1024
+    every: int = 65536
+    save_every: float = 60.0
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense."""
+        for name in ("chunk", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least 1.")
+        if self.tokens is not None and self.tokens < 2:
+            raise UserError(f"--tokens={self.tokens} must be at least 2: the first token predicts the second.")
+        if self.every % self.chunk:
+            raise UserError(f"--every={self.every} must be a multiple of --chunk={self.chunk}.")
+
+
+@dataclass
+class Progress:
+    """Where a stream is. `nats` is the sum over all predicted tokens, `points` what was noted on the way."""
+
+    tokens: int = 0
+    predicted: int = 0
+    nats: float = 0.0
+    seconds: float = 0.0
+    points: list[dict[str, Any]] = field(default_factory=list)
+    # Tokens, nats and seconds at the last point.
+    since: list[float] = field(default_factory=lambda: [0, 0, 0.0, 0.0])
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss so far."""
+        return perplexity(self.nats, self.predicted)
+
+    def note(self, mean_length: float) -> None:
+        """Add a point: the loss since the start and since the last point, and what it took."""
+        tokens, predicted, nats, seconds = self.since
+        self.points.append(
+            {
+                "tokens": self.tokens,
+                "loss": self.nats / max(1, self.predicted),
+                "perplexity": self.perplexity,
+                "part_loss": (self.nats - nats) / max(1, self.predicted - predicted),
+                "seconds": self.seconds,
+                "seconds_per_token": (self.seconds - seconds) / max(1, self.tokens - tokens),
+                "mean_length": mean_length,
+                "resident_bytes": psutil.Process().memory_info().rss,
+            }
+        )
+        self.since = [self.tokens, self.predicted, self.nats, self.seconds]
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """exp(nats / tokens); inf beyond what a float holds."""
+    return math.exp(min(700.0, nats / max(1, tokens)))
+
+
+def score(
+    opened: Opened, cache: Any, options: CacheOptions, text: TokenStream, how: ScoreOptions, output: Path
+) -> dict[str, Any]:
+    """Score a text and write `output`/result.json; the same call continues a stream that was stopped.
+
+    Gives the result: loss (nats per token) and perplexity, the counted mean length of the cache, seconds, and points on
+    the way. Raises UserError when `output` is of another stream, or the text has not two tokens.
+    """
+    how.check()
+    identity = {
+        "model": opened.name,
+        "fingerprint": opened.fingerprint(),
+        **options.describe(),
+        "text": text.identity(),
+        "tokens_asked": how.tokens,
+        "chunk": how.chunk,
+        "every": how.every,
+    }
+    finished = _finished(output, identity)
+    if finished is not None:
+        say(f"{output} is finished: {len(finished['points'])} points, perplexity {finished['perplexity']:.3f}.")
+        return finished
+    progress = _resume(output, cache, identity)
+    device = next(opened.model.parameters()).device
+    run = _Run(cache, how, output, identity, progress)
+    try:
+        with torch.inference_mode():
+            for ids, targets in _pairs(text, how, progress.tokens):
+                run.take(*_nats(opened.model, cache, ids, targets, device))
+    except KeyboardInterrupt:
+        run.save()
+        say(f"stopped at {progress.tokens:,} tokens; the same command continues.")
+        raise
+    if progress.predicted < 1:
+        raise UserError(f"the text has fewer than 2 tokens: {', '.join(map(str, text.paths))}.")
+    if not progress.points or progress.points[-1]["tokens"] != progress.tokens:
+        progress.note(cache.mean_length)
+    result = {
+        **identity,
+        "loss": progress.nats / progress.predicted,
+        "perplexity": progress.perplexity,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "mean_length": cache.mean_length,
+        "mean_length_by_formula": cache.policies[0].mean_length,
+        "cache_bytes": cache.nbytes,
+        "differences": list(cache.differences),
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)},
+        "points": progress.points,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    say(f"perplexity {result['perplexity']:.3f} over {progress.tokens:,} tokens; {output / RESULT}")
+    return result
+
+
+class _Run:
+    """A stream that is running: counts, tells, saves."""
+
+    def __init__(
+        self, cache: Any, how: ScoreOptions, output: Path, identity: dict[str, Any], progress: Progress
+    ) -> None:
+        self.cache, self.how, self.output, self.identity, self.progress = cache, how, output, identity, progress
+        self.begun = self.said = self.saved = self.clock = time.monotonic()
+        self.first = progress.tokens
+
+    def take(self, tokens: int, predicted: int, nats: float) -> None:
+        """Count a chunk."""
+        progress, now = self.progress, time.monotonic()
+        progress.seconds += now - self.clock
+        progress.tokens += tokens
+        progress.predicted += predicted
+        progress.nats += nats
+        early = progress.tokens in (1024, 8192)
+        if early or progress.tokens % self.how.every == 0:
+            progress.note(self.cache.mean_length)
+        if now - self.said >= SAY_EVERY:
+            self._tell(now)
+        if now - self.saved >= self.how.save_every:
+            self.save()
+        self.clock = time.monotonic()
+
+    def save(self) -> None:
+        """Write the state."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        save_state(self.output, self.cache, {"identity": self.identity, "progress": asdict(self.progress)})
+        self.saved = time.monotonic()
+
+    def _tell(self, now: float) -> None:
+        progress, asked = self.progress, self.how.tokens
+        rate = (progress.tokens - self.first) / (now - self.begun)
+        left = "" if asked is None else f" | ETA {duration((asked - progress.tokens) / rate)}"
+        share = "" if asked is None else f"/{quantity(asked)}"
+        say(
+            f"{quantity(progress.tokens)}{share} tokens | perplexity {progress.perplexity:.3f} | {rate:,.0f} tok/s | "
+            f"cache {self.cache.mean_length:.1f} keys{left}"
+        )
+        self.said = now
+
+
+def _pairs(text: TokenStream, how: ScoreOptions, skip: int) -> Any:
+    """(ids, targets) of each chunk, int64: targets are the tokens that follow, one fewer at the end of the text."""
+    left = None if how.tokens is None else how.tokens - skip
+    chunks = text.chunks(how.chunk, skip)
+    ids = next(chunks, None)
+    while ids is not None and (left is None or left > 0):
+        following = next(chunks, None)
+        after = ids[:0] if following is None else following[:1]
+        targets = np.concatenate((ids[1:], after))
+        if left is not None:
+            ids, targets = ids[:left], targets[: min(left, len(targets))]
+            left -= len(ids)
+            if left == 0 and len(targets) == len(ids):
+                targets = targets[:-1]
+        yield ids, targets
+        ids = following
+
+
+def _nats(model: Any, cache: Any, ids: np.ndarray, targets: np.ndarray, device: torch.device) -> tuple[int, int, float]:
+    """Tokens, predicted tokens and their loss in nats of a chunk."""
+    output = model(torch.from_numpy(ids)[None].to(device), **{cache_argument(model): cache})
+    logits = output.logits[0, : len(targets)]
+    loss = F.cross_entropy(logits.float(), torch.from_numpy(targets).to(device), reduction="sum") if len(targets) else 0
+    return len(ids), len(targets), float(loss)
+
+
+def _finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    path = output / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    _same(output, result, identity)
+    return result
+
+
+def _resume(output: Path, cache: Any, identity: dict[str, Any]) -> Progress:
+    saved = load_state(output, cache)
+    if saved is None:
+        return Progress()
+    _same(output, saved["identity"], identity)
+    progress = Progress(**saved["progress"])
+    say(f"resumed at {progress.tokens:,} tokens from {output}")
+    return progress
+
+
+def _same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in json.loads(json.dumps(wanted)).items():
+        if key != "model" and found.get(key) != value:
+            raise UserError(
+                f"{output} holds a stream with {key}={found.get(key)}, this one has {value}: choose another --output."
+            )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sep_attention import AttentionPlan, sep_attention, visible_mask
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -81,7 +81,7 @@ class PatternOnModel:
             if not (base.config.use_cache if used is None else used):
                 return kwargs, None
             cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
-        if not isinstance(cache, DynamicCache) or isinstance(cache, StaticCache):
+        if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"the pattern does not work with {type(cache).__name__}: use transformers' DynamicCache or one of ours."
             )

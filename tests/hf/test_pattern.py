@@ -1,0 +1,225 @@
+"""A pattern on a transformers model, against a mask that is written from the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import transformers
+from sep_attention import FOREVER
+
+from sepllm_train.hf import PatternCache, apply_pattern, cache_argument, load_model, make_pattern, remove_pattern
+from sepllm_train.inference.pattern import TokenPattern
+from tests.hf.tiny_models import FAMILIES, SEPARATORS, VOCABULARY, left_padded, random_rows, tiny
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+WITHOUT_KERNEL = ("falcon", "gemma2")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:training-free use"),
+    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def paper(model: Any, **settings: Any) -> TokenPattern:
+    return make_pattern(model, **{"window": 6, "initial": 3, "separators": SEPARATORS, **settings})
+
+
+def tiers(model: Any) -> TokenPattern:
+    """Two tiers of which one ends, and documents."""
+    tier = torch.zeros(VOCABULARY, dtype=torch.uint8)
+    tier[SEPARATORS[:2]], tier[SEPARATORS[2:]] = 1, 2
+    return TokenPattern((6,) * model.config.num_hidden_layers, 3, (FOREVER, 15), tier, end_of_document=5)
+
+
+def seen(pattern: TokenPattern, row: Tensor, window: int) -> Tensor:
+    """bool [T, T], key by key."""
+    ids = row.tolist()
+    starts = [0]
+    for before in ids[:-1]:
+        starts.append(
+            len(starts) if pattern.end_of_document is not None and before == pattern.end_of_document else starts[-1]
+        )
+    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    for query in range(len(ids)):
+        for key in range(starts[query], query + 1):
+            horizon = (0, *pattern.horizons)[int(pattern.tier_of_token[ids[key]])]
+            if pattern.interval is not None:
+                horizon = FOREVER if key % pattern.interval == 0 else 0
+            if key - starts[key] < pattern.initial:
+                horizon = FOREVER
+            mask[query, key] = query - key < max(window, horizon)
+    return mask
+
+
+def expected(family: str, pattern: TokenPattern, row: Tensor) -> Tensor:
+    """Logits [T, V] of the model with a mask of its own in every layer."""
+    model = tiny(family, layers=len(pattern.windows))
+    layers = next(child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList))
+    for layer, window in zip(layers, pattern.windows, strict=True):
+        mask = torch.where(seen(pattern, row, window), 0.0, torch.finfo(torch.float32).min)[None, None]
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+    return model(input_ids=row[None], attention_mask=mask).logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["kernel", "mask"])
+def test_families(family: str, implementation: str) -> None:
+    model, rows = tiny(family), random_rows((60, 41))
+    if family in WITHOUT_KERNEL and implementation == "kernel":
+        with pytest.raises(ValueError, match="implementation='kernel' does not suit"):
+            apply_pattern(model, paper(model), implementation="kernel")
+        return
+    full = model(input_ids=rows[0][None]).logits[0]
+    apply_pattern(model, paper(model), implementation=implementation)
+    ids, mask = left_padded(rows)
+    found = model(input_ids=ids, attention_mask=mask).logits
+    for row, logits in zip(rows, found, strict=True):
+        torch.testing.assert_close(logits[60 - len(row) :], expected(family, paper(model), row), **TOLERANCE)
+    assert (found[0] - full).abs().max() > 1e-3
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    again = model(input_ids=tokens[:1]).logits[0].argmax(-1)
+    assert torch.equal(again[59:-1], tokens[0, 60:])
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "mask"])
+@pytest.mark.parametrize("kind", ["hybrid", "fixed", "tiers", "long"])
+def test_patterns(implementation: str, kind: str) -> None:
+    model = tiny("llama", layers=3)
+    pattern = {
+        "hybrid": replace(paper(model), windows=(FOREVER, 6, 9)),
+        "fixed": replace(paper(model), interval=7),
+        "tiers": tiers(model),
+        "long": paper(model),
+    }[kind]
+    # Beyond 256 tokens the kernel works in blocks.
+    (row,) = random_rows((300 if kind == "long" else 80,))
+    apply_pattern(model, pattern, implementation=implementation)
+    known = expected("llama", pattern, row)
+    torch.testing.assert_close(model(input_ids=row[None]).logits[0], known, **TOLERANCE)
+    if kind != "tiers":
+        cache = PatternCache(model, pattern, block=50)
+        found = model(input_ids=row[None], **{cache_argument(model): cache}).logits[0]
+        torch.testing.assert_close(found, known, **TOLERANCE)
+
+
+def test_the_cache_of_a_pattern_forgets_what_is_not_seen_again() -> None:
+    model, (row,) = tiny("llama"), random_rows((2000,))
+    row[row % 4 == 3] = 1
+    row[::50] = SEPARATORS[0]
+    pattern = paper(model)
+    cache = PatternCache(model, pattern)
+    found = model(input_ids=row[None], **{cache_argument(model): cache}).logits
+    apply_pattern(model, pattern)
+    torch.testing.assert_close(found, model(input_ids=row[None]).logits, **TOLERANCE)
+    assert cache.lengths[0] < 2000 / 50 + 3 + 6 + 256 + 1
+
+
+def test_horizons_end_in_the_cache_too() -> None:
+    model, (row,) = tiny("llama"), random_rows((700,))
+    pattern = replace(tiers(model), end_of_document=None)
+    found = model(input_ids=row[None], **{cache_argument(model): PatternCache(model, pattern)}).logits[0]
+    apply_pattern(model, pattern, implementation="mask")
+    torch.testing.assert_close(found, model(input_ids=row[None]).logits[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "mask"])
+def test_beams(implementation: str) -> None:
+    """transformers' cache is put in another order: the ids that the pattern remembers must follow."""
+    model, rows = tiny("neox"), random_rows((30, 22))
+    ids, mask = left_padded(rows)
+    pattern = paper(model)
+    how = {"attention_mask": mask, "max_new_tokens": 25, "num_beams": 3, "do_sample": False}
+    known = model.generate(ids, **how, **{cache_argument(model): PatternCache(model, pattern)})
+    apply_pattern(model, pattern, implementation=implementation)
+    assert torch.equal(model.generate(ids, **how), known)
+
+
+def test_gradients_are_those_of_the_mask() -> None:
+    rows = random_rows((40, 40))
+    found = []
+    for implementation in ("kernel", "mask"):
+        model = tiny("llama")
+        apply_pattern(model, paper(model), implementation=implementation)
+        with torch.enable_grad():
+            model(input_ids=torch.stack(rows), labels=torch.stack(rows), use_cache=False).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_put_on_and_taken_off() -> None:
+    model, (row,) = tiny("llama"), random_rows((50,))
+    full = model(input_ids=row[None]).logits
+    for implementation in ("kernel", "mask", "auto"):
+        apply_pattern(model, paper(model), implementation=implementation)
+        assert not torch.allclose(model(input_ids=row[None]).logits, full, **TOLERANCE)
+        assert torch.equal(remove_pattern(model)(input_ids=row[None]).logits, full)
+
+
+def test_a_folder_with_a_pattern(tmp_path: Any) -> None:
+    model, (row,) = tiny("llama"), random_rows((50,))
+    model.config.sepllm_attention = paper(model).to_dict()
+    model.save_pretrained(tmp_path)
+    found = load_model(str(tmp_path))(input_ids=row[None]).logits[0]
+    torch.testing.assert_close(found, expected("llama", paper(model), row), **TOLERANCE)
+    dense = load_model(str(tmp_path), dense=True)(input_ids=row[None]).logits
+    torch.testing.assert_close(dense, model(input_ids=row[None]).logits, **TOLERANCE)
+
+
+def test_nothing_attends_fully_in_silence() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("sepllm")
+    with pytest.raises(ValueError, match=r"was not given one: load it with sepllm_train.hf.load_model"):
+        model(input_ids=torch.ones(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pattern: None, "was trained with full attention: give pattern="),
+        (lambda pattern: replace(pattern, windows=(6,)), "the pattern is for 1 layers and the model has 2"),
+        (
+            lambda pattern: replace(pattern, tier_of_token=torch.zeros(65, dtype=torch.uint8)),
+            "the pattern knows 65 tokens and the model's vocabulary has 64 entries",
+        ),
+    ],
+)
+def test_patterns_that_do_not_suit(change: Any, message: str) -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=message):
+        apply_pattern(model, change(paper(model)))
+
+
+def test_bad_calls() -> None:
+    model, (row,) = tiny("llama"), random_rows((20,))
+    used = transformers.DynamicCache(config=model.config)
+    model(input_ids=row[None], **{cache_argument(model): used})
+    with pytest.raises(ValueError, match="strict=True"):
+        apply_pattern(model, paper(model), strict=True)
+    with pytest.raises(ValueError, match="implementation='fast' is unknown"):
+        apply_pattern(model, paper(model), implementation="fast")
+    apply_pattern(model, paper(model))
+    with pytest.raises(ValueError, match="filled without the pattern: begin with an empty one"):
+        model(input_ids=row[None], **{cache_argument(model): used})
+    static = transformers.StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="does not work with StaticCache"):
+        model(input_ids=row[None], **{cache_argument(model): static})
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        model(input_ids=row[None], attention_mask=mask)

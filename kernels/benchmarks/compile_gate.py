@@ -2,11 +2,13 @@
 
     python kernels/benchmarks/compile_gate.py
     python kernels/benchmarks/compile_gate.py --head-sizes 64 128 --dtypes bf16 --architectures 90
+    python kernels/benchmarks/compile_gate.py --variants decode
     python kernels/benchmarks/compile_gate.py --record    # after a change of the table that is meant
 
 Half precision on sm_90 must use wgmma alone, unserialised, in 227 KiB of shared memory, with no spilled register at
-D = 64 and at most 64 bytes at D = 128, under every mask; other head sizes have recorded budgets. Everything else
-has to compile and is reported. Below the table stands the counted model: pairs the tiles touch over pairs needed.
+D = 64 and at most 64 bytes at D = 128, under every mask; other head sizes have recorded budgets. The kernels of the
+decoding cache, too narrow for wgmma, must spill nothing and use the tensor cores they can. Everything else has to
+compile and is reported. Below the table stands the counted model: pairs the tiles touch over pairs needed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from compiled import VARIANTS, Resources, Target, compile_target, targets_of
+from compiled_decode import DECODE, compile_decode, decode_targets
 from pairs_model import print_model
 from records import RESULTS, exit_with, read_json, write_json
 from sep_attention.tuning import shipped_configurations
@@ -42,13 +45,13 @@ COLUMNS = f"{'registers':>9} {'spills':>6} {'KiB':>5} {'wgmma':>5} {'mma':>4} {'
 
 
 def shipped_targets() -> list[Target]:
-    """Every compilation of the gate: the shipped table, and the variants of bf16 on sm_90 at VARIANT_HEADS."""
+    """Every compilation of the gate: the shipped table, the variants of bf16 on sm_90 at VARIANT_HEADS, decoding."""
     targets = []
     for line in shipped_configurations():
         with_variants = (line.architecture, line.dtype) == (90, "bf16") and line.head_size in VARIANT_HEADS
         for variant in VARIANTS if with_variants else ("paper",):
             targets += targets_of(line, variant)
-    return targets
+    return targets + decode_targets()
 
 
 def is_gated(target: Target) -> bool:
@@ -70,9 +73,15 @@ def violations(target: Target, result: Resources | str, recorded: Mapping[str, i
     if not is_gated(target):
         return []
     budget = spill_budget(target, recorded)
-    checks = {
-        "uses no wgmma": not result.wgmma,
-        f"uses {result.mma} of the slower mma instructions": result.mma,
+    if target.variant == DECODE:
+        budget = 0
+        products = {"uses no tensor cores": target.shipped.kernel == "attend" and not result.mma}
+    else:
+        products = {
+            "uses no wgmma": not result.wgmma,
+            f"uses {result.mma} of the slower mma instructions": result.mma,
+        }
+    checks = products | {
         f"spills {result.spills} bytes of registers, its budget is {budget}": result.spills > budget,
         f"takes {result.shared} bytes of shared memory, the limit is {SHARED_LIMIT}": result.shared > SHARED_LIMIT,
         "has its wgmma serialised by ptxas (C7510 or C7515)": result.serialized,
@@ -98,7 +107,7 @@ def compile_all(targets: Sequence[Target], jobs: int) -> Iterator[tuple[Target, 
 
 def _try_compile(target: Target) -> Resources | str:
     try:
-        return compile_target(target)
+        return compile_decode(target) if target.variant == DECODE else compile_target(target)
     except Exception as error:  # whatever the compiler raises is the result that is reported
         return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -142,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-sizes", type=int, nargs="+", help="these alone")
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16", "fp32"), help="these alone")
     parser.add_argument("--architectures", type=int, nargs="+", choices=(80, 90), help="these alone")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="these alone")
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, DECODE), help="these alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
     parser.add_argument("--budget", type=Path, default=BUDGET_FILE, help="file of recorded spills (%(default)s)")
     parser.add_argument("--record", action="store_true", help="write the recorded budget anew from what is measured")

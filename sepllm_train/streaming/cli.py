@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(chat)
     chat.add_argument("--tokens", type=int, default=100, metavar="N", help="at most so many per answer (100)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    chat.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens of this probability (1)")
+    chat.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (default: all)")
+    chat.add_argument("--top-p", type=float, metavar="P", help="the likeliest tokens of this probability (default: 1)")
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(run=_run_chat)
     report = commands.add_parser("report", help="a table of finished streams")
@@ -137,12 +138,14 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
 
 def _run_chat(arguments: argparse.Namespace) -> None:
-    from sepllm_train.streaming.chat import ChatOptions, chat
+    from sepllm_train.inference.sampling import Sampling
+    from sepllm_train.streaming.chat import chat
 
-    how = ChatOptions(arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    how.check()
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.tokens < 1:
+        raise UserError(f"--tokens={arguments.tokens} must be at least 1.")
     opened, cache, _ = _open(arguments)
-    chat(opened, cache, how, sys.stdin)
+    chat(opened, cache, sampling, arguments.tokens, sys.stdin)
 
 
 def _run_report(arguments: argparse.Namespace) -> None:

@@ -98,6 +98,7 @@ class Oracle(Cache):
         super().__init__(layers=[_OracleLayer(self) for _ in range(model.config.num_hidden_layers)])
         self.sizes = initial, separators, window, capacity
         self.model, self.positions, self.interval = model, positions, interval
+        self.separators = set(SEPARATORS)
         base = model.base_model
         self.apply = sys.modules[type(base).__module__].apply_rotary_pos_emb
         self.rotary = base.rotary_emb
@@ -142,7 +143,7 @@ class Oracle(Cache):
         return torch.stack([self.step(int(token)) for token in tokens])
 
     def _separates(self, position: int, token: int) -> bool:
-        return token in SEPARATORS if self.interval is None else position % self.interval == 0
+        return token in self.separators if self.interval is None else position % self.interval == 0
 
 
 class _OracleLayer(CacheLayerMixin):

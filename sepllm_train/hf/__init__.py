@@ -5,14 +5,17 @@ from sepllm_train.hf.caches import FixedCache, FullCache, PatternCache, SepCache
 from sepllm_train.hf.hooks import attach, cache_argument
 from sepllm_train.hf.pattern import ATTENTION, apply_pattern, load_model, remove_pattern
 from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern
+from sepllm_train.hf.static import Decoder, StaticSepCache
 
 __all__ = [
     "ATTENTION",
+    "Decoder",
     "FixedCache",
     "FullCache",
     "PatternCache",
     "SepCache",
     "SlotCache",
+    "StaticSepCache",
     "StreamingCache",
     "apply_pattern",
     "attach",

@@ -76,6 +76,8 @@ def base_of(model: Any) -> Any:
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Cut the tokens where keys are dropped, run all pieces but the last, and let the model run that."""
+    if getattr(cache_of(kwargs), "sepllm_static", False):
+        return None
     from sepllm_train.hf.cache import SlotCache
 
     kwargs = _by_name(base, args, kwargs)
@@ -112,6 +114,8 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Put the hidden states of the pieces together."""
+    if getattr(cache_of(kwargs), "sepllm_static", False):
+        return output
     from sepllm_train.hf.cache import SlotCache
 
     cache = cache_of(_by_name(base, args, kwargs))

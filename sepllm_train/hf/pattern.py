@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sep_attention import AttentionPlan, sep_attention, visible_mask
+from sep_attention import AttentionPlan, DecodeCache, attend, sep_attention, visible_mask
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -143,7 +143,7 @@ def apply_pattern(
         raise ValueError(f"{type(base).__name__} has ALiBi positions, which a pattern of keys does not suit.")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}.")
-    reason = _no_kernel(base)
+    reason = no_kernel(base)
     if implementation == "kernel" and reason is not None:
         raise ValueError(f"implementation='kernel' does not suit {type(base).__name__}: {reason}. Use 'mask'.")
     kernel = implementation != "mask" and reason is None
@@ -178,7 +178,7 @@ def load_model(path: str, *, dense: bool = False, **options: Any) -> Any:
     return model
 
 
-def _no_kernel(base: Any) -> str | None:
+def no_kernel(base: Any) -> str | None:
     """Why sep_attention cannot be the model's attention; None when it can."""
     config = base.config.get_text_config()
     if not getattr(base, "_supports_attention_backend", False):
@@ -198,12 +198,17 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sepllm_forward: Forward | None = None,
+    sepllm_decode: DecodeCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention under the name `sepllm`: query [B, H, N, D], key and value [B, G, T, D]; gives [B, N, H, D].
 
     Raises ValueError when the forward brings neither the pattern nor a mask: nothing attends fully in silence.
     """
+    if sepllm_decode is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(sepllm_decode, module.layer_idx, query[:, :, 0], scale)
+        return out[:, None], None
     if sepllm_forward is None:
         if attention_mask is None:
             raise ValueError(

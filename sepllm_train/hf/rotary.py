@@ -38,6 +38,20 @@ class Rotation:
         turned = self._apply(rotating, rotating, cosine / self._scale, sine / self._scale)[1]
         return torch.cat((turned.to(keys.dtype), keys[..., features:]), -1)
 
+    def frequencies(self, features: int) -> Tensor:
+        """Angle in radians by which one position turns each pair of features, fp32 [R / 2], feature i being paired with
+        i + R / 2, for keys of `features`. Raises ValueError for a model that pairs them otherwise."""
+        found = self._rotary.inv_freq.float()
+        keys = torch.randn(1, 1, 1, features, generator=torch.Generator().manual_seed(0)).to(found.device)
+        turned = self(keys, torch.tensor([[5]], device=found.device))
+        half = len(found)
+        first, second, rest = keys.split((half, half, features - 2 * half), -1)
+        cosine, sine = (5 * found).cos(), (5 * found).sin()
+        known = torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), -1)
+        if not float((turned - known).abs().max()) < _TOLERANCE:
+            raise ValueError("the model's rotary embedding pairs neighbouring features: it has no static cache.")
+        return found
+
     def _try_out(self, name: str) -> None:
         device = next(self._rotary.buffers()).device
         features = self._rotary(torch.zeros(1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device))[0]

@@ -93,6 +93,12 @@ class TokenPattern:
         horizon = torch.tensor((0, *self.horizons), device=ids.device)
         return horizon[self.tiers(ids)]
 
+    def reach_of_token(self) -> Tensor:
+        """i32 [V], `reach` of every vocabulary entry. Raises ValueError where it depends on the position."""
+        if self.interval is not None:
+            raise ValueError(f"interval={self.interval} makes separators of positions, not of tokens.")
+        return torch.tensor((0, *self.horizons), dtype=torch.int32)[self.tier_of_token.long()]
+
     def tiers(self, ids: Tensor) -> Tensor:
         """i64, like ids: tier of each token. Raises ValueError for ids beyond the vocabulary, on the CPU."""
         if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= len(self.tier_of_token):

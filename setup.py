@@ -43,13 +43,15 @@ setup(
         "gpu": ["triton>=3.6", "flash-attn; platform_machine == 'x86_64'"],
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard"],
-        "hf": ["transformers>=5.5", "safetensors"],
+        "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
         "eval": ["lm_eval[hf]>=0.4.9"],
         "dev": [
             "triton>=3.7,<3.8",
             "wandb>=0.31",
             "wandb-workspaces>=0.4",
             "tensorboard",
+            "transformers>=5.5",
+            "safetensors",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

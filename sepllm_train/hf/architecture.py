@@ -1,0 +1,160 @@
+"""Which class of transformers carries a model of ours exactly, and which of its models ours carries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sepllm_train.config.schema import Config, ModelConfig, require
+from sepllm_train.errors import UserError, first_line
+from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
+
+FAMILIES: dict[str, Family] = {"gpt_neox": NEOX, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
+
+
+def model_type(config: Config) -> str:
+    """transformers' name of the architecture of a run. Raises UserError where none of its classes has this block."""
+    model, attention = config.model, config.attention
+    require(
+        attention.sink == "none",
+        "attention.sink=learned cannot be exported: no class of transformers has this sink in its softmax.",
+    )
+    require(model.rotary_fraction > 0, "model.rotary_fraction=0 cannot be exported: transformers' classes all rotate.")
+    if (model.norm, model.activation, model.bias) == ("layernorm", "gelu", True):
+        require(
+            model.query_groups == model.heads,
+            f"model.kv_heads={model.kv_heads} cannot be exported with model.norm=layernorm: GPT-NeoX has as many "
+            "key-value heads as heads.",
+        )
+        require(
+            not attention.qk_norm, "attention.qk_norm=true cannot be exported with GPT-NeoX, which has no such norm."
+        )
+        return "gpt_neox"
+    if (model.norm, model.activation, model.bias) == ("rmsnorm", "swiglu", False):
+        require(
+            not model.parallel_residual,
+            "model.parallel_residual=true cannot be exported with model.norm=rmsnorm: Llama's layers are sequential.",
+        )
+        require(
+            model.rotary_fraction == 1,
+            f"model.rotary_fraction={model.rotary_fraction} cannot be exported with model.norm=rmsnorm: Llama rotates "
+            "all features.",
+        )
+        return "qwen3" if attention.qk_norm else "llama"
+    raise UserError(
+        f"model.norm={model.norm} with model.activation={model.activation} and model.bias={str(model.bias).lower()} "
+        "cannot be exported: transformers has layernorm, gelu and bias (GPT-NeoX), or rmsnorm, swiglu and no bias "
+        "(Llama)."
+    )
+
+
+def to_theirs(config: Config, vocabulary: int, end_of_document: int) -> Any:
+    """transformers' configuration of a run's model. Raises UserError as `model_type` does."""
+    from transformers import AutoConfig
+
+    model, kind = config.model, model_type(config)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.ffn,
+        "max_position_embeddings": config.data.sequence_length,
+        "tie_word_embeddings": model.tied_embeddings,
+        # Training puts the token between documents, so it also begins them.
+        "bos_token_id": end_of_document,
+        "eos_token_id": end_of_document,
+        "attention_dropout": 0.0,
+    }
+    if kind == "gpt_neox":
+        rope["partial_rotary_factor"] = model.rotary_fraction
+        settings |= {
+            "hidden_act": "gelu",
+            "layer_norm_eps": model.norm_epsilon,
+            "use_parallel_residual": model.parallel_residual,
+        }
+    else:
+        settings |= {
+            "hidden_act": "silu",
+            "rms_norm_eps": model.norm_epsilon,
+            "num_key_value_heads": model.query_groups,
+            "head_dim": model.head_dim,
+        }
+    return AutoConfig.for_model(kind, **settings, rope_parameters=rope)
+
+
+def read_theirs(folder: Path) -> Any:
+    """transformers' configuration in a folder. Raises UserError when it is not there or of an unknown kind."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): give the folder of a transformers model."
+        ) from None
+    require(
+        kind in FAMILIES,
+        f"{path} is of a {kind} model: those that can be imported are {', '.join(FAMILIES)}.",
+    )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise UserError(f"{path} is not a configuration of transformers ({first_line(error)}).") from None
+
+
+def to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
+    """Our configuration of a model of theirs, and whether it normalises queries and keys.
+
+    Raises UserError for what our model does not have.
+    """
+    neox = theirs.model_type == "gpt_neox"
+
+    def equal(key: str, value: Any, why: str) -> None:
+        found = getattr(theirs, key, value)
+        require(found == value, f"{key}={found} in config.json cannot be imported: {why}.")
+
+    rope = theirs.rope_parameters
+    require(
+        rope.get("rope_type", "default") == "default",
+        f"the scaled rotary embedding {rope.get('rope_type')} cannot be imported: our model has the plain one only.",
+    )
+    base = rope["rope_theta"]
+    require(base == int(base), f"rope_theta={base} cannot be imported: model.rotary_base is a whole number.")
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    if not neox:
+        require(fraction == 1, f"partial_rotary_factor={fraction} cannot be imported with {theirs.model_type}.")
+        equal(
+            "head_dim", theirs.hidden_size // theirs.num_attention_heads, "our heads have hidden_size / heads features"
+        )
+        equal("mlp_bias", False, "our SwiGLU has no bias")
+        window = getattr(theirs, "sliding_window", None)
+        require(
+            window is None or window >= theirs.max_position_embeddings,
+            f"sliding_window={window} in config.json cannot be imported: the model is not one of full attention.",
+        )
+    equal("hidden_act", "gelu" if neox else "silu", "our model has exact GELU (GPT-NeoX) or SiLU (Llama)")
+    equal("attention_bias", neox, "GPT-NeoX has a bias in attention, Llama none")
+    equal("quantization_config", None, "its weights are quantised")
+    model = ModelConfig(
+        name=name,
+        layers=theirs.num_hidden_layers,
+        hidden=theirs.hidden_size,
+        heads=theirs.num_attention_heads,
+        kv_heads=None if neox else theirs.num_key_value_heads,
+        ffn=theirs.intermediate_size,
+        parallel_residual=neox and theirs.use_parallel_residual,
+        norm="layernorm" if neox else "rmsnorm",
+        norm_epsilon=theirs.layer_norm_eps if neox else theirs.rms_norm_eps,
+        activation="gelu" if neox else "swiglu",
+        bias=neox,
+        rotary_fraction=fraction,
+        rotary_base=int(base),
+        tied_embeddings=theirs.tie_word_embeddings,
+        vocabulary=theirs.vocab_size,
+        init="pythia" if neox else "normal",
+    )
+    return model, theirs.model_type == "qwen3"

@@ -1,0 +1,249 @@
+"""A model of transformers as a checkpoint of ours, in a folder that opens like a run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from data_prep.files import write_whole
+from data_prep.separators import classify
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from sepllm_train.analysis.runs import alone
+from sepllm_train.analysis.variations import base_attention
+from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
+from sepllm_train.console import say
+from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.errors import UserError
+from sepllm_train.hf import weights
+from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
+from sepllm_train.hf.classes import attention_of
+from sepllm_train.hf.compare import Sides, compare
+from sepllm_train.hf.folder import SafetensorsFolder, refuse_existing, whole_folder
+from sepllm_train.hf.separators import trained_pattern
+from sepllm_train.hf.source import header_classes, pad_classes
+from sepllm_train.hf.tokenizer import NAMES
+from sepllm_train.model.build import PRECISIONS, build_model, check_model
+from sepllm_train.training import checkpoint as checkpoints
+from sepllm_train.training.checkpoint.files import step_folder
+from sepllm_train.training.setup import Training
+from sepllm_train.training.state import TrainState
+
+with quiet_imports():
+    from megatron.core.optimizer import ChainedOptimizer
+
+# By safetensors' name of a type.
+_PRECISION_OF = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of the tokens: the tokenizer's file (None without one), its hash, the class of each entry of the
+    model's vocabulary (u8 [V], None when not known), and the id that ends a document."""
+
+    tokenizer: Tokenizer | None
+    sha256: str
+    classes: np.ndarray | None
+    end_of_document: int | None
+
+
+def import_model(
+    model_folder: Path | str,
+    output: Path | str,
+    *,
+    attention: Sequence[str] = (),
+    data: Sequence[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write a model of transformers to the folder `output` as the checkpoint of step 0 of a run, weights alone.
+
+    attention: KEY=VALUE of the attention it is to have from now on; without them, that which it was exported with, and
+    full attention for any other model. data: prefixes of datasets made with its tokenizer, for config.yaml.
+
+    `output` appears when its logits were found equal to those of the model. Raises UserError for a model that ours
+    does not have, weights that are not safetensors, an `output` that is there, and when the logits differ.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder, output = Path(model_folder), Path(output)
+    refuse_existing(output, "config.yaml", overwrite=overwrite)
+    theirs = read_theirs(folder)
+    tensors = SafetensorsFolder(folder)
+    corpus = open_corpus(DataConfig(source="prefixes", prefixes=list(data))) if data else None
+    words = _vocabulary(folder, corpus, theirs.vocab_size)
+    config = _config(theirs, tensors, output, words, attention, data)
+    with whole_folder(output) as aside:
+        saved = _save(config, theirs.model_type, tensors, aside, _identity(config, corpus, words))
+        _describe(config, folder, aside, words, _identity(config, corpus, words))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+        )
+        parameters = model.num_parameters()
+        differences = compare(_sides(config, saved, words), model)
+    largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
+    say(
+        f"{output}: {type(model).__name__} of {parameters:,} parameters as step 0 in {config.training.precision}, "
+        f"attention {config.attention.pattern}; largest difference of logits {largest}"
+    )
+
+
+def _config(
+    theirs: Any,
+    tensors: SafetensorsFolder,
+    output: Path,
+    words: Vocabulary,
+    overrides: Sequence[str],
+    data: Sequence[str],
+) -> Config:
+    """The configuration of a run of this model. Raises UserError for what it cannot be."""
+    model, qk_norm = to_ours(theirs, output.name)
+    wanted = weights.their_names(FAMILIES[theirs.model_type], model)
+    _check_names(wanted, model, theirs.model_type, tensors)
+    trained = AttentionConfig(pattern="dense")
+    pattern = trained_pattern(theirs)
+    if pattern is not None:
+        found = attention_of(pattern, words.classes)
+        if found is None:
+            say(
+                f"warning: the separators in {tensors.folder / 'config.json'} are not classes of the tokenizer's "
+                "entries, so config.yaml has attention.pattern=dense: choose others with --attention."
+            )
+        trained = found or trained
+    if overrides:
+        trained = base_attention(trained, overrides)
+    config = Config(
+        name=output.name,
+        run_root=str(output.parent),
+        model=model,
+        attention=replace(trained, qk_norm=qk_norm),
+        data=DataConfig(
+            source="prefixes" if data else "sample",
+            prefixes=list(data),
+            sequence_length=theirs.max_position_embeddings,
+        ),
+        training=TrainingConfig(precision=_precision(tensors, wanted)),
+    )
+    check_model(config)
+    own = resolve_pattern(config.attention, model.layers)
+    require(
+        words.classes is not None or config.attention.pattern != "sep",
+        f"attention.pattern=sep needs to know which tokens are separators: put the tokenizer into {tensors.folder}, or "
+        "give --data PREFIX.",
+    )
+    require(
+        words.end_of_document is not None or not own.separate_documents,
+        f"attention.separate_documents=true needs the token that ends a document: put the tokenizer into "
+        f"{tensors.folder}.",
+    )
+    return config
+
+
+def _precision(tensors: SafetensorsFolder, names: set[str]) -> str:
+    """The precision that holds all weights, which need not be that of config.json. Raises UserError for other types."""
+    types = tensors.types(names)
+    unknown = sorted(types - _PRECISION_OF.keys())
+    require(not unknown, f"{tensors.folder} has weights of type {unknown[:1]}: fp32, bf16 and fp16 can be imported.")
+    return _PRECISION_OF[types.pop()] if len(types) == 1 else "fp32"
+
+
+def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary:
+    """What is known of the tokens, from the data if there is some, and from the tokenizer in the model's folder."""
+    own = []
+    # SentencePiece's file first: a tokenizer.json beside it was made from it.
+    for path in (folder / name for name in sorted(NAMES.values(), reverse=True)):
+        if path.is_file():
+            try:
+                own.append(load_tokenizer(path))
+            except UserError as error:
+                say(f"warning: {path} is left out: {error}")
+    if corpus is not None:
+        source = corpus.sources[0]
+        used = load_tokenizer(Path(source.prefix).parent / source.header.tokenizer.file)
+        if used.sha256 not in [tokenizer.sha256 for tokenizer in own]:
+            say(
+                f"warning: {source.prefix} was made with another tokenizer file than {folder} has: this is right only "
+                "if both give the same ids."
+            )
+        classes = pad_classes(header_classes(asdict(source.header)), entries)
+        return Vocabulary(used, used.sha256, classes, used.eod)
+    if not own:
+        return Vocabulary(None, "", None, None)
+    return Vocabulary(own[0], own[0].sha256, pad_classes(classify(own[0].token_bytes()), entries), own[0].eod)
+
+
+def _check_names(wanted: set[str], model: ModelConfig, kind: str, tensors: SafetensorsFolder) -> None:
+    """Raise UserError when a tensor is missing, or one is there that our model has no place for."""
+    family = FAMILIES[kind]
+    missing = sorted(wanted - tensors.names)
+    require(not missing, f"{tensors.folder} has no tensor {missing[:1]}: it is not the model of its config.json.")
+    tied = {family.outside[weights.OUTPUT]} if model.tied_embeddings else set()
+    extra = sorted(name for name in tensors.names - wanted - tied if not name.endswith(family.ignored))
+    require(not extra, f"{tensors.folder} has a tensor {extra[:1]}, which our model has no place for.")
+
+
+def _identity(config: Config, corpus: Corpus | None, words: Vocabulary) -> dict[str, Any]:
+    """What the checkpoint has on record of the run it is of."""
+    assert config.model.vocabulary is not None
+    data = {} if corpus is None else corpus.identity()
+    return checkpoints.identity(config, config.model.vocabulary, data, words.sha256)
+
+
+@torch.no_grad()
+def _save(config: Config, kind: str, tensors: SafetensorsFolder, run_folder: Path, identity: dict[str, Any]) -> Path:
+    """Write the checkpoint of step 0 and give its path."""
+    assert config.model.vocabulary is not None
+    family = FAMILIES[kind]
+    with alone(config):
+        model = build_model(config, config.model.vocabulary)
+        for name, parameter in model.named_parameters():
+            tensor = weights.to_ours(family, config.model, name, tensors.read)
+            rows = config.model.vocabulary if name in weights.VOCABULARY else len(parameter)
+            require(
+                tensor.shape == parameter[:rows].shape,
+                f"{tensors.folder}: the tensor for {name} has the shape {list(tensor.shape)}, and its config.json asks "
+                f"for {list(parameter[:rows].shape)}.",
+            )
+            # Rows of padding are 0 already.
+            parameter[:rows].copy_(tensor)
+        # An optimizer of nothing: there is no state of one to write.
+        training = Training([], [model], ChainedOptimizer([]), None)
+        record = {"identity": identity, "schedule": checkpoints.schedule_identity(config)}
+        saver = checkpoints.Saver(run_folder, training, record, keep=1, keep_every=0, background=False)
+        saver.save(TrainState())
+        saver.finish()
+    return step_folder(run_folder / checkpoints.FOLDER, 0)
+
+
+def _describe(
+    config: Config, model_folder: Path, run_folder: Path, words: Vocabulary, identity: dict[str, Any]
+) -> None:
+    """Write config.yaml, run.json and the tokenizer."""
+    write_whole(run_folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    run = {
+        "name": config.name,
+        "status": "imported",
+        "imported_from": str(model_folder.resolve()),
+        "identity": identity,
+        "steps": 0,
+    }
+    write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    if words.tokenizer is not None:
+        shutil.copyfile(words.tokenizer.path, run_folder / NAMES[words.tokenizer.kind])
+
+
+def _sides(config: Config, saved: Path, words: Vocabulary) -> Sides:
+    vocabulary = config.model.vocabulary
+    assert vocabulary is not None
+    classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
+    return Sides(config, vocabulary, saved, classes, words.end_of_document, PRECISIONS[config.training.precision])

@@ -1,0 +1,171 @@
+"""A run's tokenizer as one of transformers that gives the same ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from data_prep.tokenizers import SPACE_MARK, Tokenizer
+from sepllm_train.errors import UserError, first_line
+
+NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+# Types of pieces and models in SentencePiece's file format.
+_CONTROL, _USER_DEFINED = 3, 4
+_BPE = 2
+_HARD_TEXTS = (
+    "",
+    " ",
+    "\n",
+    "A word.",
+    " a leading space, and a trailing one ",
+    "two  spaces,   three,\tand a tab\t\tor two.\n\n\tA new paragraph?\r\nWith another line break;\n",
+    "1234567890 3.14159 -1e-10 0xFF 1,000,000",
+    "naïve café, Ærøskøbing, e\u0301 (combining), ﬁ ½ Ⅷ №, “quotes” — dashes… ‘single’",
+    "中文,没有空格。日本語のテキスト!한국어 텍스트? العربية، עברית हिन्दी।",
+    "👍🏽 👩‍👩‍👧‍👦 🇳🇴 \U00010348 \ue000\u200b\ufeff",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # comment\n\n\nclass A:\n\tpass\n",
+    "https://example.org/a?b=c&d=%20 user@example.org <b>bold</b> [1] {2} \\n $x^2$",
+)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer file in a folder of a model, or None."""
+    return next((folder / name for name in NAMES.values() if (folder / name).is_file()), None)
+
+
+def to_transformers(tokenizer: Tokenizer) -> Any:
+    """A transformers tokenizer that gives the ids of `tokenizer`, which end a document with its eos token.
+
+    Like ours it adds no token by itself. Unlike ours it reads names of special tokens in a text as those tokens, and
+    U+2581 as a space where the tokenizer is SentencePiece's, as that itself does. Raises UserError when no such
+    tokenizer can be made of a SentencePiece model.
+    """
+    definition = _sentencepiece(tokenizer) if tokenizer.kind == "sentencepiece" else _huggingface(tokenizer)
+    made = _wrap(definition, tokenizer)
+    check_same_ids(made, tokenizer)
+    return made
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """Write the files of transformers' tokenizer to `folder`, and SentencePiece's own file beside them.
+
+    Gives None, or the reason why transformers cannot have it; then only the file itself is written.
+    """
+    shutil.copyfile(tokenizer.path, folder / NAMES[tokenizer.kind])
+    try:
+        to_transformers(tokenizer).save_pretrained(folder)
+        check_same_ids(_read_again(folder), tokenizer)
+    except UserError as error:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if name != NAMES[tokenizer.kind]:
+                (folder / name).unlink(missing_ok=True)
+        return str(error)
+    return None
+
+
+def check_same_ids(made: Any, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless a transformers tokenizer encodes and decodes real text as `tokenizer` does."""
+    for text in (*_HARD_TEXTS, *(topics[name] for name in sorted(topics)[:20])):
+        (ids,) = tokenizer.encode_batch([text])
+        if made(text).input_ids != ids:
+            raise UserError(f"transformers' tokenizer gives other ids than {tokenizer.path} for {text[:40]!r}.")
+        if made.decode(ids) != tokenizer.decode(ids):
+            raise UserError(f"transformers' tokenizer writes ids of {text[:40]!r} otherwise than {tokenizer.path}.")
+
+
+def _read_again(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _wrap(definition: dict[str, Any], tokenizer: Tokenizer) -> Any:
+    """A tokenizer.json as transformers' class."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{tokenizer.path} cannot be written as tokenizer.json ({first_line(error)}).") from None
+    eos = backend.id_to_token(tokenizer.eod)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False)
+
+
+def _huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json without what cuts, pads or adds tokens: training does none of it."""
+    definition = json.loads(tokenizer.path.read_bytes())
+    processor = definition.get("post_processor")
+    adds = processor is not None and processor["type"] != "ByteLevel"
+    return {**definition, "truncation": None, "padding": None, "post_processor": None if adds else processor}
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A SentencePiece model as a tokenizer.json. Raises UserError for rules that are not tried out here."""
+    model = _proto(tokenizer.path)
+    pieces, rules, trainer = model.pieces, model.normalizer_spec, model.trainer_spec
+    if rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.escape_whitespaces:
+        raise UserError(f"{tokenizer.path} rewrites text ({rules.name}), which is not carried over to tokenizer.json.")
+    if trainer.model_type != _BPE:
+        raise UserError(f"{tokenizer.path} is not a BPE model: of equal splits of a word transformers takes another.")
+    unknown = pieces[trainer.unk_id].piece
+    vocabulary = {entry.piece: number for number, entry in enumerate(pieces)}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    prefix = [{"type": "Prepend", "prepend": SPACE_MARK}] if rules.add_dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if rules.add_dummy_prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            _added(number, entry.piece, special=entry.type == _CONTROL or number == trainer.unk_id)
+            for number, entry in enumerate(pieces)
+            if entry.type in (_CONTROL, _USER_DEFINED) or number == trainer.unk_id
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": _merges(pieces, vocabulary),
+            "unk_token": unknown,
+            "fuse_unk": True,
+            "byte_fallback": trainer.byte_fallback,
+        },
+    }
+
+
+def _proto(path: Path) -> Any:
+    """The content of a SentencePiece file."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise UserError(
+            f"the rules of {path} cannot be read ({first_line(error)}): pip install 'sepllm-train[hf]'."
+        ) from None
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    return model
+
+
+def _merges(pieces: Any, vocabulary: dict[str, int]) -> list[list[str]]:
+    """Pairs of pieces in the order in which BPE joins them: SentencePiece joins the pair whose whole scores highest."""
+    ordinary = {entry.piece for entry in pieces if entry.type not in (_CONTROL, _USER_DEFINED)}
+    ranked = sorted((entry for entry in pieces if entry.piece in ordinary), key=lambda entry: -entry.score)
+    merges = []
+    for entry in ranked:
+        text = entry.piece
+        pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [pair for pair in pairs if pair[0] in ordinary and pair[1] in ordinary]
+        merges += [list(pair) for pair in sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
+    return merges
+
+
+def _added(number: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry that is found in the text before anything else."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": content, **flags, "special": special}

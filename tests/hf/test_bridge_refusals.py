@@ -1,0 +1,170 @@
+"""What import and export refuse, each in one sentence; and tokenizers, which are the same or are left out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from data_prep.tokenizers import load_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
+from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig
+from sepllm_train.errors import UserError
+
+transformers = pytest.importorskip("transformers", reason="transformers is an optional package: extra hf")
+
+from sepllm_train.hf.architecture import model_type  # noqa: E402
+from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
+from sepllm_train.hf.importing import import_model  # noqa: E402
+from sepllm_train.hf.tokenizer import save_tokenizer, to_transformers  # noqa: E402
+from tests.hf.bridge_models import LLAMA_BLOCK  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_sentencepiece_becomes_a_tokenizer_with_the_same_ids(tokenizer: Path, tmp_path: Path) -> None:
+    ours = load_tokenizer(tokenizer)
+    assert save_tokenizer(ours, tmp_path) is None
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "One line.\n\n  Two  spaces\tand a tab, naïve 中文 👍🏽\u200b; x == y\r\n"
+    assert theirs(text).input_ids == ours.encode_batch([text])[0]
+    assert theirs.decode(theirs(text).input_ids) == text and theirs.eos_token_id == ours.eod
+
+
+def test_tokenizer_that_transformers_cannot_have_is_kept_as_it_is(tmp_path: Path) -> None:
+    words = [f"word{number} and, {number * 7919}.\n" for number in range(3000)]
+    train_tokenizer(words, tmp_path / "unigram.model", vocab_size=400, model_type="unigram")
+    (tmp_path / "out").mkdir()
+    reason = save_tokenizer(load_tokenizer(tmp_path / "unigram.model"), tmp_path / "out")
+    assert reason is not None and "is not a BPE model" in reason
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
+
+
+def test_tokenizer_json_loses_what_would_add_tokens(shared_data: Path, tmp_path: Path) -> None:
+    definition = json.loads((shared_data / "tokenizers" / "20B_tokenizer.json").read_text(encoding="utf8"))
+    template = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": list(template),
+        "pair": list(template),
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    definition["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf8")
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "A somewhat longer text, of more than five tokens."
+    assert to_transformers(ours)(text).input_ids == ours.encode_batch([text])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("model", "attention", "words"),
+    [
+        ({}, {"sink": "learned"}, "attention.sink=learned cannot be exported"),
+        ({}, {"qk_norm": True}, "attention.qk_norm=true cannot be exported with GPT-NeoX"),
+        ({"kv_heads": 2}, {}, "model.kv_heads=2 cannot be exported with model.norm=layernorm"),
+        ({"rotary_fraction": 0.0}, {}, "model.rotary_fraction=0 cannot be exported"),
+        ({"bias": False}, {}, "model.bias=false cannot be exported"),
+        (LLAMA_BLOCK | {"parallel_residual": True}, {}, "model.parallel_residual=true cannot be exported"),
+        (LLAMA_BLOCK | {"rotary_fraction": 0.5}, {}, "model.rotary_fraction=0.5 cannot be exported"),
+        (LLAMA_BLOCK | {"activation": "gelu"}, {}, "model.activation=gelu and model.bias=false cannot be exported"),
+    ],
+)
+def test_what_no_class_of_transformers_has_is_refused(
+    model: dict[str, Any], attention: dict[str, Any], words: str
+) -> None:
+    shape = {"layers": 2, "hidden": 32, "heads": 4, "ffn": 64}
+    with pytest.raises(UserError, match=words):
+        model_type(Config(model=ModelConfig(**(shape | model)), attention=AttentionConfig(**attention)))
+
+
+def test_separators_by_place_and_foreign_tokenizers_are_refused(
+    trained: Path, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("placement: natural", "placement: shuffled"))
+    with pytest.raises(UserError, match="attention.placement=shuffled of .* cannot be converted"):
+        in_memory(tmp_path / "run")
+    train_tokenizer([f"other {n} words, {n * 7919}.\n" for n in range(999)], tmp_path / "other.model", vocab_size=320)
+    with pytest.raises(UserError, match="other.model is not the tokenizer that .* was trained with"):
+        in_memory(trained, tokenizer=tmp_path / "other.model")
+    with pytest.raises(UserError, match="has no checkpoint of step 7"):
+        in_memory(trained, step=7)
+
+
+def test_weights_beyond_the_type_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(models("llama") / "theirs", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5, 3] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    import_model(folder, tmp_path / "ours")
+    with pytest.raises(UserError, match="weights in model.embed_tokens.weight that torch.float16 cannot hold"):
+        export_run(tmp_path / "ours", tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+CONFIGS: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"model_type": "bloom"}, "is of a bloom model: those that can be imported are gpt_neox"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "rotary embedding linear",
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.5}}, "rope_theta=1000.5 cannot"),
+    ("llama", {"head_dim": 16}, "head_dim=16 in config.json cannot be imported"),
+    ("llama", {"attention_bias": True}, "attention_bias=True in config.json cannot be imported"),
+    ("llama", {"mlp_bias": True}, "mlp_bias=True in config.json cannot be imported"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu in config.json cannot be imported"),
+    ("llama", {"intermediate_size": 64}, "asks for"),
+    ("llama", {"num_hidden_layers": 4}, "has no tensor"),
+    ("llama", {"num_hidden_layers": 2}, "which our model has no place for"),
+    ("mistral", {"sliding_window": 32}, "sliding_window=32 in config.json cannot be imported"),
+    ("neox", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new in config.json cannot be imported"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), CONFIGS, ids=[words for _, _, words in CONFIGS])
+def test_models_that_ours_is_not_are_refused(
+    models: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any], words: str
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(models(name) / "theirs", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=words):
+        import_model(folder, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_folders_without_safetensors_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.json cannot be read .* give the folder of a transformers model"):
+        import_model(tmp_path, tmp_path / "ours")
+    shutil.copyfile(models("llama") / "theirs" / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        import_model(tmp_path, tmp_path / "ours")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="has its weights as pickles"):
+        import_model(tmp_path, tmp_path / "ours")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(UserError, match="files outside of the folder"):
+        import_model(tmp_path, tmp_path / "ours")
+
+
+def test_separators_need_a_tokenizer(models: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(models("llama") / "theirs", tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="needs to know which tokens are separators"):
+        import_model(tmp_path / "theirs", tmp_path / "ours", attention=["pattern=sep"])
+    import_model(tmp_path / "theirs", tmp_path / "ours", attention=["pattern=streaming", "window=8"])
+    with pytest.raises(UserError, match="was imported from a model without a tokenizer: give its file"):
+        in_memory(tmp_path / "ours")

@@ -28,13 +28,14 @@ def trained_pattern(config: Any) -> TokenPattern | None:
 def make_pattern(
     model: Any,
     *,
-    window: int,
-    initial: int,
+    window: int = 256,
+    initial: int = 3,
     separators: Sequence[int] | None = None,
     tokenizer: Any = None,
     selection: str = "paper",
 ) -> TokenPattern:
-    """The paper's pattern for any model: which tokens are separators, `initial` first ones, `window` neighbours.
+    """The paper's pattern for any model: which tokens are separators, `initial` first ones, `window` neighbours. The
+    numbers are those of its training-free experiments.
 
     Separators are those given by id, or those of `tokenizer` (a transformers tokenizer, one of ours, or the path of its
     file) among the classes `selection`, or those an exported model was trained with.

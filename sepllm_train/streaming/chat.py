@@ -16,7 +16,7 @@ from sepllm_train.streaming.model import Opened
 
 
 def chat(opened: Opened, cache: Any, sampling: Sampling, tokens: int, lines: Iterable[str]) -> None:
-    """Continue each line of `lines` on the terminal by at most `tokens` tokens; the cache remembers what came before."""
+    """Continue each line of `lines` on the terminal, by at most `tokens` tokens; the cache remembers all of it."""
     device = next(opened.model.parameters()).device
     generators = sampling.generators(1)
     for line in lines:

@@ -37,9 +37,8 @@ def _row(result: dict[str, Any], at: Sequence[int]) -> list[str]:
     by_tokens = {point["tokens"]: point["perplexity"] for point in result["points"]}
     found = [f"{by_tokens[n]:.2f}" if n in by_tokens else "-" for n in at]
     name = _SHORT[result["cache"]] + (f" D = {result['interval']}" if result.get("interval") else "")
-    positions = result.get("positions") or ("training" if result["cache"] in ("pattern", "full") else "cache")
     rate = f"{result['tokens'] / result['seconds']:,.0f}"
-    return [name, *sizes, positions, *found, f"{result['mean_length']:.1f}", rate]
+    return [name, *sizes, result["positions_used"], *found, f"{result['mean_length']:.1f}", rate]
 
 
 def _read(folder: Path) -> dict[str, Any]:

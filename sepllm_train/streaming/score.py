@@ -131,6 +131,7 @@ def score(
         "perplexity": progress.perplexity,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
+        "positions_used": cache.positions,
         "mean_length": cache.mean_length,
         "mean_length_by_formula": cache.policies[0].mean_length,
         "cache_bytes": cache.nbytes,

@@ -166,7 +166,7 @@ class SlotCache(Cache):
         self.pending = ids.shape[1]
         return place.clamp(min=0), [masks[group] for group in self.group_of_layer]
 
-    def get_queryoffset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         """Column of the next token."""
         return self.layers[layer_idx].get_mask_sizes(0)[0]
 

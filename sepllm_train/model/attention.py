@@ -17,7 +17,7 @@ from torch import Tensor
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.distributed.context import ContextPlan, fetch_keys
 from sepllm_train.model.pointwise import Pointwise
-from sepllm_train.model.sequence import SeparatorSequence
+from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 
 
 class SeparatorAttention(MegatronModule):
@@ -45,7 +45,8 @@ class SeparatorAttention(MegatronModule):
         super().__init__(config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = groups.tp
-        self.layer = pattern.layers[layer_number - 1]
+        self.number = layer_number - 1
+        self.layer = pattern.layers[self.number]
         self.backend = backend
         self.scale = softmax_scale
         self.pointwise = pointwise
@@ -69,9 +70,12 @@ class SeparatorAttention(MegatronModule):
 
         S is the whole sequence, also under sequence parallelism; under context parallelism it is this rank's part.
         Mask and bias are megatron-core's and unused: `packed_seq_params` carries the plan, which tells what is visible,
-        and the rotation of queries and keys.
+        and the rotation of queries and keys. A DecodeSequence brings the cache that attends in their place.
         """
         assert packed_seq_params is not None, "the model was called without an attention plan"
+        if isinstance(packed_seq_params, DecodeSequence):
+            cache = packed_seq_params.cache
+            return cache.attend(self.number, query, key, value, scale=self.scale, sink=self.sink)
         plan = packed_seq_params.plan
         query, key = self.rotated(query, key, packed_seq_params)
         if isinstance(plan, ContextPlan):

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from megatron.core.utils import get_pg_rank
 from sep_attention import AttentionPlan
@@ -16,7 +17,7 @@ from torch import Tensor
 from sepllm_train.distributed.context import ContextPlan
 from sepllm_train.model.loss import OutputShard, chunked_cross_entropy
 from sepllm_train.model.pointwise import Pointwise
-from sepllm_train.model.sequence import SeparatorSequence
+from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 
 
 class SepGPTModel(GPTModel):
@@ -54,12 +55,22 @@ class SepGPTModel(GPTModel):
         )
         return self._mask_padding(output) if self.post_process and labels is None else output
 
+    def next_token_logits(self, tokens: Tensor, sequence: DecodeSequence) -> Tensor:
+        """Logits [B, vocabulary] of the token after the last one of each row, the same on all tensor-parallel ranks.
+
+        tokens: i64 [B, N], which `sequence.cache` appends and attends for. Without pipeline or sequence parallelism.
+        """
+        logits = super().forward(tokens, None, None, packed_seq_params=sequence)[:, -1]
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[:, : self.vocabulary]
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the real entries. labels [B, S], logits [S, B, padded vocabulary / TP]; gives [B, S]."""
         return super().compute_language_model_loss(labels, self._mask_padding(logits))
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """What megatron-core's forward ends with: the output layer and the loss. hidden_states [S, B, hidden]."""
+        if isinstance(kwargs.get("packed_seq_params"), DecodeSequence):
+            hidden_states = hidden_states[-1:]
         if not (self.post_process and self.loss_chunk) or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         weight = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -37,3 +38,29 @@ class SeparatorSequence(PackedSeqParams):
         """
         if angles is not None and self.rotation is None:
             self.rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+class KeyCache(Protocol):
+    """What attends in the place of a plan when text is generated."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, sink: Tensor | None
+    ) -> Tensor:
+        """Take the keys and values [N, B, Hkv, D] of N new tokens in layer `layer`, counted from 0, and attend with
+        their queries [N, B, H, D], none of them rotated yet; gives [N, B, H * D]."""
+
+
+@dataclass(kw_only=True)
+class DecodeSequence(SeparatorSequence):
+    """Tokens that are appended to a cache, which knows what they see: there is no plan."""
+
+    plan: Any = None
+    cache: KeyCache
+
+    @classmethod
+    def of_cache(cls, cache: KeyCache) -> DecodeSequence:
+        """Wrap a cache that has been told which tokens come. One angle is all that megatron-core has to compute."""
+        return cls(qkv_format="sbhd", max_seqlen_q=1, max_seqlen_kv=1, cache=cache)
+
+    def rotate_by(self, angles: Tensor | None, dtype: torch.dtype) -> None:
+        """Nothing: the cache rotates, since it knows the positions."""

@@ -1,0 +1,31 @@
+"""One process as megatron-core's whole grid, and a run to generate from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sepllm_train.analysis.runs import ALONE, alone
+from sepllm_train.distributed.launch import process_grid
+from sepllm_train.training.run import train
+from tests.training.resume_worker import small_run
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[torch.device]:
+    """The device of a single-process grid, which lives as long as the test module."""
+    with alone() as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Path:
+    """A run of two steps on the sample corpus with a checkpoint of each."""
+    training = {"steps": 2, "checkpoint_interval": 1}
+    config = small_run(str(tmp_path_factory.mktemp("runs")), str(sample_cache), "small", training=training)
+    with process_grid(config, ALONE) as device:
+        train(config, ALONE, device)
+    return Path(config.run_root) / config.name

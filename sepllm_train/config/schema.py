@@ -242,6 +242,10 @@ class OptimConfig:
     warmup_steps: int | None = None
     # schedule=wsd: the share of training.steps that decays at the end.
     decay_fraction: float = 0.1
+    # The rate of a longer run, continued: step 1 has that of step schedule_start + 1 of schedule_steps (None:
+    # training.steps). Pythia's at step 93,000: schedule_steps=143000 schedule_start=93000.
+    schedule_steps: int | None = None
+    schedule_start: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -264,6 +268,8 @@ class OptimConfig:
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             require(0 <= value < 1, f"optim.{key}={value} must be at least 0 and below 1.")
+        require(self.schedule_start >= 0, f"optim.schedule_start={self.schedule_start} must be 0 or more.")
+        positive("optim", self, "schedule_steps")
         require(self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad} must be 0 (off) or more.")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be 0 or more.")
 
@@ -379,6 +385,9 @@ class Config:
     # auto: continue from the newest checkpoint of this run if there is one; never: refuse a folder that is in use;
     # PATH: start from the checkpoint of that folder.
     resume: str = "auto"
+    # Folder of a run (or of a checkpoint) whose weights this one starts from, with a step count, an optimizer and data
+    # of its own: post-training, also with another attention pattern.
+    init_from: str | None = None
     # Check everything, print the derived numbers, train nothing.
     dry_run: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -121,14 +121,21 @@ def _profile(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
 
 def _schedule(config: Config) -> Iterator[tuple[bool, str]]:
     """The learning rate's phases against the length of the run."""
-    optim, steps = config.optim, config.training.steps
+    optim = config.optim
+    steps = optim.schedule_steps or config.training.steps
+    name = "training.steps" if optim.schedule_steps is None else "optim.schedule_steps"
+    yield (
+        optim.schedule_start == 0 or optim.schedule_start + config.training.steps <= steps,
+        f"optim.schedule_start={optim.schedule_start} and training.steps={config.training.steps} go beyond the "
+        f"schedule's {name}={steps}: give optim.schedule_steps, the length of the run that is continued.",
+    )
     if optim.warmup_steps is None:
         return
     inside = 0 <= optim.warmup_steps <= steps
-    yield inside, f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and training.steps={steps}."
+    yield inside, f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and {name}={steps}."
     decay = optim.decay_fraction * steps if optim.schedule == "wsd" else 0
     yield (
         not inside or optim.warmup_steps + decay <= steps,
         f"optim.warmup_steps={optim.warmup_steps} reach into the decay, the last optim.decay_fraction="
-        f"{optim.decay_fraction} of training.steps={steps}.",
+        f"{optim.decay_fraction} of {name}={steps}.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sepllm_train.tracking import check_tracker, start_mirror
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.guards import Guards
+from sepllm_train.training.initial_weights import find_initial_weights, load_initial_weights
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.out_of_memory import MemoryAdvice
 from sepllm_train.training.report import Facts, derive, start_lines
@@ -52,6 +54,8 @@ class Prepared:
     entry: run_folder.Entry
     identity: dict[str, Any]
     schedule: dict[str, Any]
+    # Checkpoint of init_from; None without one, and when the run continues from a checkpoint of its own.
+    initial: Path | None
 
 
 def dry_run(config: Config, world_size: int, device: torch.device) -> None:
@@ -93,6 +97,10 @@ def _train(
         guards.watchdog.beat("the loading of the checkpoint")
         state = checkpoint.load(prepared.entry.checkpoint, training)
         say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")
+    elif prepared.initial is not None:
+        guards.watchdog.beat("the loading of the weights")
+        load_initial_weights(prepared.initial, training)
+        say(f"weights of {prepared.initial}")
     run = run_record(config, prepared, launch.world_size, device)
     metrics = bad_steps = mirror = None
     if launch.main:
@@ -206,6 +214,8 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     identity = checkpoint.identity(config, vocabulary, corpus.identity(), corpus.tokenizer_sha256)
     schedule = checkpoint.schedule_identity(config)
     entry = run_folder.settle(config, identity, schedule)
+    # A run that goes on has no more need of them: they may be gone.
+    initial = together(lambda: find_initial_weights(config, identity) if entry.checkpoint is None else None)
     dataset, validation = build_datasets(config, corpus)
     facts = derive(config, pattern, corpus, dataset, world_size, device)
     say(optional_packages())
@@ -213,4 +223,6 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
         say(line)
     if choice is not None:
         say(str(choice))
-    return Prepared(config, choice, pattern, corpus, files, dataset, validation, facts, entry, identity, schedule)
+    return Prepared(
+        config, choice, pattern, corpus, files, dataset, validation, facts, entry, identity, schedule, initial
+    )

@@ -32,6 +32,8 @@ class Training:
     modules: list[Any]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    # Step of the schedule at which the run begins.
+    schedule_start: int = 0
 
 
 def build_training(config: Config, vocabulary: int, device: torch.device) -> Training:
@@ -53,7 +55,11 @@ def build_training(config: Config, vocabulary: int, device: torch.device) -> Tra
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
-    return Training(chunks, modules, optimizer, build_scheduler(config, optimizer))
+    training = Training(
+        chunks, modules, optimizer, build_scheduler(config, optimizer), schedule_start=config.optim.schedule_start
+    )
+    set_schedule(training, 0)
+    return training
 
 
 def build_chunk(config: Config, vocabulary: int, stage: int | None) -> torch.nn.Module:
@@ -96,7 +102,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Learning rate as a function of the step."""
-    optim, steps = config.optim, config.training.steps
+    optim = config.optim
+    steps = optim.schedule_steps or config.training.steps
     warmup = warmup_steps(optim, steps)
     return OptimizerParamScheduler(
         optimizer,
@@ -120,10 +127,10 @@ def warmup_steps(optim: OptimConfig, steps: int) -> int:
     return round(optim.warmup_fraction * steps) if optim.warmup_steps is None else optim.warmup_steps
 
 
-def set_schedule(scheduler: OptimizerParamScheduler, step: int) -> None:
-    """Put the schedule at `step`: the rate depends on the step alone, so nothing of it is stored in checkpoints."""
-    scheduler.num_steps = 0
-    scheduler.step(increment=step)
+def set_schedule(training: Training, step: int) -> None:
+    """Put the schedule at `step` of the run: the rate depends on it alone, so checkpoints store nothing of it."""
+    training.scheduler.num_steps = 0
+    training.scheduler.step(increment=training.schedule_start + step)
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -63,8 +63,8 @@ def newest(run_folder: Path, damaged: dict[Path, str] | None = None) -> Path | N
     return None
 
 
-def find(path: str, damaged: dict[Path, str] | None = None) -> Path:
-    """The checkpoint that `resume=PATH` means: a checkpoint folder, or the newest whole one of a run folder.
+def find(path: str, damaged: dict[Path, str] | None = None, key: str = "resume") -> Path:
+    """The checkpoint that `resume=PATH` (or another `key`) means: its folder, or the newest whole one of a run folder.
 
     Raises UserError when there is none, or when the checkpoint that was named is damaged.
     """
@@ -73,15 +73,15 @@ def find(path: str, damaged: dict[Path, str] | None = None) -> Path:
     if _NAME.fullmatch(folder.name) or (folder / MANIFEST).exists() or (folder / STATE).exists():
         reason = (reasons.get(folder) or damage(folder)) if folder.is_dir() else None
         if reason is not None:
-            raise UserError(f"resume={path}: the checkpoint is damaged, {reason}: resume from another.")
+            raise UserError(f"{key}={path}: the checkpoint is damaged, {reason}: name another.")
         if folder.is_dir():
             return folder
     found = newest(folder, reasons)
     if found is None:
-        refuse_if_all_damaged(reasons, f"resume={path}")
+        refuse_if_all_damaged(reasons, f"{key}={path}")
         raise UserError(
-            f"resume={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN, "
-            "or resume=auto or never."
+            f"{key}={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN"
+            + (", or resume=auto or never." if key == "resume" else ".")
         )
     return found
 

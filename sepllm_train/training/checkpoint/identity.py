@@ -12,7 +12,13 @@ from sepllm_train.errors import UserError
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
-_BEFORE = {"attention.placement": "natural", "attention.keep_share": None}
+_BEFORE = {
+    "attention.placement": "natural",
+    "attention.keep_share": None,
+    "init_from": None,
+    "optim.schedule_steps": None,
+    "optim.schedule_start": 0,
+}
 
 
 def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: str) -> dict[str, Any]:
@@ -26,6 +32,7 @@ def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: s
         "data.sequence_length": config.data.sequence_length,
         "data.validation_fraction": config.data.validation_fraction,
         "seed": config.seed,
+        "init_from": config.init_from,
         "training.global_batch": config.training.global_batch,
         "training.precision": config.training.precision,
     }

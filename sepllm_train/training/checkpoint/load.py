@@ -74,7 +74,7 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     if same_layout:
         set_generators(generators)
     state = TrainState.from_dict(content["state"])
-    set_schedule(training.scheduler, state.step)
+    set_schedule(training, state.step)
     return state
 
 

@@ -1,0 +1,53 @@
+"""Starting a run from another's weights: post-training with another attention pattern, or on other data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sepllm_train.config.schema import Config
+from sepllm_train.errors import UserError
+from sepllm_train.training import checkpoint
+from sepllm_train.training.setup import Training
+
+_WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
+
+
+def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint that init_from names; None without one. identity: of this run.
+
+    Raises UserError when there is none, or its weights are not those of this run's model and vocabulary.
+    """
+    if config.init_from is None:
+        return None
+    folder = Path(config.init_from).expanduser()
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"init_from={config.init_from} is a transformers model: make a run of it with python "
+            f"scripts/import_hf.py {config.init_from} OUTPUT, and give init_from=OUTPUT."
+        )
+    found = checkpoint.find(config.init_from, key="init_from")
+    stored = checkpoint.read_state(found)["identity"]
+    for key, value in identity.items():
+        weights = key.startswith("model.") and not key.startswith("model.init")
+        if (weights or key in _WEIGHTS_OF_ATTENTION) and stored.get(key) != value:
+            raise UserError(f"init_from={config.init_from} has {key}={stored.get(key)}, this run {value}: set it so.")
+    known, tokenizer = stored["data (hash of the tokenizer)"], identity["data (hash of the tokenizer)"]
+    # A model that was imported without a tokenizer has none on record.
+    if known not in ("", tokenizer):
+        raise UserError(
+            f"init_from={config.init_from} was trained with another tokenizer than this run's data: prepare the text "
+            "with its own."
+        )
+    return found
+
+
+def load_initial_weights(found: Path, training: Training) -> None:
+    """Fill the model, and the optimizer's copy of it; Adam's moments stay zero. Every rank calls it.
+
+    Raises UserError when the checkpoint cannot be read as this model's.
+    """
+    if (reason := checkpoint.altered_together(found)) is not None:
+        raise UserError(f"init_from: the checkpoint {found} is damaged, {reason}: take another.")
+    checkpoint.load_weights(found, training.modules)
+    training.optimizer.reload_model_params()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ _PROGRAM = "stream.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
-    # A job that is told to end saves first, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:

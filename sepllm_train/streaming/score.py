@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,8 @@ from data_prep.files import write_whole
 from sepllm_train.console import duration, quantity, say
 from sepllm_train.hf.hooks import cache_argument
 from sepllm_train.streaming.model import CacheOptions, Opened
-from sepllm_train.streaming.state import load_state, save_state
-from sepllm_train.streaming.text import TokenStream
+from sepllm_train.streaming.state import FOLDER, load_state, save_state
+from sepllm_train.streaming.text import WORKING_FILES, TokenStream
 
 RESULT = "result.json"
 SAY_EVERY = 10.0
@@ -94,7 +98,8 @@ def score(
     """Score a text and write `output`/result.json; the same call continues a stream that was stopped.
 
     Gives the result: loss (nats per token) and perplexity, the counted mean length of the cache, seconds, and points on
-    the way. Raises UserError when `output` is of another stream, or the text has not two tokens.
+    the way. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved; UserError when `output` is of
+    another stream, or the text has not two tokens.
     """
     how.check()
     identity = {
@@ -111,18 +116,17 @@ def score(
         say(f"{output} is finished: {len(finished['points'])} points, perplexity {finished['perplexity']:.3f}.")
         return finished
     progress = _resume(output, cache, identity)
+    tokens = text.prepare(output, how.tokens)
     device = next(opened.model.parameters()).device
+    left = None if how.tokens is None else how.tokens - progress.tokens
     run = _Run(cache, how, output, identity, progress)
-    try:
-        with torch.inference_mode():
-            for ids, targets in _pairs(text, how, progress.tokens):
-                run.take(*_nats(opened.model, cache, ids, targets, device))
-    except KeyboardInterrupt:
-        run.save()
-        say(f"stopped at {progress.tokens:,} tokens; the same command continues.")
-        raise
-    if progress.predicted < 1:
-        raise UserError(f"the text has fewer than 2 tokens: {', '.join(map(str, text.paths))}.")
+    with torch.inference_mode(), _signals_noted() as signals:
+        for ids, targets in _pairs(text.chunks(tokens, how.chunk, progress.tokens), left):
+            run.take(*_nats(opened.model, cache, ids, targets, device))
+            if signals:
+                run.save()
+                say(f"stopped at {progress.tokens:,} tokens; the same command continues.")
+                raise KeyboardInterrupt
     if not progress.points or progress.points[-1]["tokens"] != progress.tokens:
         progress.note(cache.mean_length)
     result = {
@@ -141,8 +145,28 @@ def score(
     }
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    _clean(output)
     say(f"perplexity {result['perplexity']:.3f} over {progress.tokens:,} tokens; {output / RESULT}")
     return result
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Numbers of the signals to stop that have come, which end nothing: in the middle of a forward the cache is neither
+    here nor there. A second one ends the program as ever, without saving."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
@@ -189,21 +213,16 @@ class _Run:
         self.said = now
 
 
-def _pairs(text: TokenStream, how: ScoreOptions, skip: int) -> Any:
-    """(ids, targets) of each chunk, int64: targets are the tokens that follow, one fewer at the end of the text."""
-    left = None if how.tokens is None else how.tokens - skip
-    chunks = text.chunks(how.chunk, skip)
+def _pairs(chunks: Iterator[np.ndarray], left: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, targets) of each chunk, int64, up to `left` tokens: targets are those that follow, one fewer at the end."""
     ids = next(chunks, None)
-    while ids is not None and (left is None or left > 0):
+    while ids is not None:
         following = next(chunks, None)
-        after = ids[:0] if following is None else following[:1]
-        targets = np.concatenate((ids[1:], after))
         if left is not None:
-            ids, targets = ids[:left], targets[: min(left, len(targets))]
+            ids = ids[:left]
             left -= len(ids)
-            if left == 0 and len(targets) == len(ids):
-                targets = targets[:-1]
-        yield ids, targets
+            following = following if left else None
+        yield ids, ids[1:] if following is None else np.concatenate((ids[1:], following[:1]))
         ids = following
 
 
@@ -213,6 +232,13 @@ def _nats(model: Any, cache: Any, ids: np.ndarray, targets: np.ndarray, device: 
     logits = output.logits[0, : len(targets)]
     loss = F.cross_entropy(logits.float(), torch.from_numpy(targets).to(device), reduction="sum") if len(targets) else 0
     return len(ids), len(targets), float(loss)
+
+
+def _clean(output: Path) -> None:
+    """Remove what only a stream that goes on needs."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    for name in WORKING_FILES:
+        (output / name).unlink(missing_ok=True)
 
 
 def _finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.errors import UserError
+from data_prep.files import write_whole
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer
+from sepllm_train.console import quantity, say
+
+TOKENS = "tokens.bin"
+_ABOUT = "tokens.json"
+WORKING_FILES = (TOKENS, _ABOUT)
+_TYPE = np.dtype("<u4")
 
 
 class TokenStream:
     """Documents of .txt and .jsonl files as tokens, each document followed by the end-of-document token.
 
-    repeat: begin again at the end. Raises UserError for files that are not there.
+    They are tokenised once, into a file: what a document takes meanwhile would otherwise come and go in the memory of
+    the stream. repeat: begin again at the end. Raises UserError for files that are not there.
     """
 
     def __init__(self, paths: list[str], tokenizer: Tokenizer, *, unwrap: bool = False, repeat: bool = False) -> None:
@@ -34,33 +45,53 @@ class TokenStream:
             "repeat": self.repeat,
         }
 
-    def chunks(self, size: int, skip: int = 0) -> Iterator[np.ndarray]:
-        """int64 arrays of `size` tokens, the last one shorter; the first `skip` tokens are left out."""
-        held: list[np.ndarray] = []
-        waiting = 0
-        for ids in self._documents():
-            if skip >= len(ids):
-                skip -= len(ids)
-                continue
-            held.append(ids[skip:])
-            waiting += len(ids) - skip
-            skip = 0
-            if waiting < size:
-                continue
-            joined = np.concatenate(held)
-            whole = len(joined) // size * size
-            yield from joined[:whole].reshape(-1, size)
-            held, waiting = [joined[whole:]], len(joined) - whole
-        if waiting:
-            yield np.concatenate(held)
+    def prepare(self, folder: Path, limit: int | None) -> Path:
+        """Write the first `limit` tokens (None: all) to `folder`/tokens.bin, unless they are there; gives its path.
+
+        Raises UserError for text of fewer than two tokens, and when the file cannot be written.
+        """
+        path, about = folder / TOKENS, {**self.identity(), "limit": limit}
+        if path.is_file() and (folder / _ABOUT).is_file() and json.loads((folder / _ABOUT).read_text()) == about:
+            return path
+        say(f"tokenising {', '.join(path.name for path in self.paths)}")
+        aside, count = path.with_suffix(".partial"), 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                for ids in self._documents():
+                    ids = ids if limit is None else ids[: limit - count]
+                    file.write(ids.astype(_TYPE).tobytes())
+                    count += len(ids)
+                    if count == limit:
+                        break
+                file.flush()
+                os.fsync(file.fileno())
+            if count < 2:
+                raise UserError(f"the text has fewer than 2 tokens: {', '.join(map(str, self.paths))}.")
+            aside.replace(path)
+            write_whole(folder / _ABOUT, json.dumps(about).encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): choose another --output.") from None
+        finally:
+            aside.unlink(missing_ok=True)
+        say(f"{quantity(count)} tokens")
+        return path
+
+    def chunks(self, path: Path, size: int, skip: int = 0) -> Iterator[np.ndarray]:
+        """int64 arrays of `size` tokens of a prepared file, the last one shorter; the first `skip` are left out."""
+        total = path.stat().st_size // _TYPE.itemsize
+        with open(path, "rb") as file:
+            file.seek(skip % total * _TYPE.itemsize if self.repeat else skip * _TYPE.itemsize)
+            while True:
+                found = file.read(size * _TYPE.itemsize)
+                while self.repeat and len(found) < size * _TYPE.itemsize:
+                    file.seek(0)
+                    found += file.read(size * _TYPE.itemsize - len(found))
+                if not found:
+                    return
+                yield np.frombuffer(found, dtype=_TYPE).astype(np.int64)
 
     def _documents(self) -> Iterator[np.ndarray]:
-        while True:
-            empty = True
-            for document in Corpus(self.paths, unwrap=self.unwrap):
-                empty = False
-                pieces = self.tokenizer.encode_batch(self.tokenizer.split(document.text))
-                ids = [index for piece in pieces for index in piece]
-                yield np.array([*ids, self.tokenizer.eod], dtype=np.int64)
-            if not self.repeat or empty:
-                return
+        for document in Corpus(self.paths, unwrap=self.unwrap):
+            pieces = self.tokenizer.encode_batch(self.tokenizer.split(document.text))
+            yield np.array([*(index for piece in pieces for index in piece), self.tokenizer.eod], dtype=np.int64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sep_attention import FOREVER
 
-from sepllm_train.hf.source import Source
 from sepllm_train.inference.pattern import TokenPattern
+from sepllm_train.inference.source import Source
 
 _FRONT = """---
 library_name: transformers
@@ -27,7 +27,7 @@ _LOAD_DENSE = "The model attends fully: any program that loads models of this cl
 def model_card(source: Source, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
     """Markdown text. differences: largest difference of logits by pattern. note: on the tokenizer, or None."""
     model, state = source.config.model, source.state["state"]
-    separators = source.pattern is not None
+    separators = not source.pattern.dense
     largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
     lines = [
         _FRONT,
@@ -49,7 +49,7 @@ def model_card(source: Source, architecture: str, differences: dict[str, float],
         "",
         _LOAD_SEPARATORS if separators else _LOAD_DENSE,
         *([f"There is no tokenizer of transformers here: {note}", ""] if note is not None else []),
-        *(_pattern_lines(source.pattern) if source.pattern is not None else []),
+        *(_pattern_lines(source.pattern) if not source.pattern.dense else []),
         "## Checked",
         "",
         f"The files were read again, and their logits compared in fp32 with those of the training code: the largest "

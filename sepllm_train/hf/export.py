@@ -28,9 +28,9 @@ from sepllm_train.hf.compare import Sides, compare
 from sepllm_train.hf.folder import refuse_existing, whole_folder
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
-from sepllm_train.hf.source import Source, open_source
 from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.inference.pattern import TokenPattern
+from sepllm_train.inference.source import Source, open_source
 from sepllm_train.model.build import PRECISIONS
 from sepllm_train.training.checkpoint.load import SafeReader
 
@@ -55,7 +55,8 @@ def in_memory(
     Raises UserError as `open_source` and `model_type` do.
     """
     source = open_source(run_folder, step, tokenizer)
-    return build(source, dtype or _dtype_of(source)), source.pattern, source.tokenizer
+    own = None if source.pattern.dense else source.pattern
+    return build(source, dtype or _dtype_of(source)), own, source.tokenizer
 
 
 def build(source: Source, dtype: torch.dtype) -> Any:
@@ -73,7 +74,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
     wrong = {key: found for key, found in info.items() if found}
     if wrong:
         raise RuntimeError(f"the weights do not fill {kind.__name__}: {wrong}")
-    if source.pattern is not None:
+    if not source.pattern.dense:
         setattr(model.config, CONFIG_KEY, source.pattern.to_dict())
     end = source.tokenizer.eod
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
@@ -111,7 +112,7 @@ def export_run(
             shutil.copymode(aside / "config.json", file)
         architecture, parameters = type(model).__name__, model.num_parameters()
         del model
-        if source.pattern is not None:
+        if not source.pattern.dense:
             _guard(aside / "config.json")
         note = save_tokenizer(source.tokenizer, aside)
         theirs = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32, attn_implementation="eager")

@@ -30,8 +30,7 @@ from sepllm_train.hf.classes import attention_of
 from sepllm_train.hf.compare import Sides, compare
 from sepllm_train.hf.folder import SafetensorsFolder, refuse_existing, whole_folder
 from sepllm_train.hf.separators import trained_pattern
-from sepllm_train.hf.source import header_classes, pad_classes
-from sepllm_train.hf.tokenizer import NAMES
+from sepllm_train.inference.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import step_folder
@@ -161,7 +160,7 @@ def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary
     """What is known of the tokens, from the data if there is some, and from the tokenizer in the model's folder."""
     own = []
     # SentencePiece's file first: a tokenizer.json beside it was made from it.
-    for path in (folder / name for name in sorted(NAMES.values(), reverse=True)):
+    for path in (folder / name for name in sorted(TOKENIZER_NAMES.values(), reverse=True)):
         if path.is_file():
             try:
                 own.append(load_tokenizer(path))
@@ -239,7 +238,7 @@ def _describe(
     }
     write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
     if words.tokenizer is not None:
-        shutil.copyfile(words.tokenizer.path, run_folder / NAMES[words.tokenizer.kind])
+        shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])
 
 
 def _sides(config: Config, saved: Path, words: Vocabulary) -> Sides:

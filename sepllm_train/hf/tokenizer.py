@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.tokenizers import SPACE_MARK, Tokenizer
 from sepllm_train.errors import UserError, first_line
+from sepllm_train.inference.source import TOKENIZER_NAMES
 
-NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # Types of pieces and models in SentencePiece's file format.
 _CONTROL, _USER_DEFINED = 3, 4
 _BPE = 2
@@ -29,11 +29,6 @@ _HARD_TEXTS = (
     "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # comment\n\n\nclass A:\n\tpass\n",
     "https://example.org/a?b=c&d=%20 user@example.org <b>bold</b> [1] {2} \\n $x^2$",
 )
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer file in a folder of a model, or None."""
-    return next((folder / name for name in NAMES.values() if (folder / name).is_file()), None)
 
 
 def to_transformers(tokenizer: Tokenizer) -> Any:
@@ -54,13 +49,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
 
     Gives None, or the reason why transformers cannot have it; then only the file itself is written.
     """
-    shutil.copyfile(tokenizer.path, folder / NAMES[tokenizer.kind])
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_NAMES[tokenizer.kind])
     try:
         to_transformers(tokenizer).save_pretrained(folder)
         check_same_ids(_read_again(folder), tokenizer)
     except UserError as error:
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if name != NAMES[tokenizer.kind]:
+            if name != TOKENIZER_NAMES[tokenizer.kind]:
                 (folder / name).unlink(missing_ok=True)
         return str(error)
     return None

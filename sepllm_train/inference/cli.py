@@ -144,10 +144,11 @@ def _generate(
     from sepllm_train.distributed.together import together
     from sepllm_train.inference.generate import generate
     from sepllm_train.inference.native import NativeCache
-    from sepllm_train.inference.opened import open_run
+    from sepllm_train.inference.opened import load_run
+    from sepllm_train.inference.source import open_source
     from sepllm_train.inference.text import TextStream
 
-    opened = together(lambda: open_run(arguments.run_folder, config, arguments.checkpoint, arguments.tokenizer))
+    opened = together(lambda: open_source(arguments.run_folder, arguments.checkpoint, arguments.tokenizer))
     tokenizer = opened.tokenizer
     try:
         chosen = choice.resolve(opened.pattern, tokenizer)
@@ -157,7 +158,7 @@ def _generate(
     prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
     _note(chosen.line)
     _warn(chosen, max(map(len, prompts)) + arguments.tokens, config.data.sequence_length)
-    model = opened.model(device)
+    model = load_run(opened, config, device)
     cache = NativeCache(model, chosen.pattern, chosen.policies, len(prompts), positions=chosen.positions)
 
     live = launch.main and len(prompts) == 1 and not arguments.json

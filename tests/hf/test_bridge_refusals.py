@@ -92,7 +92,7 @@ def test_separators_by_place_and_foreign_tokenizers_are_refused(
     shutil.copytree(trained, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("placement: natural", "placement: shuffled"))
-    with pytest.raises(UserError, match="attention.placement=shuffled of .* cannot be converted"):
+    with pytest.raises(UserError, match="attention.placement=shuffled of .* is for training alone"):
         in_memory(tmp_path / "run")
     train_tokenizer([f"other {n} words, {n * 7919}.\n" for n in range(999)], tmp_path / "other.model", vocab_size=320)
     with pytest.raises(UserError, match="other.model is not the tokenizer that .* was trained with"):

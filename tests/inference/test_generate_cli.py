@@ -17,7 +17,8 @@ import tokenizers
 from sepllm_train.analysis.runs import alone, read_config
 from sepllm_train.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.inference.cli import main
-from sepllm_train.inference.opened import config_for, open_run
+from sepllm_train.inference.opened import config_for, load_run
+from sepllm_train.inference.source import open_source
 from tests.inference.native_models import full_logits
 
 PROMPTS = ["The quick brown fox, ", "A", "Return a string. The file, which\tis open,"]
@@ -48,8 +49,8 @@ def without_time(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_generated_tokens_are_those_that_the_full_forward_predicts(trained_run: Path, records: Records) -> None:
     (found,) = records("--prompt", PROMPTS[0], "--tokens", "40")
     with alone() as device:
-        opened = open_run(trained_run, config_for(read_config(trained_run), 1, 1), None, None)
-        model = opened.model(device)
+        opened = open_source(trained_run)
+        model = load_run(opened, config_for(read_config(trained_run), 1, 1), device)
         (prompt,) = opened.tokenizer.encode_batch([PROMPTS[0]])
         ids = list(prompt)
         for _ in range(40):
@@ -133,7 +134,7 @@ def test_only_the_tokenizer_of_the_data_is_needed(
     arguments = [str(moved), "--json", "--prompt", "The", "--tokens", "20"]
     sentence = _refused(arguments, capsys)
     assert sentence == (
-        f"error: the tokenizer of {moved} is not beside its data ({tmp_path}/gone): give its file with --tokenizer."
+        f"error: the tokenizer of {moved} is not found beside its data ({tmp_path}/gone): give its file with --tokenizer."
     )
     tokenizer = sample_prefix.with_name("docs.tokenizer.model")
     main([*arguments, "--tokenizer", str(tokenizer)])

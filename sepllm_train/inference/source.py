@@ -1,4 +1,4 @@
-"""What is read of a run to convert it: configuration, checkpoint, tokenizer, and the separator class of every token."""
+"""What is read of a run to use it: configuration, checkpoint, tokenizer, and the separator class of every token."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, DataConfig, require
 from sepllm_train.data.corpus import cache_folder
 from sepllm_train.errors import UserError
-from sepllm_train.hf.tokenizer import find_tokenizer
 from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.training.checkpoint import read_state
+
+# A tokenizer in the folder of a run or a model, by its kind.
+TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A run that is converted. `state` is the content of the checkpoint's state.json, `classes` u8 [vocabulary] the
-    separator class of each entry, `pattern` None for a run that attends fully."""
+    """A run that is used. `state` is the content of the checkpoint's state.json, `classes` u8 [vocabulary] the
+    separator class of each entry, `pattern` that of training, also where it is `dense`."""
 
     folder: Path
     config: Config
@@ -34,7 +36,7 @@ class Source:
     state: dict[str, Any]
     tokenizer: Tokenizer
     classes: np.ndarray
-    pattern: TokenPattern | None
+    pattern: TokenPattern
 
     @property
     def vocabulary(self) -> int:
@@ -57,7 +59,7 @@ def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | s
     placement = config.attention.placement
     require(
         placement == "natural",
-        f"attention.placement={placement} of {folder} cannot be converted: which tokens are separators depends on "
+        f"attention.placement={placement} of {folder} is for training alone: which tokens are separators depends on "
         "their place in the training data, not on the tokens.",
     )
     trained = state["identity"]["data (hash of the tokenizer)"]
@@ -76,8 +78,13 @@ def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | s
     )
     classes = _classes(headers, found, state["identity"]["model.vocabulary"])
     pattern = resolve_pattern(config.attention, config.model.layers)
-    own = None if pattern.dense else TokenPattern.of_run(pattern, classes, found.eod)
+    own = TokenPattern.of_run(pattern, classes, found.eod)
     return Source(folder, config, checkpoint, state, found, classes, own)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer file in a folder of a run or a model, or None."""
+    return next((folder / name for name in TOKENIZER_NAMES.values() if (folder / name).is_file()), None)
 
 
 def pad_classes(classes: np.ndarray, vocabulary: int) -> np.ndarray:

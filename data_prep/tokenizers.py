@@ -62,11 +62,14 @@ class Tokenizer(ABC):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the library `tokenizers`."""
+    """A `tokenizer.json` of the library `tokenizers`.
+
+    ends_documents: whether it must have a token that ends a document; `eod` is -1 where it need not and has none.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    def __init__(self, path: Path, content: bytes, *, ends_documents: bool = True) -> None:
         import tokenizers
 
         try:
@@ -79,8 +82,8 @@ class HuggingFaceTokenizer(Tokenizer):
         # A document that spells out "<|endoftext|>" must not end there.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod = next((vocabulary[name] for name in EOD_NAMES if name in vocabulary), None)
-        if eod is None:
+        eod = next((vocabulary[name] for name in EOD_NAMES if name in vocabulary), -1)
+        if eod < 0 and ends_documents:
             raise UserError(f"{path} has no end-of-document token: one of {', '.join(EOD_NAMES)} is needed.")
         super().__init__(path, content, max(vocabulary.values()) + 1, eod)
         self._can_cut = _cuts_before_newlines(self._definition)

@@ -14,8 +14,12 @@ from torch import Tensor
 from sep_attention.plan import AttentionPlan, effective_reach
 
 
-def visible_mask(plan: AttentionPlan, window: int, horizons: Sequence[int] | None = None) -> Tensor:
-    """bool [B, S, S]: True where query i (second to last axis) sees key j (last axis).
+def visible_mask(
+    plan: AttentionPlan, window: int, horizons: Sequence[int] | None = None, queries: int | None = None
+) -> Tensor:
+    """bool [B, Q, S]: True where query i (second to last axis) sees key j (last axis).
+
+    queries: Q, the last positions that ask; all S when None.
 
     Key j is visible iff it is in the same document (when documents are separated) and
     `0 <= i - j < max(window, R(j))`, R(j) being the horizon of j's tier and 0 for ordinary tokens.
@@ -23,10 +27,11 @@ def visible_mask(plan: AttentionPlan, window: int, horizons: Sequence[int] | Non
     """
     reach = torch.tensor([window, *effective_reach(plan, window, horizons)], device=plan.tier.device)
     position = torch.arange(plan.sequence_length, device=plan.tier.device)
-    distance = position[:, None] - position
+    first = 0 if queries is None else plan.sequence_length - queries
+    distance = position[first:, None] - position
     visible = (distance >= 0) & (distance < reach[plan.tier.long()][:, None, :])
     if plan.document_start is not None:
-        visible &= plan.document_start[:, :, None] == plan.document_start[:, None, :]
+        visible &= plan.document_start[:, first:, None] == plan.document_start[:, None, :]
     return visible
 
 
@@ -55,7 +60,7 @@ def reference_attention(
     groups = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = visible_mask(plan, window, horizons)[:, None, -q.shape[2] :]
+    visible = visible_mask(plan, window, horizons, q.shape[2])[:, None]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sink is not None:
         column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)

@@ -97,7 +97,7 @@ def read_theirs(folder: Path) -> Any:
             f"{path} cannot be read ({first_line(error)}): give the folder of a transformers model."
         ) from None
     require(
-        kind in FAMILIES,
+        isinstance(kind, str) and kind in FAMILIES,
         f"{path} is of a {kind} model: those that can be imported are {', '.join(FAMILIES)}.",
     )
     try:

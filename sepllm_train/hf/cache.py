@@ -5,11 +5,13 @@ Shape letters: B rows (sequences), W columns (keys, padding on the left), N new 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sep_attention import FOREVER
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -20,6 +22,8 @@ from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.policy import CachePolicy
 from sepllm_train.inference.slots import Slots
 
+# States that assisted decoding can go back to; between two of them at least a token comes.
+UNDO = 64
 POSITIONS = ("cache", "training", "absolute")
 
 
@@ -61,6 +65,10 @@ class SlotCache(Cache):
     held: list[Held]
     # Where the cache is not what the model was trained with, in words.
     differences: tuple[str, ...] = ()
+    # Tokens of each row, i64 [B], and the rows whose document has ended with the last one, bool [B].
+    tokens: Tensor
+    ended: Tensor
+    _recording: bool
     # Distance of each column's key from where it arrived, where keys move.
     offset: Tensor
     _log: list[tuple[Any, ...]]
@@ -69,19 +77,19 @@ class SlotCache(Cache):
         self, model: Any, policies: Sequence[CachePolicy], pattern: TokenPattern, *, positions: str, block: int = 1024
     ) -> None:
         base = base_of(model)
+        self.base = weakref.ref(base)
         self.pattern = pattern
         self.positions = positions
         self.block = block
         # Layers that keep the same keys share their bookkeeping.
         self.policies = list(dict.fromkeys(policies))
         self.group_of_layer = [self.policies.index(policy) for policy in policies]
-        self._context = _context(base.config.get_text_config())
-        _check(base, self.policies, positions, self._context)
+        self.context = _context(base.config.get_text_config())
+        _check(base, self.policies, positions, self.context)
+        attach(base)
         self.rotation = Rotation(base) if positions == "cache" else None
         super().__init__(layers=[SlotLayer(self, policy.capacity) for policy in policies])
-        self._recording = False
         self._start()
-        attach(base)
 
     @property
     def moves(self) -> bool:
@@ -91,11 +99,11 @@ class SlotCache(Cache):
     @property
     def mean_length(self) -> float:
         """Keys in the cache at a token, its own included: counted, the mean over tokens, rows and layers."""
-        if not self.held or not int(self.held[0].slots.seen.sum()):
+        if not self.held or not int(self.tokens.sum()):
             return 0.0
         sums = [int(held.length_sum.sum()) for held in self.held]
         total = sum(sums[group] for group in self.group_of_layer)
-        return total / (int(self.held[0].slots.seen.sum()) * len(self.layers))
+        return total / (int(self.tokens.sum()) * len(self.layers))
 
     @property
     def lengths(self) -> list[int]:
@@ -113,17 +121,20 @@ class SlotCache(Cache):
             none = torch.zeros(rows, dtype=torch.int64, device=device)
             self.held = [Held(Slots.empty(policy, rows, device), none) for policy in self.policies]
             self.offset = none.new_zeros(rows, 0)
+            self.tokens, self.ended = none, none.bool()
         known = len(self.held[0].slots.length)
         if known != rows:
             raise ValueError(f"the cache holds {known} sequences and was given {rows}: call reset() before other ones.")
 
     def make_room(self) -> None:
-        """Drop keys in the rows that are full."""
+        """Drop keys in the rows that are full, and all keys of documents that have ended."""
+        if self.pattern.end_of_document is not None and bool(self.ended.any()):
+            self._forget_documents()
         full = [bool(held.slots.full().any()) for held in self.held]
         if not any(full):
             return
         if self._recording:
-            self._log.append(self._state())
+            self._log = [*self._log[1 - UNDO :], self._state()]
         for group in (group for group, due in enumerate(full) if due):
             slots = self.held[group].slots
             kept, order = slots.drop()
@@ -136,20 +147,31 @@ class SlotCache(Cache):
                     layer.drop(order, self.offset if self.moves else None)
             self.held[group] = Held(kept, self.held[group].length_sum, self.columns_seen)
 
-    def fits(self, valid: Tensor) -> int:
-        """How many of the next tokens, valid bool [B, N], come before a row is full; at least 1 after make_room."""
+    def _forget_documents(self) -> None:
+        """Rows whose document has ended begin anew, as in training with separate documents."""
+        if self._recording:
+            self._log = [*self._log[1 - UNDO :], self._state()]
+        ended = self.ended
+        self.held = [Held(held.slots.begun_anew(ended), held.length_sum, self.columns_seen) for held in self.held]
+        self.ended = torch.zeros_like(ended)
+
+    def fits(self, ids: Tensor, valid: Tensor) -> int:
+        """How many of the next tokens, i64 and bool [B, N], come before a row is full or its document ends; at least 1
+        after make_room."""
         count = valid[:, : self.block].cumsum(1)
         fit = torch.ones_like(count[0], dtype=torch.bool)
         for held in self.held:
             fit &= (count <= (held.slots.limit - held.slots.length)[:, None]).all(0)
+        if self.pattern.end_of_document is not None:
+            ends = ((ids[:, : self.block] == self.pattern.end_of_document) & valid[:, : self.block]).any(0).long()
+            fit &= ends.cumsum(0) - ends == 0
         return int(fit.long().cumprod(0).sum())
 
     def append(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Take N tokens, i64 and bool [B, N]; gives their position_ids, i64 [B, N], and the mask of what they see for
         each layer, bool [B, N, W] (one object for layers that share it). Raises ValueError beyond the context."""
         count = valid.cumsum(1)
-        seen = self.held[0].slots.seen[:, None]
-        position = seen + count - 1
+        position = self.tokens[:, None] + count - 1
         if self.positions == "training":
             self._check_context(int(position[:, -1].max()) + 1)
         place = self.held[0].slots.length[:, None] + count - 1 if self.moves else position
@@ -164,6 +186,9 @@ class SlotCache(Cache):
             self.offset = torch.cat((self.offset, torch.zeros_like(ids)), 1)
         self.columns_seen += ids.shape[1]
         self.pending = ids.shape[1]
+        self.tokens = self.tokens + count[:, -1]
+        if self.pattern.end_of_document is not None:
+            self.ended = valid[:, -1] & (ids[:, -1] == self.pattern.end_of_document)
         return place.clamp(min=0), [masks[group] for group in self.group_of_layer]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -185,20 +210,24 @@ class SlotCache(Cache):
 
         Raises RuntimeError when keys were dropped since, without `activate_past_recording`.
         """
+        # transformers before 5.18 gives a tensor, which += would change.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give how many tokens to take back as a negative number.")
         target = self.columns_seen + tokens_to_remove
         if target < 0:
             raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.columns_seen} tokens only.")
-        while any(target < held.dropped_at for held in self.held):
-            if not self._log:
-                raise RuntimeError(
-                    f"the cache cannot go back by {-tokens_to_remove} tokens: it has dropped keys since. Call "
-                    "activate_past_recording() before those tokens come."
-                )
-            self._restore(self._log.pop())
+        # The newest state from which only columns are to be taken back.
+        states = [self._state(), *reversed(self._log)]
+        back = next((n for n, state in enumerate(states) if all(target >= held.dropped_at for held in state[1])), None)
+        if back is None:
+            raise RuntimeError(
+                f"the cache cannot go back by {-tokens_to_remove} tokens: it has dropped keys since. Call "
+                "activate_past_recording() before those tokens come."
+            )
+        self._restore(states[back])
+        self._log = self._log[: len(self._log) - back]
         self._take_back(self.columns_seen - target)
-        self._log = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[i] for row i, i64 [B']: beam search."""
@@ -209,6 +238,7 @@ class SlotCache(Cache):
             Held(held.slots.select(rows), held.length_sum.index_select(0, rows), held.dropped_at) for held in self.held
         ]
         self.offset = self.offset.index_select(0, rows)
+        self.tokens, self.ended = self.tokens.index_select(0, rows), self.ended.index_select(0, rows)
         for layer in self.layers:
             layer.select(rows)
         self._log = []
@@ -228,6 +258,9 @@ class SlotCache(Cache):
         self.pieces = []
         self.held = []
         self.offset = torch.zeros(0, 0, dtype=torch.int64)
+        self.tokens = torch.zeros(0, dtype=torch.int64)
+        self.ended = torch.zeros(0, dtype=torch.bool)
+        self._recording = False
         self._log = []
 
     def _take_back(self, columns: int) -> None:
@@ -238,6 +271,8 @@ class SlotCache(Cache):
             count = (held.slots.position[:, -columns:] >= 0).long()
             lengths = (count * (slots.length[:, None] + count.cumsum(1))).sum(1)
             self.held[group] = Held(slots, held.length_sum - lengths, held.dropped_at)
+        self.tokens = self.tokens - count.sum(1)
+        self.ended = torch.zeros_like(self.ended)
         if self.moves:
             self.offset = self.offset[:, :-columns]
         for layer in self.layers:
@@ -245,17 +280,18 @@ class SlotCache(Cache):
         self.columns_seen -= columns
 
     def _state(self) -> tuple[Any, ...]:
-        return self.columns_seen, list(self.held), self.offset, [layer.state() for layer in self.layers]
+        layers = [layer.state() for layer in self.layers]
+        return self.columns_seen, list(self.held), self.offset, layers, self.tokens, self.ended
 
     def _restore(self, state: tuple[Any, ...]) -> None:
-        self.columns_seen, self.held, self.offset, layers = state
+        self.columns_seen, self.held, self.offset, layers, self.tokens, self.ended = state
         for layer, held in zip(self.layers, layers, strict=True):
             layer.restore(held)
 
     def _check_context(self, tokens: int) -> None:
-        if self._context is not None and tokens > self._context:
+        if self.context is not None and tokens > self.context:
             raise ValueError(
-                f"the text is {tokens} tokens long and the model's context {self._context}: with positions='training' "
+                f"the text is {tokens} tokens long and the model's context {self.context}: with positions='training' "
                 "it must fit; positions='cache' has no end."
             )
 
@@ -269,6 +305,21 @@ def _context(config: Any) -> int | None:
     return (max if scaled else min)(limits) if limits else None
 
 
+def _most_keys(policy: CachePolicy, context: int | None) -> int:
+    """Keys that are to be seen as the model itself sees them; a pattern as a mask takes the place of its windows."""
+    if policy.capacity is not None:
+        return policy.capacity
+    return (context or FOREVER) if policy.window >= FOREVER else 0
+
+
+def own_window(config: Any) -> int | None:
+    """Tokens within which some layer of a transformers model attends whatever its cache holds; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    sliding = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    return sliding if used else None
+
+
 def _check(base: Any, policies: Sequence[CachePolicy], positions: str, context: int | None) -> None:
     """Raise ValueError when the policies do not suit the model or the positions."""
     config, name = base.config.get_text_config(), type(base).__name__
@@ -276,10 +327,13 @@ def _check(base: Any, policies: Sequence[CachePolicy], positions: str, context: 
         raise ValueError(f"positions={positions!r} is unknown: choose one of {', '.join(POSITIONS)}.")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise ValueError(f"{name} has ALiBi positions, which depend on distances in the text: it needs a full cache.")
-    capacity = max((policy.capacity or 0) for policy in policies)
-    sliding = getattr(config, "sliding_window", None)
-    if sliding is not None and getattr(config, "use_sliding_window", True) and capacity > sliding:
-        raise ValueError(f"capacity={capacity} is above the model's own sliding window of {sliding}: lower it.")
+    capacity = max(_most_keys(policy, context) for policy in policies)
+    sliding = own_window(config)
+    if sliding is not None and capacity > sliding:
+        raise ValueError(
+            f"the cache may hold {capacity} keys, more than the model's own sliding window of {sliding}: give a "
+            "capacity of at most that, the same in all layers."
+        )
     if positions != "cache":
         return
     if len(policies) > 1 or policies[0].capacity is None:

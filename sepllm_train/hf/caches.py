@@ -176,6 +176,8 @@ def differences(trained: TokenPattern | None, used: TokenPattern, policies: Sequ
         told.append(f"{used.initial} initial tokens where training had {trained.initial}")
     if trained.interval != used.interval:
         told.append(f"interval {used.interval} where training had {trained.interval}")
+    if trained.end_of_document != used.end_of_document:
+        told.append("documents that see each other where training had them apart")
     if trained.horizons != used.horizons or trained.separators != used.separators:
         told.append(f"{len(used.separators)} separator tokens where training had {len(trained.separators)}")
     return tuple(told)

@@ -25,7 +25,7 @@ from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
 from sepllm_train.hf.card import model_card
 from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import refuse_existing, whole_folder
+from sepllm_train.hf.folder import altered_export, refuse_existing, whole_folder, write_mark
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
@@ -70,10 +70,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tensors = dict(_tensors(source, dtype))
     model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
-    # transformers fills what is missing with random numbers.
-    wrong = {key: found for key, found in info.items() if found}
-    if wrong:
-        raise RuntimeError(f"the weights do not fill {kind.__name__}: {wrong}")
+    _check_filled(model, info)
     if not source.pattern.dense:
         setattr(model.config, CONFIG_KEY, source.pattern.to_dict())
     end = source.tokenizer.eod
@@ -93,14 +90,15 @@ def export_run(
     """Write a run to the folder `output`, which appears when its logits were found equal to those of the run.
 
     dtype: fp32, bf16 or fp16, None for the run's precision. Other arguments as for `in_memory`. Raises UserError as
-    `open_source` and `model_type` do, for an `output` that is there, and when the logits differ.
+    `open_source` and `model_type` do, for an `output` that is there, and when the logits differ. overwrite: replace an
+    `output` that is still what an export wrote, byte by byte.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     output = Path(output)
-    refuse_existing(output, "config.json", overwrite=overwrite)
+    refuse_existing(output, altered_export, overwrite=overwrite)
     source = open_source(run_folder, step, tokenizer)
     precision = dtype or source.config.training.precision
     one_of("--dtype", precision, tuple(PRECISIONS))
@@ -115,10 +113,14 @@ def export_run(
         if not source.pattern.dense:
             _guard(aside / "config.json")
         note = save_tokenizer(source.tokenizer, aside)
-        theirs = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32, attn_implementation="eager")
+        theirs, info = AutoModelForCausalLM.from_pretrained(
+            aside, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        _check_filled(theirs, info)
         differences = compare(_sides(source, PRECISIONS[precision]), theirs)
         card = model_card(source, architecture, differences, precision, note)
         write_whole(aside / "README.md", card.encode())
+        write_mark(aside)
     if note is not None:
         say(f"warning: {output} has no tokenizer of transformers, only {source.tokenizer.path.name}: {note}")
     largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
@@ -126,6 +128,14 @@ def export_run(
         f"{output}: {architecture} of {parameters:,} parameters in {precision}, from step "
         f"{source.state['state']['step']}; largest difference of logits {largest}"
     )
+
+
+def _check_filled(model: Any, info: dict[str, Any]) -> None:
+    """Raise RuntimeError when transformers tells that weights are missing, which it fills with random numbers, or that
+    there are others."""
+    wrong = {key: found for key, found in info.items() if found}
+    if wrong:
+        raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
 
 
 def _sides(source: Source, dtype: torch.dtype) -> Sides:

@@ -47,13 +47,14 @@ def attach(model: Any) -> Any:
     """
     base = model.base_model
     _MODELS[id(base.config)] = base
+    layers = layers_of(base)
     # A copy of a model has its hooks already.
     if not any(hook is _before for hook in base._forward_pre_hooks.values()):
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
         # Found again by this name, also in a deep copy of the model.
         base.sepllm_layer_masks = LayerMasks()
-        for number, layer in enumerate(_layers(base)):
+        for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_GiveMask(base.sepllm_layer_masks, number), with_kwargs=True)
     return model
 
@@ -80,6 +81,10 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         return None
     from sepllm_train.hf.cache import SlotCache
 
+    # A forward that failed has left its masks.
+    if not getattr(cache_of(kwargs), "running", False):
+        base.sepllm_layer_masks.masks = None
+
     kwargs = _by_name(base, args, kwargs)
     cache = cache_of(kwargs)
     if not isinstance(cache, SlotCache):
@@ -91,19 +96,20 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         raise RuntimeError("an earlier call with this cache failed half-way: call reset() on it.")
     ids, valid = tokens_of(kwargs)
     check_implementation(base)
+    _check_call(base, cache, kwargs, valid)
     cache.begin(len(ids), ids.device)
-    if bool((valid[:, :-1] & ~valid[:, 1:]).any()) or bool(((cache.held[0].slots.length > 0)[:, None] & ~valid).any()):
-        raise ValueError("a row of the batch has padding after its first token: pad on the left.")
     cache.pieces = []
     start = 0
     while True:
         cache.make_room()
-        end = start + cache.fits(valid[:, start:])
+        end = start + cache.fits(ids[:, start:], valid[:, start:])
         positions, masks = cache.append(ids[:, start:end], valid[:, start:end])
         piece = {**kwargs, "input_ids": ids[:, start:end], "position_ids": positions, "use_cache": True}
         piece["attention_mask"] = give_masks(base, masks)
         if end == ids.shape[1]:
             return (), piece
+        if start == 0:
+            _check_whole(base, kwargs)
         cache.running = True
         try:
             cache.pieces.append(base(**piece)[0])
@@ -158,6 +164,27 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
+def _check_call(base: Any, cache: Any, kwargs: dict[str, Any], valid: Tensor) -> None:
+    """Raise ValueError for a call that a cache cannot serve."""
+    if cache.base() is not base:
+        raise ValueError("the cache was made for another model: make one with the model it is given to.")
+    if base.training and getattr(base, "gradient_checkpointing", False):
+        raise ValueError("gradient checkpointing takes a model's cache away: call model.eval(), or switch it off.")
+    begun = bool(cache.held) and bool(((cache.held[0].slots.length > 0)[:, None] & ~valid).any())
+    if bool((valid[:, :-1] & ~valid[:, 1:]).any()) or begun:
+        raise ValueError("a row of the batch has padding after its first token: pad on the left.")
+
+
+def _check_whole(base: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError when a call that is cut into pieces asks for what only whole calls have."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name) or (kwargs.get(name) is None and getattr(base.config, name, False)):
+            raise ValueError(
+                f"{name}=True tells of the last piece only, and the cache cuts this call where keys are dropped: give "
+                "fewer tokens at once."
+            )
+
+
 def tokens_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The ids of a call, i64 [B, N], and which of them are none of the padding, bool [B, N]."""
     ids = kwargs.get("input_ids")
@@ -192,7 +219,7 @@ def check_implementation(base: Any) -> None:
         )
 
 
-def _layers(base: Any) -> list[Any]:
+def layers_of(base: Any) -> list[Any]:
     """The decoder layers. Raises ValueError when they are not found."""
     count = base.config.get_text_config().num_hidden_layers
     for child in base.children():

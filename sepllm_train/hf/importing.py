@@ -23,17 +23,18 @@ from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, Mode
 from sepllm_train.console import say
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.distributed.optional import quiet_imports
-from sepllm_train.errors import UserError
+from sepllm_train.errors import UserError, first_line
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
 from sepllm_train.hf.classes import attention_of
 from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import SafetensorsFolder, refuse_existing, whole_folder
-from sepllm_train.hf.separators import trained_pattern
+from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existing, whole_folder
+from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
+from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.training import checkpoint as checkpoints
-from sepllm_train.training.checkpoint.files import step_folder
+from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
 
@@ -42,6 +43,8 @@ with quiet_imports():
 
 # By safetensors' name of a type.
 _PRECISION_OF = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+# `status` in run.json until the run is trained.
+_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ def import_model(
     full attention for any other model. data: prefixes of datasets made with its tokenizer, for config.yaml.
 
     `output` appears when its logits were found equal to those of the model. Raises UserError for a model that ours
-    does not have, weights that are not safetensors, an `output` that is there, and when the logits differ.
+    does not have, weights that are not safetensors, an `output` that is there, and when the logits differ. overwrite:
+    replace an `output` that is an imported model without training since.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder, output = Path(model_folder), Path(output)
-    refuse_existing(output, "config.yaml", overwrite=overwrite)
+    refuse_existing(output, _trained, overwrite=overwrite)
     theirs = read_theirs(folder)
     tensors = SafetensorsFolder(folder)
     corpus = open_corpus(DataConfig(source="prefixes", prefixes=list(data))) if data else None
@@ -85,9 +88,7 @@ def import_model(
     with whole_folder(output) as aside:
         saved = _save(config, theirs.model_type, tensors, aside, _identity(config, corpus, words))
         _describe(config, folder, aside, words, _identity(config, corpus, words))
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
-        )
+        model = _load(folder)
         parameters = model.num_parameters()
         differences = compare(_sides(config, saved, words), model)
     largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
@@ -95,6 +96,27 @@ def import_model(
         f"{output}: {type(model).__name__} of {parameters:,} parameters as step 0 in {config.training.precision}, "
         f"attention {config.attention.pattern}; largest difference of logits {largest}"
     )
+
+
+def _trained(output: Path) -> str | None:
+    """Why a folder is not an imported model as it was written, or None."""
+    status = read_object(output / "run.json").get("status")
+    if status != _IMPORTED:
+        return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
+    later = [checkpoint.name for checkpoint in checkpoints_of(output) if step_of(checkpoint) > 0]
+    return f"it was trained until {later[-1]}" if later else None
+
+
+def _load(folder: Path) -> Any:
+    """The model as transformers reads it, in fp32. Raises UserError where it does not."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+        )
+    except Exception as error:  # transformers raises errors of many kinds
+        raise UserError(f"transformers cannot load {folder} ({first_line(error)}).") from None
 
 
 def _config(
@@ -110,7 +132,7 @@ def _config(
     wanted = weights.their_names(FAMILIES[theirs.model_type], model)
     _check_names(wanted, model, theirs.model_type, tensors)
     trained = AttentionConfig(pattern="dense")
-    pattern = trained_pattern(theirs)
+    pattern = _pattern(theirs, tensors.folder / "config.json")
     if pattern is not None:
         found = attention_of(pattern, words.classes)
         if found is None:
@@ -146,6 +168,17 @@ def _config(
         f"{tensors.folder}.",
     )
     return config
+
+
+def _pattern(theirs: Any, path: Path) -> TokenPattern | None:
+    """The pattern that the model was exported with. Raises UserError when it cannot be read."""
+    try:
+        pattern = trained_pattern(theirs)
+        if pattern is not None and not isinstance(pattern.interval, int | None):
+            raise TypeError(f"interval {pattern.interval!r} is not a number")
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{CONFIG_KEY} in {path} cannot be used: {first_line(error)}.") from None
+    return pattern
 
 
 def _precision(tensors: SafetensorsFolder, names: set[str]) -> str:
@@ -231,7 +264,7 @@ def _describe(
     write_whole(run_folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     run = {
         "name": config.name,
-        "status": "imported",
+        "status": _IMPORTED,
         "imported_from": str(model_folder.resolve()),
         "identity": identity,
         "steps": 0,

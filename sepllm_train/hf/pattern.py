@@ -38,9 +38,11 @@ class Forward:
 class PatternOnModel:
     """The pattern of a model, as the hook before its forward uses it."""
 
-    def __init__(self, pattern: TokenPattern, kernel: bool) -> None:
+    def __init__(self, pattern: TokenPattern, kernel: bool, former: str) -> None:
         self.pattern = pattern
         self.kernel = kernel
+        # The model's attention before.
+        self.former = former
 
     def prepare(self, base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward with what makes it attend by the pattern.
@@ -68,7 +70,7 @@ class PatternOnModel:
             return kwargs
         check_implementation(base)
         horizons = self.pattern.horizons
-        masks = {w: visible_mask(plan, w, horizons)[:, -new:] for w in dict.fromkeys(self.pattern.windows)}
+        masks = {w: visible_mask(plan, w, horizons, new) for w in dict.fromkeys(self.pattern.windows)}
         kwargs["attention_mask"] = give_masks(base, [masks[window] for window in self.pattern.windows])
         return kwargs
 
@@ -98,9 +100,8 @@ class _Ids(DynamicLayer):
             return cache.layers[layers]
         if cache.get_seq_length() > 0:
             raise ValueError("the cache was filled without the pattern: begin with an empty one.")
-        while len(cache.layers) < layers:
-            cache.layers.append(DynamicLayer())
-        cache.layers.append(cls())
+        # The pattern takes the place of the model's own sliding windows too: it may show a key again.
+        cache.layers[:] = [*(DynamicLayer() for _ in range(layers)), cls()]
         return cache.layers[layers]
 
     def append(self, ids: Tensor) -> Tensor:
@@ -146,33 +147,62 @@ def apply_pattern(
     reason = no_kernel(base)
     if implementation == "kernel" and reason is not None:
         raise ValueError(f"implementation='kernel' does not suit {type(base).__name__}: {reason}. Use 'mask'.")
-    kernel = implementation != "mask" and reason is None
-    if kernel:
-        model.set_attn_implementation(ATTENTION)
-    elif base.config._attn_implementation == ATTENTION:
-        model.set_attn_implementation("eager" if not getattr(base, "_supports_sdpa", True) else "sdpa")
     attach(base)
-    base.sepllm_pattern = PatternOnModel(pattern, kernel)
+    former = _own_attention(remove_pattern(model))
+    if implementation != "mask" and reason is None:
+        model.set_attn_implementation(ATTENTION)
+        base.sepllm_pattern = PatternOnModel(pattern, True, former)
+        if implementation == "kernel" or _runs(base):
+            return model
+    model.set_attn_implementation(former)
+    base.sepllm_pattern = PatternOnModel(pattern, False, former)
     return model
+
+
+def _own_attention(model: Any) -> str:
+    """The attention of a model, in place of ours that of transformers."""
+    base = model.base_model
+    used = base.config._attn_implementation
+    return used if used != ATTENTION else "sdpa" if getattr(base, "_supports_sdpa", True) else "eager"
+
+
+@torch.no_grad()
+def _runs(base: Any) -> bool:
+    """Whether a forward of two tokens works: models have attention that ours does not, and say so in no other way."""
+    training = base.training
+    try:
+        base.eval()
+        base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=base.device), use_cache=False)
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return False
+    finally:
+        base.train(training)
+    return True
 
 
 def remove_pattern(model: Any) -> Any:
     """Let a model attend fully again, and give it back."""
     base = model.base_model
+    on = getattr(base, "sepllm_pattern", None)
     base.sepllm_pattern = None
-    if base.config._attn_implementation == ATTENTION:
-        model.set_attn_implementation("sdpa")
+    if on is not None:
+        model.set_attn_implementation(on.former)
     return model
 
 
 def load_model(path: str, *, dense: bool = False, **options: Any) -> Any:
     """Load a causal model of transformers from a folder; one of ours attends by the pattern it was trained with.
 
-    dense: full attention whatever it was trained with. options: those of AutoModelForCausalLM.from_pretrained.
+    dense: full attention whatever it was trained with. options: those of AutoModelForCausalLM.from_pretrained. Raises
+    ValueError for files that lack some of the weights.
     """
     options.setdefault("use_safetensors", True)
     options.setdefault("attn_implementation", "sdpa")
-    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    wrong = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if wrong:
+        raise ValueError(f"{path} lacks weights of its model, or has them in another shape: {', '.join(wrong[:3])}.")
+    model.eval()
     if trained_pattern(model.config) is not None and not dense:
         apply_pattern(model)
     return model
@@ -219,13 +249,13 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    tokens = sepllm_forward.plan.sequence_length
-    sliding = kwargs.get("sliding_window")
-    if sliding is not None and sliding < tokens:
-        raise ValueError(f"the text is {tokens} tokens long and the model's own sliding window {sliding}: use 'mask'.")
     if kwargs.get("s_aux") is not None or dropout:
         raise ValueError("attention sinks of the model's own and dropout do not go with implementation='kernel'.")
     window = sepllm_forward.pattern.windows[module.layer_idx]
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in full precision.
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     out = sep_attention(
         query,
         key,

@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+
+from sepllm_train.hf.hooks import cache_argument
 
 _TOLERANCE = 1e-4
+# Keys of half precision are rounded where they are rotated.
+_HALF_TOLERANCE = 0.05
 
 
 class Rotation:
@@ -16,7 +21,7 @@ class Rotation:
 
     Partial rotary, scaled frequencies (llama3, YaRN, dynamic below the original length) and interleaved pairs are the
     model's own code and right by themselves; a scale on cosines and sines is taken out, as the keys have it already.
-    Raises ValueError for a model whose keys this does not move rightly: that is tried out here.
+    Raises ValueError for a model whose keys this does not move rightly in every layer: that is tried out here.
     """
 
     def __init__(self, base: Any) -> None:
@@ -28,7 +33,7 @@ class Rotation:
             )
         self._rotary, self._apply = rotary, apply
         self._scale = float(getattr(rotary, "attention_scaling", 1.0))
-        self._try_out(type(base).__name__)
+        self._try_out(base)
 
     def __call__(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Keys [B, H, W, D] that were rotated to some positions, now to those plus `distance`, i64 [B, W]."""
@@ -52,21 +57,44 @@ class Rotation:
             raise ValueError("the model's rotary embedding pairs neighbouring features: it has no static cache.")
         return found
 
-    def _try_out(self, name: str) -> None:
-        device = next(self._rotary.buffers()).device
-        features = self._rotary(torch.zeros(1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device))[0]
-        keys = torch.randn(
-            1, 1, 1, features.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float32
-        ).to(device)
+    def _try_out(self, base: Any) -> None:
+        """Let the model rotate one token's keys at two positions: what lies between is what this must do.
 
-        def at(position: int) -> Tensor:
-            place = torch.tensor([[position]], device=device)
-            return self._apply(keys, keys, *self._rotary(keys, place))[1]
+        The hidden states of a token alone do not depend on its position. Layers without rotary embedding, and keys of
+        which it turns other features than the first, are found so.
+        """
+        wrong = f"the keys of {type(base).__name__} are not moved by rotation in every layer: use positions='training'."
+        try:
+            at_11, at_8 = (_keys_at(base, position) for position in (11, 8))
+            back = torch.tensor([[-3]], device=base.device)
+            moved = [self(keys, back) for keys in at_11]
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(wrong) from error
+        for found, known in zip(moved, at_8, strict=True):
+            off = (found.float() - known.float()).abs().max() / known.float().abs().max().clamp(min=1e-6)
+            if not float(off) < (_TOLERANCE if known.dtype == torch.float32 else _HALF_TOLERANCE):
+                raise ValueError(wrong)
 
-        moved = self(at(11), torch.tensor([[-3]], device=device))
-        error = float((moved - at(8)).abs().max())
-        if not error < _TOLERANCE:
-            raise ValueError(
-                f"the rotary embedding of {name} does not move keys by rotation (error {error:.2g}): use "
-                "positions='training'."
-            )
+
+@torch.no_grad()
+def _keys_at(base: Any, position: int) -> list[Tensor]:
+    """Keys [1, G, 1, D] of each layer for a token at a position, in transformers' own cache."""
+    cache, training = DynamicCache(), base.training
+    # The embedding of padding is zero.
+    token = 1 if base.config.get_text_config().pad_token_id == 0 else 0
+    ids = torch.full((1, 1), token, device=base.device)
+    pattern, base.sepllm_pattern = getattr(base, "sepllm_pattern", None), None
+    try:
+        base.eval()
+        mask = torch.zeros(1, 1, 1, 1, dtype=base.dtype, device=base.device)
+        base(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=torch.full_like(ids, position),
+            use_cache=True,
+            **{cache_argument(base): cache},
+        )
+    finally:
+        base.train(training)
+        base.sepllm_pattern = pattern
+    return [layer.keys for layer in cache.layers]

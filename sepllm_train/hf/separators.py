@@ -56,7 +56,13 @@ def make_pattern(
             f"which tokens are separators is not known: {type(model).__name__} does not carry a pattern. Give "
             "tokenizer= the model's tokenizer, or separator_ids= their ids."
         )
-    return TokenPattern((window,) * layers, initial, trained.horizons, trained.tier_of_token)
+    return TokenPattern(
+        (window,) * layers,
+        initial,
+        trained.horizons,
+        trained.tier_of_token,
+        end_of_document=trained.end_of_document,
+    )
 
 
 def no_separators(model: Any, *, window: int, initial: int, interval: int | None = None) -> TokenPattern:
@@ -80,7 +86,8 @@ def read_tokenizer(tokenizer: Any, vocabulary: int) -> Tokenizer:
                 f"{type(tokenizer).__name__} does not tell the strings of its entries: give the path of its "
                 "tokenizer.json or SentencePiece model."
             )
-        tokenizer = HuggingFaceTokenizer(Path(tokenizer.name_or_path or "tokenizer"), backend.to_str().encode())
+        path = Path(tokenizer.name_or_path or "tokenizer")
+        tokenizer = HuggingFaceTokenizer(path, backend.to_str().encode(), ends_documents=False)
     if tokenizer.vocab_size > vocabulary:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries and the model's vocabulary {vocabulary}: it is "

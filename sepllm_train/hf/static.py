@@ -104,9 +104,8 @@ class Decoder:
         if mode == "graph" and device.type != "cuda":
             raise ValueError(f"mode='graph' needs a CUDA device, the cache is on {device.type}.")
         self.kernel = reason is None and device.type == "cuda" if kernel is None else kernel
-        if self.kernel:
-            model.set_attn_implementation(ATTENTION)
         self._moves = cache.moves
+        self._seen, self._end = int(cache.tokens.max()), cache.context if cache.positions == "training" else None
         self._reach = cache.pattern.reach_of_token().to(device)
         self._ids = torch.zeros(len(cache.lengths), 1, dtype=torch.int64, device=device)
         self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if mode == "compile" else model
@@ -118,6 +117,14 @@ class Decoder:
     def step(self, ids: Tensor) -> Tensor:
         """Take one token of each row, i64 [B]; gives the logits of the next, [B, V] (in `graph` mode always the same
         tensor)."""
+        if ids.shape != self._ids.shape[:1]:
+            raise ValueError(f"step takes one token for each of {len(self._ids)} rows, got {list(ids.shape)}.")
+        self._seen += 1
+        if self._end is not None and self._seen > self._end:
+            raise ValueError(
+                f"the text is {self._seen} tokens long and the model's context {self._end}: with positions='training' "
+                "it must fit; positions='cache' has no end."
+            )
         self._ids.copy_(ids[:, None])
         if self._mode != "graph":
             return self._step()
@@ -143,7 +150,14 @@ class Decoder:
         else:
             filled = torch.arange(held.capacity, device=held.keys.device) < held.length[:, None]
             arguments["attention_mask"] = additive(filled[:, None], held.keys.dtype)
-        return self._forward(**arguments).logits[:, -1]
+        base = self.model.base_model
+        before = base.config._attn_implementation
+        try:
+            if self.kernel:
+                base.config._attn_implementation = ATTENTION
+            return self._forward(**arguments).logits[:, -1]
+        finally:
+            base.config._attn_implementation = before
 
     def _capture(self) -> None:
         """Record a step, after one that compiles the kernels; the cache is put back to where it was."""

@@ -177,12 +177,7 @@ class NativeCache:
             return
         ended = valid & (ids == self.pattern.end_of_document)
         for group, slots in enumerate(self._slots):
-            self._slots[group] = replace(
-                slots,
-                length=torch.where(ended, 0, slots.length),
-                seen=torch.where(ended, 0, slots.seen),
-                position=torch.where(ended[:, None], -1, slots.position),
-            )
+            self._slots[group] = slots.begun_anew(ended)
 
     def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [N, B, 1, R], at positions i64 [B, N]; None for a model without rotary embedding."""

@@ -113,6 +113,16 @@ class Slots:
         names = ("length", "limit", "seen", "position", "reach")
         return replace(self, **{name: getattr(self, name).index_select(0, rows) for name in names})
 
+    def begun_anew(self, rows: Tensor) -> Slots:
+        """As before their first token in the rows that are True in `rows`, bool [B]: their columns are padding."""
+        return replace(
+            self,
+            length=torch.where(rows, 0, self.length),
+            seen=torch.where(rows, 0, self.seen),
+            position=torch.where(rows[:, None], -1, self.position),
+            reach=torch.where(rows[:, None], 0, self.reach),
+        )
+
     def without_last(self, columns: int) -> Slots:
         """Without the last `columns` columns, which must have been appended since keys were dropped last."""
         gone = (self.position[:, self.width - columns :] >= 0).sum(1)

@@ -12,17 +12,22 @@ from torch import Tensor
 from sepllm_train.hf.hooks import cache_argument
 from sepllm_train.inference.sampling import Sampling
 from sepllm_train.inference.text import TextStream
-from sepllm_train.streaming.model import Opened
+from sepllm_train.streaming.model import Opened, check_context
 
 
-def chat(opened: Opened, cache: Any, sampling: Sampling, tokens: int, lines: Iterable[str]) -> None:
-    """Continue each line of `lines` on the terminal, by at most `tokens` tokens; the cache remembers all of it."""
+def chat(opened: Opened, cache: Any, name: str, sampling: Sampling, tokens: int, lines: Iterable[str]) -> None:
+    """Continue each line of `lines` on the terminal, by at most `tokens` tokens; the cache remembers all of it.
+
+    name: the cache's, as on the command line. Raises UserError before a line whose answer might not fit the model's
+    context, in a cache that is bound to it, and for logits that are not finite.
+    """
     device = next(opened.model.parameters()).device
     generators = sampling.generators(1)
     for line in lines:
         ids = opened.tokenizer.encode_batch([line.rstrip("\n")])[0]
         if not ids:
             continue
+        check_context(cache, name, cache.columns_seen + len(ids) + tokens, "begin anew or ask for fewer --tokens")
         _answer(opened, cache, sampling, tokens, torch.tensor([ids], device=device), generators)
         sys.stdout.write("\n")
         print(f"[{cache.columns_seen:,} tokens seen, {cache.lengths[0]} in the cache]", file=sys.stderr, flush=True)

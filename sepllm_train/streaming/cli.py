@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from sepllm_train.errors import EXIT_USER_ERROR
 from sepllm_train.streaming.model import CACHES, POSITIONS, CacheOptions
 
 _PROGRAM = "stream.py"
+# What the shell gives for a program that SIGPIPE ended.
+EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "safetensors"):
             raise
@@ -31,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Nobody reads on. What is still in the buffer would complain at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     return 0
 
 
@@ -96,9 +105,10 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, CacheOptions]:
 
     from sepllm_train.streaming.model import make_cache, open_model
 
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {arguments.device}: there is no GPU here; use cpu.")
+    _check_device(arguments.device)
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UserError(f"--threads={arguments.threads} must be at least 1.")
         torch.set_num_threads(arguments.threads)
     capacity = arguments.capacity
     if capacity is None and arguments.cache == "sep":
@@ -123,12 +133,30 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, CacheOptions]:
     return opened, cache, options
 
 
+def _check_device(name: str) -> None:
+    """Raise UserError for a device that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and not count:
+        raise UserError(f"--device {name}: there is no GPU here; use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: there are {count} GPUs here; use one up to cuda:{count - 1}.")
+
+
 def _run_score(arguments: argparse.Namespace) -> None:
-    from sepllm_train.streaming.score import ScoreOptions, score
+    from sepllm_train.streaming.score import ScoreOptions, check_output, score
     from sepllm_train.streaming.text import TokenStream
 
     how = ScoreOptions(arguments.tokens, arguments.chunk, arguments.every, arguments.save_every)
     how.check()
+    check_output(arguments.output)
     opened, cache, options = _open(arguments)
     text = TokenStream(arguments.text, opened.tokenizer, unwrap=arguments.unwrap, repeat=arguments.repeat)
     score(opened, cache, options, text, how, arguments.output)
@@ -141,8 +169,10 @@ def _run_chat(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if arguments.tokens < 1:
         raise UserError(f"--tokens={arguments.tokens} must be at least 1.")
-    opened, cache, _ = _open(arguments)
-    chat(opened, cache, sampling, arguments.tokens, sys.stdin)
+    opened, cache, options = _open(arguments)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    chat(opened, cache, options.cache, sampling, arguments.tokens, sys.stdin)
 
 
 def _run_report(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,20 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from sepllm_train.errors import first_line
 
 CACHES = ("sep", "streaming", "fixed", "pattern", "full")
 POSITIONS = ("cache", "training", "absolute")
+# What a configuration says of the computation that the weights' shapes do not.
+_FACTS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "rope_parameters",
+    "sliding_window",
+    "sepllm_attention",
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +63,15 @@ class Opened:
     name: str
 
     def fingerprint(self) -> str:
-        """Hash over the configuration and the beginning of every tensor: tells one model from another in a moment."""
-        config = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_")}
-        digest = hashlib.sha256(repr(sorted(config.items(), key=lambda item: item[0])).encode())
+        """Hash over what makes the model: the shape and beginning of every tensor, and what the configuration adds.
+
+        It tells one model from another in a moment, and is the same in every version of transformers.
+        """
+        whole = self.model.config
+        facts = {key: getattr(whole.get_text_config(), key, getattr(whole, key, None)) for key in _FACTS}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten()[:256].cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -62,7 +79,8 @@ class Opened:
 def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> Opened:
     """A run of ours, or a folder of a transformers model with its weights in safetensors.
 
-    tokenizer: file to take in place of the model's own. Raises UserError when there is none of these.
+    tokenizer: file to take in place of the model's own. Raises UserError when there is none of these, when it cannot be
+    loaded, and when the tokenizer is another model's.
     """
     path = Path(folder)
     kind = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
@@ -71,10 +89,7 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
 
         model, _, found = in_memory(path, dtype=kind, tokenizer=tokenizer)
     elif (path / "config.json").is_file():
-        from sepllm_train.hf import load_model
-
-        # A cache decides what is seen; whatever has none attends fully.
-        model = load_model(str(path), dense=True, dtype=kind)
+        model = _load(path, kind)
         found = load_tokenizer(tokenizer or _tokenizer_file(path))
     else:
         raise UserError(f"{folder} is neither a run (config.yaml) nor a transformers model (config.json).")
@@ -83,7 +98,40 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
             f"the tokenizer {found.path} has {found.vocab_size} entries, the model's vocabulary "
             f"{model.config.get_text_config().vocab_size}: give the model's own with --tokenizer."
         )
-    return Opened(model.to(device).eval(), found, folder)
+    try:
+        model = model.to(device)
+    except RuntimeError as error:
+        raise UserError(f"{folder} cannot be put on --device {device}: {first_line(error)}.") from None
+    return Opened(model.eval(), found, folder)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """A transformers model. Raises UserError when its folder is not whole or not understood."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    from sepllm_train.hf import load_model
+
+    try:
+        # A cache decides what is seen; whatever has none attends fully.
+        return load_model(str(folder), dense=True, dtype=dtype)
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        cause = first_line(error).rstrip(":")
+        raise UserError(
+            f"the model in {folder} cannot be loaded ({cause}): give a whole folder with config.json and weights in "
+            "safetensors."
+        ) from None
 
 
 def make_cache(opened: Opened, options: CacheOptions) -> Any:
@@ -115,6 +163,24 @@ def make_cache(opened: Opened, options: CacheOptions) -> Any:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_context(cache: Any, name: str, tokens: float, shorter: str) -> None:
+    """Raise UserError when `tokens` tokens pass the model's context in a cache, named `name`, that is bound to it.
+
+    shorter: what to do about the text, with {context} in it.
+    """
+    context = cache.context
+    if cache.positions != "training" or context is None or tokens <= context:
+        return
+    if name == "pattern":
+        other = "--cache sep"
+    else:
+        # Keys cannot move where a layer keeps all of them.
+        other = "--positions cache" if name != "full" and len(cache.policies) == 1 else "--positions absolute"
+    text = f"{tokens:,} tokens pass" if math.isfinite(tokens) else "a text without end passes"
+    advice = shorter.format(context=context)
+    raise UserError(f"{text} the model's context of {context:,}, which --cache {name} has here: {advice}, or {other}.")
 
 
 def _needed(capacity: int | None, cache: str) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from sepllm_train.console import quantity
-from sepllm_train.streaming.score import RESULT
+from sepllm_train.streaming.score import read_result
 
 _SHORT = {"streaming": "StreamingLLM", "sep": "SepLLM", "fixed": "fixed interval", "pattern": "pattern", "full": "full"}
 
@@ -19,7 +18,7 @@ def report(folders: Sequence[Path], at: Sequence[int]) -> str:
 
     Raises UserError when a folder has no finished stream, or the streams are of different texts or models.
     """
-    results = [_read(folder) for folder in folders]
+    results = [read_result(folder) for folder in folders]
     for result in results[1:]:
         for key in ("fingerprint", "text"):
             if result[key] != results[0][key]:
@@ -39,11 +38,3 @@ def _row(result: dict[str, Any], at: Sequence[int]) -> list[str]:
     name = _SHORT[result["cache"]] + (f" D = {result['interval']}" if result.get("interval") else "")
     rate = f"{result['tokens'] / result['seconds']:,.0f}"
     return [name, *sizes, result["positions_used"], *found, f"{result['mean_length']:.1f}", rate]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / RESULT
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not there or cannot be read: finish the stream with stream.py score.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -21,13 +22,15 @@ import torch.nn.functional as F
 from data_prep.errors import UserError
 from data_prep.files import write_whole
 from sepllm_train.console import duration, quantity, say
+from sepllm_train.errors import first_line
 from sepllm_train.hf.hooks import cache_argument
-from sepllm_train.streaming.model import CacheOptions, Opened
+from sepllm_train.streaming.model import CACHES, CacheOptions, Opened, check_context
 from sepllm_train.streaming.state import FOLDER, load_state, save_state
 from sepllm_train.streaming.text import WORKING_FILES, TokenStream
 
 RESULT = "result.json"
 SAY_EVERY = 10.0
+_SCORE_AGAIN = "remove it and score the text again"
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,41 @@ class Progress:
 
 
 def perplexity(nats: float, tokens: int) -> float:
-    """exp(nats / tokens); inf beyond what a float holds."""
-    return math.exp(min(700.0, nats / max(1, tokens)))
+    """exp(nats / tokens); inf beyond what a float holds, nan of nan."""
+    mean = nats / max(1, tokens)
+    return math.inf if mean > 700 else math.exp(mean)
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError when `output` is, or lies under, what is not a folder."""
+    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
+    if there is not None and not os.path.isdir(there):
+        raise UserError(f"--output {output}: {there} is not a folder; choose another --output.")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`folder`/result.json. Raises UserError when it is not there or not what `score` writes."""
+    path = folder / RESULT
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: finish the stream with stream.py score.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {_SCORE_AGAIN}.") from None
+    if not _is_result(result):
+        raise UserError(f"{path} is not what stream.py score writes: {_SCORE_AGAIN}.")
+    return result
+
+
+def _is_result(content: Any) -> bool:
+    """Whether a result has all that is read of it."""
+    try:
+        numbers = [content[key] for key in ("perplexity", "seconds", "mean_length", "tokens")]
+        numbers += [point[key] for point in content["points"] for key in ("tokens", "perplexity")]
+        known = content["cache"] in CACHES and all(key in content for key in ("fingerprint", "text", "positions_used"))
+    except (KeyError, TypeError):
+        return False
+    return known and all(isinstance(number, int | float) for number in numbers) and content["seconds"] > 0
 
 
 def score(
@@ -99,7 +135,7 @@ def score(
 
     Gives the result: loss (nats per token) and perplexity, the counted mean length of the cache, seconds, and points on
     the way. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved; UserError when `output` is of
-    another stream, or the text has not two tokens.
+    another stream, the text has not two tokens or does not fit the model's context, or logits are not finite.
     """
     how.check()
     identity = {
@@ -117,6 +153,9 @@ def score(
         return finished
     progress = _resume(output, cache, identity)
     tokens = text.prepare(output, how.tokens)
+    total = text.length(tokens)
+    asked = total if how.tokens is None else min(total, how.tokens)
+    check_context(cache, options.cache, asked, "give --tokens N of at most {context}")
     device = next(opened.model.parameters()).device
     left = None if how.tokens is None else how.tokens - progress.tokens
     run = _Run(cache, how, output, identity, progress)
@@ -227,11 +266,18 @@ def _pairs(chunks: Iterator[np.ndarray], left: int | None) -> Iterator[tuple[np.
 
 
 def _nats(model: Any, cache: Any, ids: np.ndarray, targets: np.ndarray, device: torch.device) -> tuple[int, int, float]:
-    """Tokens, predicted tokens and their loss in nats of a chunk."""
+    """Tokens, predicted tokens and their loss in nats of a chunk. Raises UserError for logits that are not finite."""
     output = model(torch.from_numpy(ids)[None].to(device), **{cache_argument(model): cache})
     logits = output.logits[0, : len(targets)]
-    loss = F.cross_entropy(logits.float(), torch.from_numpy(targets).to(device), reduction="sum") if len(targets) else 0
-    return len(ids), len(targets), float(loss)
+    if not len(targets):
+        return len(ids), 0, 0.0
+    loss = float(F.cross_entropy(logits.float(), torch.from_numpy(targets).to(device), reduction="sum"))
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the model's logits are not finite within {cache.columns_seen:,} tokens: its weights are bad, or --dtype "
+            "is too narrow for them; try --dtype fp32."
+        )
+    return len(ids), len(targets), loss
 
 
 def _clean(output: Path) -> None:
@@ -242,10 +288,9 @@ def _clean(output: Path) -> None:
 
 
 def _finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    path = output / RESULT
-    if not path.is_file():
+    if not os.path.lexists(output / RESULT):
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
+    result = read_result(output)
     _same(output, result, identity)
     return result
 
@@ -254,8 +299,11 @@ def _resume(output: Path, cache: Any, identity: dict[str, Any]) -> Progress:
     saved = load_state(output, cache)
     if saved is None:
         return Progress()
-    _same(output, saved["identity"], identity)
-    progress = Progress(**saved["progress"])
+    try:
+        found, progress = dict(saved["identity"]), Progress(**saved["progress"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{output / FOLDER} cannot be read ({first_line(error)}): remove it to begin again.") from None
+    _same(output, found, identity)
     say(f"resumed at {progress.tokens:,} tokens from {output}")
     return progress
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_whole
+from sepllm_train.errors import first_line
 
 FOLDER = "state"
 _SLOTS = ("length", "limit", "seen", "position", "reach")
@@ -23,6 +24,9 @@ def save_state(folder: Path, cache: Any, progress: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     aside, place, old = (folder / f"{FOLDER}{suffix}" for suffix in (".new", "", ".old"))
+    if old.exists() and not place.exists():
+        # A stop between the two renames below: this is the only copy.
+        old.rename(place)
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -54,14 +58,14 @@ def load_state(folder: Path, cache: Any) -> dict[str, Any] | None:
         progress: dict[str, Any] = json.loads((place / "progress.json").read_text())
         tensors = load_file(place / "cache.safetensors", device=str(cache.pattern.tier_of_token.device))
         fill_cache(cache, tensors, progress["cache"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{place} cannot be read ({error}): remove it to begin again.") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise UserError(f"{place} cannot be read ({first_line(error)}): remove it to begin again.") from None
     return progress
 
 
 def cache_tensors(cache: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and numbers of which `fill_cache` makes the same cache again."""
-    tensors = {"offset": cache.offset}
+    tensors = {"offset": cache.offset, "tokens": cache.tokens, "ended": cache.ended}
     for group, held in enumerate(cache.held):
         tensors |= {f"group{group}.{name}": getattr(held.slots, name) for name in _SLOTS}
         tensors[f"group{group}.length_sum"] = held.length_sum
@@ -77,7 +81,7 @@ def fill_cache(cache: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) 
     """Make an empty cache what `cache_tensors` was called on."""
     rows, device = len(tensors["offset"]), tensors["offset"].device
     cache.begin(rows, device)
-    cache.offset = tensors["offset"]
+    cache.offset, cache.tokens, cache.ended = (tensors[name] for name in ("offset", "tokens", "ended"))
     cache.columns_seen = numbers["columns_seen"]
     for group, held in enumerate(cache.held):
         slots = replace(held.slots, **{name: tensors[f"group{group}.{name}"] for name in _SLOTS})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class TokenStream:
         Raises UserError for text of fewer than two tokens, and when the file cannot be written.
         """
         path, about = folder / TOKENS, {**self.identity(), "limit": limit}
-        if path.is_file() and (folder / _ABOUT).is_file() and json.loads((folder / _ABOUT).read_text()) == about:
+        if _is_whole(path, folder / _ABOUT, about):
             return path
         say(f"tokenising {', '.join(path.name for path in self.paths)}")
         aside, count = path.with_suffix(".partial"), 0
@@ -68,14 +70,21 @@ class TokenStream:
                 os.fsync(file.fileno())
             if count < 2:
                 raise UserError(f"the text has fewer than 2 tokens: {', '.join(map(str, self.paths))}.")
+            # In this order a stop leaves tokens that are made again, never those of another text.
+            (folder / _ABOUT).unlink(missing_ok=True)
             aside.replace(path)
-            write_whole(folder / _ABOUT, json.dumps(about).encode())
+            write_whole(folder / _ABOUT, json.dumps({**about, "count": count}).encode())
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another --output.") from None
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
         say(f"{quantity(count)} tokens")
         return path
+
+    def length(self, path: Path) -> float:
+        """Tokens of a prepared file; inf when it begins again at its end."""
+        return math.inf if self.repeat else path.stat().st_size // _TYPE.itemsize
 
     def chunks(self, path: Path, size: int, skip: int = 0) -> Iterator[np.ndarray]:
         """int64 arrays of `size` tokens of a prepared file, the last one shorter; the first `skip` are left out."""
@@ -95,3 +104,12 @@ class TokenStream:
         for document in Corpus(self.paths, unwrap=self.unwrap):
             pieces = self.tokenizer.encode_batch(self.tokenizer.split(document.text))
             yield np.array([*(index for piece in pieces for index in piece), self.tokenizer.eod], dtype=np.int64)
+
+
+def _is_whole(path: Path, beside: Path, about: dict[str, Any]) -> bool:
+    """Whether `path` holds the tokens of `about`, all of them, as the file `beside` it says."""
+    try:
+        found: dict[str, Any] = json.loads(beside.read_text())
+        return found == {**about, "count": path.stat().st_size / _TYPE.itemsize}
+    except (OSError, ValueError):
+        return False

@@ -249,7 +249,7 @@ def test_folder_is_there_whole_or_not_at_all(
     with pytest.raises(UserError, match="exists already: choose another name or pass --overwrite"):
         export_run(trained, exported)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="has no config.json, so it was not written by this program"):
+    with pytest.raises(UserError, match="mine is not overwritten, since it has no sepllm_export.json"):
         export_run(trained, tmp_path / "mine", overwrite=True)
 
     def fail(*_: Any) -> None:
@@ -268,6 +268,82 @@ def test_folder_is_there_whole_or_not_at_all(
     assert load_file(tmp_path / "old" / "model.safetensors")["gpt_neox.embed_in.weight"].dtype == torch.float32
     card = (tmp_path / "old" / "README.md").read_text()
     assert "load_model" in card and "n = 8 tokens in layers 1, 2" in card and "weights in fp32" in card
+
+
+def test_only_what_export_wrote_is_overwritten(trained: Path, exported: Path, tmp_path: Path) -> None:
+    changes: dict[str, Callable[[Path], Any]] = {
+        "it has no sepllm_export.json": lambda folder: (folder / "sepllm_export.json").unlink(),
+        "its notes/mine.txt is not as": lambda folder: (folder / "notes" / "mine.txt").write_text("mine"),
+        "its model.safetensors is not as": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+        "its README.md is not as": lambda folder: (folder / "README.md").unlink(),
+    }
+    for number, (words, change) in enumerate(changes.items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(exported, folder)
+        (folder / "notes").mkdir()
+        change(folder)
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match=f"is not overwritten, since {words}.*: choose another name"):
+            export_run(trained, folder, overwrite=True)
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_only_imported_models_without_training_are_overwritten(
+    trained: Path, exported: Path, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run, ours = tmp_path / "run", tmp_path / "ours"
+    shutil.copytree(trained, run)
+    with pytest.raises(UserError, match="run is not overwritten, since the status in its run.json is 'finished'"):
+        import_model(exported, run, overwrite=True)
+    assert find_checkpoint(run).is_dir()
+    shutil.copytree(models("llama") / "ours", ours)
+    shutil.copytree(ours / "checkpoints" / "step_00000000", ours / "checkpoints" / "step_00000004")
+    with pytest.raises(UserError, match="ours is not overwritten, since it was trained until step_00000004"):
+        import_model(exported, ours, overwrite=True)
+    shutil.rmtree(ours / "checkpoints" / "step_00000004")
+    import_model(exported, ours, overwrite=True)
+    assert read_config(ours).model.norm == "layernorm"
+    (ours / "run.json").write_text("[]")
+    with pytest.raises(UserError, match="the status in its run.json is None, not 'imported'"):
+        import_model(exported, ours, overwrite=True)
+
+
+def test_what_a_killed_overwriting_left_is_put_in_order(trained: Path, exported: Path, tmp_path: Path) -> None:
+    output, old = tmp_path / "out", tmp_path / "out.removed.partial"
+    shutil.copytree(exported, old)
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(UserError, match="out exists already"):
+        export_run(trained, output)
+    assert (output / "model.safetensors").is_file() and not old.exists()
+    shutil.copytree(exported, old)
+    export_run(trained, output, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_link_to_an_exported_model_is_replaced_and_its_target_stays(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").symlink_to(exported)
+    export_run(trained, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out").is_symlink() and (exported / "model.safetensors").is_file()
+
+
+def test_weights_missing_from_the_files_written_raise(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = transformers.GPTNeoXForCausalLM.save_pretrained
+
+    def incomplete(model: Any, folder: Path) -> None:
+        save(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["gpt_neox.final_layer_norm.bias"]
+        save_file(tensors, folder / "model.safetensors")
+
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "save_pretrained", incomplete)
+    with pytest.raises(RuntimeError, match="do not fill GPTNeoXForCausalLM.*final_layer_norm.bias"):
+        export_run(trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_were_exchanged_are_noticed(

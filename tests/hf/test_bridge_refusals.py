@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from sepllm_train.hf.architecture import model_type  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
 from sepllm_train.hf.tokenizer import save_tokenizer, to_transformers  # noqa: E402
-from tests.hf.bridge_models import LLAMA_BLOCK  # noqa: E402
+from tests.hf.bridge_models import LLAMA_BLOCK, VOCABULARY  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
 
@@ -113,8 +114,22 @@ def test_weights_beyond_the_type_are_refused(models: Callable[[str], Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
+PATTERN = {
+    "format": 1,
+    "windows": [8, 8, 8],
+    "initial_tokens": 1,
+    "tiers": [],
+    "interval": None,
+    "end_of_document": None,
+    "vocabulary": VOCABULARY,
+}
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"model_type": "bloom"}, "is of a bloom model: those that can be imported are gpt_neox"),
+    ("llama", {"model_type": ["llama"]}, r"is of a \['llama'\] model: those that can be imported"),
+    ("llama", {"sepllm_attention": "sep"}, "sepllm_attention in .*config.json cannot be used: the separator pattern"),
+    ("llama", {"sepllm_attention": PATTERN | {"format": 7}}, "cannot be used: .*format 7 is not 1"),
+    ("llama", {"sepllm_attention": PATTERN | {"vocabulary": -1}}, "cannot be used: .*negative"),
+    ("llama", {"sepllm_attention": PATTERN | {"interval": "9"}}, "cannot be used: interval '9' is not a number"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -158,6 +173,44 @@ def test_folders_without_safetensors_are_refused(models: Callable[[str], Path], 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
     with pytest.raises(UserError, match="files outside of the folder"):
         import_model(tmp_path, tmp_path / "ours")
+
+
+def test_shards_that_are_missing_wrong_or_truncated_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(models("llama") / "theirs", folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {f"{number}.safetensors": names[number::2] for number in range(2)}
+    index = {"metadata": {}, "weight_map": {name: file for file, mine in files.items() for name in mine}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file, mine in files.items():
+        save_file({name: tensors[name] for name in mine}, folder / file, metadata={"format": "pt"})
+    import_model(folder, tmp_path / "ours")
+    changes: list[Callable[[Path], Any]] = [
+        lambda path: os.truncate(path, path.stat().st_size - 8),
+        lambda path: os.truncate(path, 4),
+        lambda path: shutil.copyfile(folder / "0.safetensors", path),
+        lambda path: path.unlink(),
+    ]
+    for change in changes:
+        change(folder / "1.safetensors")
+        with pytest.raises(UserError, match="1.safetensors cannot be read .*: copy it again"):
+            import_model(folder, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_model_that_transformers_cannot_load_is_refused(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("metadata")
+
+    folder = models("llama") / "theirs"
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match="transformers cannot load .*theirs .'metadata'.\\."):
+        import_model(folder, tmp_path / "ours")
+    assert not list(tmp_path.iterdir())
 
 
 def test_separators_need_a_tokenizer(models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
 from sep_attention import FOREVER
 
 from sepllm_train.hf import (
@@ -212,6 +213,18 @@ def test_crop_takes_tokens_back(models: dict[str, Any]) -> None:
     lengths = Oracle(model, **SIZES)
     lengths.run(row)
     assert cache.mean_length == pytest.approx(sum(lengths.lengths) / 90)
+    for _ in range(15):
+        cache.crop(-1)
+    found = call(model, cache, row[None, 75:])[0]
+    torch.testing.assert_close(found, known[75:], atol=TOLERANCE, rtol=TOLERANCE)
+    call(model, cache, row[None].repeat(1, 30))
+    assert len(cache._log) <= 64
+    with pytest.raises(RuntimeError, match="cannot go back"):
+        cache.crop(-2600)
+    assert cache.columns_seen == 90 * 31
+    cache.reset()
+    call(model, cache, row[None])
+    assert not cache._log
     unrecorded = sep_cache(model)
     call(model, unrecorded, row[None])
     with pytest.raises(RuntimeError, match=r"cannot go back by 40 tokens: it has dropped keys since"):
@@ -318,8 +331,18 @@ def test_bad_calls(models: dict[str, Any]) -> None:
         call(model, sep_cache(model), ids, mask)
     with pytest.raises(ValueError, match="no input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 64), **{cache_argument(model): sep_cache(model)})
+    other = tiny("llama")
     with pytest.raises(RuntimeError, match="was made for another model"):
-        call(tiny("llama"), sep_cache(model), row[None])
+        call(other, sep_cache(model), row[None])
+    attach(other)
+    with pytest.raises(ValueError, match="was made for another model"):
+        call(other, sep_cache(model), row[None])
+    with pytest.raises(ValueError, match="output_hidden_states=True tells of the last piece only"):
+        model(input_ids=row[None], output_hidden_states=True, **{cache_argument(model): sep_cache(model)})
+    cache = sep_cache(model)
+    with pytest.raises(ValueError, match="pad on the left"):
+        call(model, cache, ids, mask)
+    call(model, cache, row[None])
     cache = sep_cache(model)
     call(model, cache, row[None])
     with pytest.raises(ValueError, match=r"holds 1 sequences and was given 2: call reset"):
@@ -335,8 +358,46 @@ def test_bad_calls(models: dict[str, Any]) -> None:
 def test_models_that_do_not_suit() -> None:
     with pytest.raises(ValueError, match="ALiBi"):
         sep_cache(tiny("falcon", alibi=True))
-    with pytest.raises(ValueError, match="above the model's own sliding window of 20"):
+    with pytest.raises(ValueError, match="may hold 24 keys, more than the model's own sliding window of 20"):
         sep_cache(tiny("mistral", sliding_window=20))
+
+
+def test_layers_without_rotary_embedding_are_found() -> None:
+    """Positions in the cache would be wrong without a word."""
+    settings = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "intermediate_size": 128, "pad_token_id": 0}  # fmt: skip
+    for rotary, wrong in (([1, 1], False), ([1, 0], True)):
+        config = transformers.SmolLM3Config(**settings, no_rope_layers=rotary)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        if wrong:
+            with pytest.raises(ValueError, match="SmolLM3Model are not moved by rotation in every layer"):
+                sep_cache(model)
+        else:
+            sep_cache(model)
+        sep_cache(model, positions="training")
+
+
+def test_tokenizers_of_transformers_tell_their_separators() -> None:
+    """By the strings of their entries, also where no token ends a document; too large a vocabulary is refused."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, ".": 1, "b": 2, ",": 3}, unk_token="a"))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    model = tiny("llama")
+    assert make_pattern(model, tokenizer=wrapped).separators == [1, 3]
+    assert make_pattern(model, tokenizer=wrapped, selection="comma").separators == [3]
+    small = tiny("llama", vocab_size=3)
+    with pytest.raises(ValueError, match="has 4 entries and the model's vocabulary 3: it is another model's tokenizer"):
+        make_pattern(small, tokenizer=wrapped)
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    model, (row,) = tiny("llama"), random_rows((20,))
+    cache = sep_cache(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="gradient checkpointing takes a model's cache away"):
+        call(model, cache, row[None])
 
 
 def trained(model: Any, **settings: Any) -> TokenPattern:

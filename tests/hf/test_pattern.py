@@ -111,10 +111,9 @@ def test_patterns(implementation: str, kind: str) -> None:
     apply_pattern(model, pattern, implementation=implementation)
     known = expected("llama", pattern, row)
     torch.testing.assert_close(model(input_ids=row[None]).logits[0], known, **TOLERANCE)
-    if kind != "tiers":
-        cache = PatternCache(model, pattern, block=50)
-        found = model(input_ids=row[None], **{cache_argument(model): cache}).logits[0]
-        torch.testing.assert_close(found, known, **TOLERANCE)
+    cache = PatternCache(model, pattern, block=50)
+    found = model(input_ids=row[None], **{cache_argument(model): cache}).logits[0]
+    torch.testing.assert_close(found, known, **TOLERANCE)
 
 
 def test_the_cache_of_a_pattern_forgets_what_is_not_seen_again() -> None:
@@ -162,13 +161,89 @@ def test_gradients_are_those_of_the_mask() -> None:
         torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_put_on_and_taken_off() -> None:
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_put_on_and_taken_off(own: str) -> None:
     model, (row,) = tiny("llama"), random_rows((50,))
+    model.set_attn_implementation(own)
     full = model(input_ids=row[None]).logits
-    for implementation in ("kernel", "mask", "auto"):
+    for implementation in ("kernel", "mask", "auto", "auto"):
         apply_pattern(model, paper(model), implementation=implementation)
         assert not torch.allclose(model(input_ids=row[None]).logits, full, **TOLERANCE)
-        assert torch.equal(remove_pattern(model)(input_ids=row[None]).logits, full)
+    assert torch.equal(remove_pattern(model)(input_ids=row[None]).logits, full)
+    assert model.config._attn_implementation == own
+
+
+def test_documents_in_a_ragged_batch_and_token_by_token() -> None:
+    """Rows whose documents end at different places forget their keys each at its own."""
+    model, rows = tiny("llama"), random_rows((70, 44))
+    for row, at in zip(rows, (20, 31), strict=True):
+        row[row == 5] = 6
+        row[[at, at + 9]] = 5
+    ids, mask = left_padded(rows)
+    cache = PatternCache(model, tiers(model))
+    name = cache_argument(model)
+    calls = [model(input_ids=ids[:, :50], attention_mask=mask[:, :50], **{name: cache}).logits]
+    calls += [
+        model(input_ids=ids[:, n : n + 1], attention_mask=mask[:, : n + 1], **{name: cache}).logits
+        for n in range(50, 70)
+    ]
+    for row, logits in zip(rows, torch.cat(calls, 1), strict=True):
+        torch.testing.assert_close(logits[70 - len(row) :], expected("llama", tiers(model), row), **TOLERANCE)
+    assert cache.mean_length < 35
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "mask"])
+def test_the_pattern_takes_the_place_of_sliding_windows(implementation: str) -> None:
+    model, (row,) = tiny("mistral", sliding_window=16), random_rows((40,))
+    apply_pattern(model, paper(model), implementation=implementation)
+    torch.testing.assert_close(
+        model(input_ids=row[None]).logits[0], expected("mistral", paper(model), row), **TOLERANCE
+    )
+    tokens = model.generate(row[None], max_new_tokens=12, do_sample=False)
+    assert torch.equal(model(input_ids=tokens).logits[0].argmax(-1)[39:-1], tokens[0, 40:])
+
+
+def test_autocast() -> None:
+    model, (row,) = tiny("llama"), random_rows((40,))
+    known = expected("llama", paper(model), row)
+    apply_pattern(model, paper(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(input_ids=row[None]).logits[0].float()
+    assert (found - known).abs().max() < 0.1 * known.abs().max()
+
+
+def test_attaching_fails_whole() -> None:
+    """A model whose layers are not found is refused again and again."""
+    model = tiny("llama")
+    model.base_model.layers = torch.nn.ModuleList([*model.base_model.layers, torch.nn.Identity()])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has no list of 2 layers"):
+            apply_pattern(model, paper(model), implementation="mask")
+    assert not model.base_model._forward_pre_hooks
+
+
+def test_a_failed_forward_leaves_nothing() -> None:
+    model, (row,) = tiny("llama", layers=3), random_rows((40,))
+    known = model(input_ids=row[None]).logits
+    cache = PatternCache(model, replace(paper(model), windows=(FOREVER, 6, 9)))
+    failing = model.base_model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=row[None], **{cache_argument(model): cache})
+    failing.remove()
+    assert torch.equal(model(input_ids=row[None]).logits, known)
+    with pytest.raises(RuntimeError, match=r"failed half-way: call reset\(\)"):
+        model(input_ids=row[None], **{cache_argument(model): cache})
+
+
+def test_weights_that_are_not_there(tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of its model.*layers.1.mlp.up_proj.weight"):
+        load_model(str(tmp_path))
 
 
 def test_a_folder_with_a_pattern(tmp_path: Any) -> None:

@@ -87,6 +87,16 @@ def test_a_cuda_graph_repeats_the_eager_steps(family: str) -> None:
 
 def test_mistakes() -> None:
     model, (row,) = tiny("llama"), random_rows((30,))
+    decoder = Decoder(model, prompted(model, [row, row]), kernel=True)
+    with pytest.raises(ValueError, match="one token for each of 2 rows"):
+        decoder.step(row[:1])
+    decoder.step(row[:2])
+    model(input_ids=row[None])
+    short = tiny("llama", max_position_embeddings=31)
+    decoder = Decoder(short, prompted(short, [row], positions="training"))
+    decoder.step(row[:1])
+    with pytest.raises(ValueError, match="the text is 32 tokens long and the model's context 31"):
+        decoder.step(row[:1])
     with pytest.raises(ValueError, match="mode='fast' is unknown"):
         Decoder(model, prompted(model, [row]), mode="fast")
     with pytest.raises(ValueError, match="the cache is empty: let the model take the prompt first"):

@@ -134,7 +134,8 @@ def test_only_the_tokenizer_of_the_data_is_needed(
     arguments = [str(moved), "--json", "--prompt", "The", "--tokens", "20"]
     sentence = _refused(arguments, capsys)
     assert sentence == (
-        f"error: the tokenizer of {moved} is not found beside its data ({tmp_path}/gone): give its file with --tokenizer."
+        f"error: the tokenizer of {moved} is not found beside its data ({tmp_path}/gone): give its file with "
+        "--tokenizer."
     )
     tokenizer = sample_prefix.with_name("docs.tokenizer.model")
     main([*arguments, "--tokenizer", str(tokenizer)])

@@ -154,6 +154,8 @@ def test_chat_remembers(
         (["--classes", "paper,dots"], "Unknown separator class 'dots'"),
         (["--device", "cuda"], "there is no GPU here"),
         (["--capacity", "9000"], "capacity=9000 is above the model's context of 4096 positions"),
+        (["--device", "foo"], "--device foo is unknown: use cpu, cuda or cuda:N"),
+        (["--threads", "0"], "--threads=0 must be at least 1"),
     ],
 )
 def test_mistakes(

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from sep_attention import FOREVER
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from sepllm_train.hf.hooks import attach, base_of
+from sepllm_train.hf.hooks import TokenCache, attach, base_of
 from sepllm_train.hf.layers import SlotLayer
 from sepllm_train.hf.rotary import Rotation
 from sepllm_train.inference.pattern import TokenPattern
@@ -40,7 +39,7 @@ class Held:
     dropped_at: int = 0
 
 
-class SlotCache(Cache):
+class SlotCache(TokenCache):
     """A cache whose layers keep what their policies say.
 
     model: a transformers model, or the config of one that `attach` was called on. policies: one per layer. pattern:
@@ -55,18 +54,11 @@ class SlotCache(Cache):
     Attributes: columns_seen, tokens seen, padding included. Raises ValueError for what does not fit the model.
     """
 
-    columns_seen: int
-    # Columns of the forward that is running, which layers refuse any other than; -1 between forwards.
-    pending: int
-    # Whether a piece of a longer forward is running, and the hidden states of those before it.
-    running: bool
-    pieces: list[Tensor]
     # What each of `policies` holds; empty until the first forward.
     held: list[Held]
     # Where the cache is not what the model was trained with, in words.
     differences: tuple[str, ...] = ()
-    # Tokens of each row, i64 [B], and the rows whose document has ended with the last one, bool [B].
-    tokens: Tensor
+    # The rows whose document has ended with their last token, bool [B].
     ended: Tensor
     _recording: bool
     # Distance of each column's key from where it arrived, where keys move.

@@ -7,15 +7,49 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 # Name of a forward's cache: the first from transformers 5.24 on, the second before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 _MODELS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class TokenCache(Cache):
+    """A cache that takes the tokens of a forward before the layers run, in pieces; `cache.SlotCache` is it."""
+
+    columns_seen: int
+    # Columns of the forward that is running, which layers refuse any other than; -1 between forwards.
+    pending: int
+    # Whether a piece of a longer forward is running, and the hidden states of those before it.
+    running: bool
+    pieces: list[Tensor]
+    # Tokens of each row, i64 [B].
+    tokens: Tensor
+    # The model without its head that the cache was made for.
+    base: Callable[[], Any]
+
+    def begin(self, rows: int, device: torch.device) -> None:
+        """Start with `rows` sequences unless it has begun."""
+        raise NotImplementedError
+
+    def make_room(self) -> None:
+        """Drop keys where the next token has no room."""
+        raise NotImplementedError
+
+    def fits(self, ids: Tensor, valid: Tensor) -> int:
+        """How many of the next tokens, i64 and bool [B, N], can be one piece; at least 1 after make_room."""
+        raise NotImplementedError
+
+    def append(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Take N tokens, i64 and bool [B, N]; gives their position_ids, i64 [B, N], and the mask of what they see for
+        each layer, bool [B, N, W] (one object for layers that share it)."""
+        raise NotImplementedError
 
 
 class LayerMasks:
@@ -79,15 +113,13 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     """Cut the tokens where keys are dropped, run all pieces but the last, and let the model run that."""
     if getattr(cache_of(kwargs), "sepllm_static", False):
         return None
-    from sepllm_train.hf.cache import SlotCache
-
     # A forward that failed has left its masks.
     if not getattr(cache_of(kwargs), "running", False):
         base.sepllm_layer_masks.masks = None
 
     kwargs = _by_name(base, args, kwargs)
     cache = cache_of(kwargs)
-    if not isinstance(cache, SlotCache):
+    if not isinstance(cache, TokenCache):
         pattern = getattr(base, "sepllm_pattern", None)
         return None if pattern is None else ((), pattern.prepare(base, kwargs))
     if cache.running:
@@ -96,7 +128,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         raise RuntimeError("an earlier call with this cache failed half-way: call reset() on it.")
     ids, valid = tokens_of(kwargs)
     check_implementation(base)
-    _check_call(base, cache, kwargs, valid)
+    _check_call(base, cache, valid)
     cache.begin(len(ids), ids.device)
     cache.pieces = []
     start = 0
@@ -122,8 +154,6 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     """Put the hidden states of the pieces together."""
     if getattr(cache_of(kwargs), "sepllm_static", False):
         return output
-    from sepllm_train.hf.cache import SlotCache
-
     cache = cache_of(_by_name(base, args, kwargs))
     told = kwargs.get("sepllm_forward")
     if told is not None and len(told.layers_run) < len(told.pattern.windows):
@@ -131,7 +161,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             f"{type(base).__name__} does not hand its attention what tells the pattern: apply_pattern(model, "
             "implementation='mask') works with any model."
         )
-    if not isinstance(cache, SlotCache):
+    if not isinstance(cache, TokenCache):
         base.sepllm_layer_masks.masks = None
         return output
     if cache.running:
@@ -164,13 +194,13 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
-def _check_call(base: Any, cache: Any, kwargs: dict[str, Any], valid: Tensor) -> None:
+def _check_call(base: Any, cache: TokenCache, valid: Tensor) -> None:
     """Raise ValueError for a call that a cache cannot serve."""
     if cache.base() is not base:
         raise ValueError("the cache was made for another model: make one with the model it is given to.")
     if base.training and getattr(base, "gradient_checkpointing", False):
         raise ValueError("gradient checkpointing takes a model's cache away: call model.eval(), or switch it off.")
-    begun = bool(cache.held) and bool(((cache.held[0].slots.length > 0)[:, None] & ~valid).any())
+    begun = len(cache.tokens) == len(valid) and bool(((cache.tokens > 0)[:, None] & ~valid).any())
     if bool((valid[:, :-1] & ~valid[:, 1:]).any()) or begun:
         raise ValueError("a row of the batch has padding after its first token: pad on the left.")
 

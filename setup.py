@@ -44,7 +44,7 @@ setup(
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
-        "eval": ["lm_eval[hf]>=0.4.9"],
+        "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf"],
         "dev": [
             "triton>=3.7,<3.8",
             "wandb>=0.31",

@@ -123,6 +123,7 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
         corpus=SimpleNamespace(token_bytes=[]),
         dataset=None,
         validation={},
+        initial=None,
     )
     memory: Any = threading.Lock()
     launch = Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)

@@ -1,0 +1,9 @@
+"""The paper's tables from results of scripts/evaluate.py.
+
+python scripts/report_eval.py evaluation/dense evaluation/sep --output evaluation/table.md
+"""
+
+from sepllm_train.evaluation.report import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation of trained models with lm-evaluation-harness, under the separator pattern, caches and baselines."""

@@ -1,0 +1,162 @@
+"""The paper's tables from results of evaluations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from data_prep.files import write_whole
+from sepllm_train.errors import UserError, exit_on_user_error
+
+# Heading, task, metric, factor: those of the paper's table for models trained from scratch.
+_COLUMNS = (
+    ("ARC-c", "arc_challenge", "acc", 100),
+    ("ARC-e", "arc_easy", "acc", 100),
+    ("LAMBADA ppl", "lambada", "perplexity", 1),
+    ("LAMBADA acc", "lambada", "acc", 100),
+    ("LogiQA", "logiqa", "acc", 100),
+    ("PIQA", "piqa", "acc", 100),
+    ("SciQ", "sciq", "acc", 100),
+    ("WikiText word ppl", "wikitext", "word_perplexity", 1),
+    ("GSM8K-CoT flexible", "gsm8k_cot", "exact_match,flexible-extract", 100),
+    ("GSM8K-CoT strict", "gsm8k_cot", "exact_match,strict-match", 100),
+    ("MMLU", "mmlu", "acc", 100),
+)
+_TASKS = tuple(dict.fromkeys(task for _, task, *_ in _COLUMNS))
+# Rows of a model in the paper's order.
+_ORDER = ("dense", "streaming", "fixed", "pattern", "cache")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print or write the table; ends the process with code 2 and one sentence on a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="report_eval.py", description="The paper's tables from results of evaluate.py"
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="outputs of evaluate.py; a model each")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there (default: print it)")
+    arguments = parser.parse_args(argv)
+    exit_on_user_error(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    made = table([result for folder in arguments.folders for result in read_results(folder)])
+    if arguments.output is None:
+        print(made, end="")
+    else:
+        write_whole(arguments.output, made.encode())
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, which is named in each. Raises UserError when there is none or one cannot be read."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf8"))
+            if result["format"] == 1 and result["metrics"]:
+                results.append({**result, "folder": str(folder)})
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a result of evaluate.py.") from None
+    if not results:
+        raise UserError(f"{folder} holds no results: make them with evaluate.py ... --output {folder}.")
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row for each model and attention, a column for each metric that was measured, then the shares, and
+    notes below. Raises UserError when results of a column are not of the same documents and prompts."""
+    rows = _rows(results)
+    measured = {result["task"] for result in results}
+    _check(results)
+    columns = [column for column in _COLUMNS if column[1] in measured]
+    # Shares depend on the texts: only tasks that all rows have can be compared.
+    common = [task for task in _TASKS if all(task in row for row in rows.values())]
+    several = len({name for name, _ in rows}) > 1
+    heads = [*(("model",) if several else ()), "attention", *(head for head, *_ in columns), "attended", "KV kept"]
+    lines = [heads, ["---", *(["---"] if several else []), *["---:"] * (len(columns) + 2)]]
+    for (name, label), row in rows.items():
+        cells = [_cell(row.get(task), metric, factor) for _, task, metric, factor in columns]
+        shares = [_mean(row, common, key) for key in ("attended_share", "kv_share")]
+        lines.append([*((name,) if several else ()), label, *cells, *shares])
+    missing = [head for head, task, *_ in _COLUMNS if task not in measured]
+    notes = [
+        "Accuracies in %. Attended and KV kept: keys seen over all keys, over all tokens, and over those whose "
+        f"successors were scored or generated; means over {', '.join(common) or 'no task, as none is in all rows'}."
+    ]
+    notes += [_scope(task, results) for task in _TASKS if task in measured]
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}.")
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([body, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """By (name of the folder or the model, attention) the results by task. Raises UserError when one is there twice."""
+    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        name = result.get("folder") or result["model"]["name"]
+        row = rows.setdefault((name, result["attention"]["label"]), {})
+        if result["task"] in row:
+            raise UserError(f"{name} has two results of {result['task']} under {result['attention']['label']}.")
+        row[result["task"]] = result
+    models = list(dict.fromkeys(name for name, _ in rows))
+    return dict(sorted(rows.items(), key=lambda row: (models.index(row[0][0]), _place(row[0][1]))))
+
+
+def _place(label: str) -> int:
+    return _ORDER.index(label.split(":")[0])
+
+
+def _check(results: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError when results of a task are not of the same documents and prompts."""
+    first: dict[str, dict[str, Any]] = {}
+    for result in results:
+        own, other = _basis(result), first.setdefault(result["task"], _basis(result))
+        for key, value in own.items():
+            if value != other[key]:
+                raise UserError(
+                    f"results of {result['task']} have a different {key} ({other[key]} and {value}): they cannot be "
+                    "compared."
+                )
+
+
+def _basis(result: dict[str, Any]) -> dict[str, Any]:
+    """What results of a task must have in common to be compared."""
+    files = result["data"].get("files", {})
+    return {
+        "limit": result["limit"],
+        "number of documents": result["documents"],
+        "split": result["split"],
+        "number of examples": result["num_fewshot"],
+        "number of truncated prompts": result["truncated_prompts"],
+        # Examples are drawn by each rank for its documents.
+        "number of ranks": result["ranks"] if result["num_fewshot"] else 1,
+        "data": {split: file["sha256"][:8] for split, file in files.items()} or result["data"]["source"],
+    }
+
+
+def _cell(result: dict[str, Any] | None, metric: str, factor: int) -> str:
+    if result is None or metric not in result["metrics"]:
+        return "-"
+    value = factor * result["metrics"][metric]["value"]
+    return f"{value:,.2f}"
+
+
+def _mean(row: dict[str, dict[str, Any]], tasks: Sequence[str], key: str) -> str:
+    return f"{100 * fmean(row[task][key] for task in tasks):.2f}" if tasks else "-"
+
+
+def _scope(task: str, results: Sequence[dict[str, Any]]) -> str:
+    """What a column was measured on, where it is not all of the hub's documents."""
+    result = next(result for result in results if result["task"] == task)
+    parts = [f"{result['num_fewshot']}-shot"]
+    if result["limit"] is not None:
+        parts.append(f"first {result['documents']:,} of {result['documents_there']:,} documents")
+    if result["truncated_prompts"]:
+        parts.append(f"{result['truncated_prompts']:,} prompts cut on the left")
+    if task == "wikitext":
+        parts.append(f"the {result['split']} split")
+    return f"{task}: {', '.join(parts)}."

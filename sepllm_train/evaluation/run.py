@@ -1,0 +1,214 @@
+"""The evaluation: every task under every attention, one result each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.files import write_whole
+from data_prep.tokenizers import Tokenizer
+from sepllm_train.console import duration, say
+from sepllm_train.errors import UserError
+from sepllm_train.evaluation.attention import Attention
+from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.tasks import TASKS, Loaded, load_tasks
+from sepllm_train.hf.tokenizer import to_transformers
+from sepllm_train.streaming.model import Opened
+from sepllm_train.training.run_folder import environment
+
+FORMAT = 1
+# The harness's seeds: the same examples for every attention, and for every user.
+SEED, EXAMPLES_SEED = 1234, 1234
+# Resamples behind the standard errors that have no formula.
+RESAMPLES = 1000
+_PACKAGES = ("lm_eval", "transformers", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """tasks: names of TASKS. data_dir: None for the hub. limit: the first documents of each task only. shots: examples
+    in a prompt, None for each task's own number. batch_size: sequences in a forward, which changes no result."""
+
+    tasks: tuple[str, ...]
+    data_dir: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+    batch_size: int = 8
+    truncate: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense."""
+        for name, value, least in (
+            ("--limit", self.limit, 1),
+            ("--num-fewshot", self.shots, 0),
+            ("--batch-size", self.batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name} {value} must be at least {least}.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError("--tasks names a task twice.")
+
+
+def tokenizer_for(opened: Opened, given: str | None) -> Any:
+    """transformers' tokenizer of an opened model: the one in its folder, which may put a first token before every text,
+    or one made of ours. given: file named on the command line. Raises UserError when it cannot be made."""
+    from transformers import AutoTokenizer
+
+    folder = Path(opened.name)
+    if given is None and (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    return to_transformers(opened.tokenizer)
+
+
+def evaluate(
+    opened: Opened,
+    tokenizer: Any,
+    attentions: Sequence[Attention],
+    options: EvaluationOptions,
+    output: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate and say the results; gives them on rank 0, and writes each to `output` as it is there.
+
+    Raises UserError for unknown tasks, bad task files, and prompts that do not fit the model's context.
+    """
+    options.check()
+    calm()
+    labels = [attention.label for attention in attentions]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"the attentions {', '.join(labels)} name one twice.")
+    lm = SeparatorLM(
+        opened.model,
+        tokenizer,
+        batch_size=options.batch_size,
+        truncate=options.truncate,
+        quiet=not sys.stderr.isatty(),
+    )
+    results = []
+    for attention in attentions:
+        say(str(attention) + "".join(f" | training-free: {told}" for told in attention.differences))
+    with load_tasks(list(options.tasks), options.data_dir, options.shots) as loaded:
+        for task in loaded:
+            for attention in attentions:
+                result = evaluate_task(lm, task, attention, options)
+                if result is None:
+                    continue
+                result |= _identity(opened, opened.tokenizer)
+                say(line(result))
+                results.append(result)
+                if output is not None:
+                    output.mkdir(parents=True, exist_ok=True)
+                    path = output / f"{task.name}.{attention.label.replace(':', '_')}.json"
+                    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    return results
+
+
+def evaluate_task(
+    lm: SeparatorLM, task: Loaded, attention: Attention, options: EvaluationOptions
+) -> dict[str, Any] | None:
+    """The result of one task under one attention; None on other ranks than 0."""
+    from lm_eval.evaluator import evaluate as harness_evaluate
+
+    lm.attend(attention)
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for one in task.tasks["tasks"].values():
+        one.set_fewshot_seed(seed=EXAMPLES_SEED)
+    begun = time.monotonic()
+    with redirect_stdout(StringIO()):  # it tells there that it resamples
+        found = harness_evaluate(
+            lm=lm, task_dict=task.tasks, limit=options.limit, bootstrap_iters=RESAMPLES, log_samples=False
+        )
+    seconds = time.monotonic() - begun
+    shares, truncated = lm.gathered()
+    if found is None:
+        return None
+    harness = TASKS[task.name].harness
+    return {
+        "format": FORMAT,
+        "task": task.name,
+        "harness_task": harness,
+        "harness_task_version": found["versions"].get(harness),
+        "metrics": _metrics(found["results"][harness]),
+        "subtasks": {name: _metrics(values) for name, values in found["results"].items() if name != harness},
+        "documents": sum(counts["effective"] for counts in found["n-samples"].values()),
+        "documents_there": sum(counts["original"] for counts in found["n-samples"].values()),
+        "limit": options.limit,
+        "num_fewshot": task.shots,
+        "split": task.split,
+        "data": task.data,
+        "truncated_prompts": truncated,
+        "attention": attention.describe(),
+        **shares.summary(),
+        "batch_size": options.batch_size,
+        "ranks": lm.world_size,
+        "seconds": seconds,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result in a line."""
+    metrics = ", ".join(
+        f"{name} {_rounded(entry['value'])}" + (f" ± {_rounded(entry['stderr'])}" if entry["stderr"] else "")
+        for name, entry in result["metrics"].items()
+    )
+    part = "" if result["limit"] is None else f" of {result['documents_there']:,}"
+    return (
+        f"{result['task']} | {result['attention']['label']} | {metrics} | attended {result['attended_share']:.2%} | "
+        f"KV kept {result['kv_share_prompt']:.2%} at the prompt's end, {result['kv_share']:.2%} mean | "
+        f"{result['documents']:,}{part} documents, {result['num_fewshot']} examples each, "
+        f"{duration(result['seconds'])}"
+    )
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """From the harness's {"acc,none": x, "acc_stderr,none": y} to {"acc": {"value": x, "stderr": y}}; the filter's name
+    stays where there is one."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in values.items():
+        name, _, chosen = key.partition(",")
+        if chosen and not name.endswith("_stderr"):
+            error = values.get(f"{name}_stderr,{chosen}")
+            label = name if chosen == "none" else f"{name},{chosen}"
+            found[label] = {"value": float(value), "stderr": float(error) if isinstance(error, float) else None}
+    return found
+
+
+def _identity(opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The model, packages and machine of a result."""
+    return {
+        "model": {
+            "name": opened.name,
+            "fingerprint": opened.fingerprint(),
+            "class": type(opened.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
+            "dtype": str(opened.model.dtype).removeprefix("torch."),
+            "tokenizer_sha256": tokenizer.sha256,
+        },
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "environment": environment(),
+    }
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def calm() -> None:
+    """The harness tells what it does at length; processes for the resampling cost more than they save here."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")

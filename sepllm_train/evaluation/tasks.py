@@ -1,0 +1,262 @@
+"""The paper's tasks: their data from the hub, or from local files in the form of lm-evaluation-harness's own tasks.
+
+A local file is rewritten record by record to the fields that the harness's task reads; prompts, targets and metrics are
+those of the task's own YAML file, which the definition made here includes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.files import hash_file
+from sepllm_train.errors import UserError, first_line
+
+Record = dict[str, Any]
+# In the order in which the harness looks for one to evaluate on.
+EVALUATED = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """A task.
+
+    Attributes:
+        harness: its name in lm-evaluation-harness.
+        definition: its YAML file, or the folder of a group's, below lm_eval/tasks.
+        convert: from a record of a local file to the harness's fields; None where there is no local form.
+        fields: what a record of a local file must have.
+        files: path below the data folder, by split.
+        shots: examples in a prompt unless others are asked for; None for the harness's choice.
+    """
+
+    harness: str
+    definition: str
+    convert: Callable[[Record], Record] | None = None
+    fields: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    shots: int | None = None
+
+
+def _arc(record: Record) -> Record:
+    choices, labels = record["choices"], "ABCDEFGH"
+    return {
+        "question": record["question"],
+        "choices": {"text": choices, "label": list(labels[: len(choices)])},
+        "answerKey": labels[_answer(record)],
+    }
+
+
+def _piqa(record: Record) -> Record:
+    first, second = record["choices"]
+    return {"goal": record["question"], "sol1": first, "sol2": second, "label": _answer(record)}
+
+
+def _logiqa(record: Record) -> Record:
+    return {
+        "context": record["context"],
+        "question": record["question"],
+        "options": record["choices"],
+        "label": "abcd"[_answer(record)],
+    }
+
+
+def _answer(record: Record) -> int:
+    if record["answer"] not in range(len(record["choices"])):
+        raise ValueError(f"answer {record['answer']!r} is not the number of one of the choices, from 0")
+    return int(record["answer"])
+
+
+def same(record: Record) -> Record:
+    """The record as it is."""
+    return record
+
+
+_CHOICE = ("question", "choices", "answer")
+TASKS = {
+    "arc_challenge": EvalTask(
+        "arc_challenge", "arc/arc_challenge.yaml", _arc, _CHOICE,
+        {"train": "arc/arc_challenge_train.jsonl", "test": "arc/arc_challenge_test.jsonl"},
+    ),
+    "arc_easy": EvalTask(
+        "arc_easy", "arc/arc_easy.yaml", _arc, _CHOICE,
+        {"train": "arc/arc_easy_train.jsonl", "test": "arc/arc_easy_test.jsonl"},
+    ),
+    "lambada": EvalTask(
+        "lambada_openai", "lambada/lambada_openai.yaml", same, ("text",), {"test": "lambada_openai_test.jsonl"}
+    ),
+    "logiqa": EvalTask(
+        "logiqa", "logiqa/logiqa.yaml", _logiqa, ("context", *_CHOICE),
+        {"train": "logiqa/train.jsonl", "validation": "logiqa/eval.jsonl", "test": "logiqa/test.jsonl"},
+    ),
+    "piqa": EvalTask(
+        "piqa", "piqa/piqa.yaml", _piqa, _CHOICE, {"train": "piqa_train.jsonl", "validation": "piqa_validation.jsonl"}
+    ),
+    "sciq": EvalTask("sciq", "sciq/sciq.yaml"),
+    "wikitext": EvalTask(
+        "wikitext", "wikitext/wikitext.yaml", same, ("page",),
+        {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"},
+    ),
+    "gsm8k_cot": EvalTask(
+        "gsm8k_cot", "gsm8k/gsm8k-cot.yaml", same, ("question", "answer"), {"test": "gsm8k/test.jsonl"}
+    ),
+    "mmlu": EvalTask("mmlu", "mmlu/default", shots=5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A task of the harness, ready to be evaluated. `tasks` is what lm_eval.evaluator.evaluate takes; `data` says
+    where the documents are from, `split` which of them are evaluated."""
+
+    name: str
+    tasks: Any
+    shots: int
+    data: dict[str, Any]
+
+    @property
+    def split(self) -> str:
+        """The split of the documents that are evaluated."""
+        task = next(iter(self.tasks["tasks"].values()))
+        return task.config.test_split or task.config.validation_split
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise UserError for a task that is not among the paper's."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(TASKS)}.")
+
+
+@contextmanager
+def load_tasks(names: list[str], data_dir: Path | None, shots: int | None) -> Iterator[list[Loaded]]:
+    """The tasks, from the hub where `data_dir` is None; what is made of local files is removed at the end.
+
+    shots: examples in each prompt, None for the task's own number. Raises UserError for an unknown task, files that are
+    missing or not in their form, and data that the hub does not give.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    check_names(names)
+    with tempfile.TemporaryDirectory(prefix="sepllm_evaluation_") as made:
+        yield [_load(name, data_dir, Path(made) / name, shots) for name in names]
+
+
+def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> Loaded:
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    task = TASKS[name]
+    if data_dir is None:
+        place = _harness_tasks() / task.definition
+        manager = TaskManager(include_path=str(place if place.is_dir() else place.parent), include_defaults=False)
+        data: dict[str, Any] = {"source": "hub"}
+    else:
+        data = _write_definition(name, data_dir, folder)
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    try:
+        tasks = manager.load([task.harness])
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"the data of {name} cannot be loaded ({first_line(error)}): give local files with --data-dir, or see that "
+            "the Hugging Face hub can be reached."
+        ) from None
+    wanted = task.shots if shots is None else shots
+    for one in tasks["tasks"].values():
+        used = wanted if wanted is not None else one.config.num_fewshot or 0
+        pool = len(one.sampler.df) - (one.config.fewshot_config.split == one.config.test_split)
+        if used > pool:
+            raise UserError(f"{name} has {pool} examples to show and --num-fewshot asks for {used}.")
+        one.set_config(key="num_fewshot", value=used)
+    return Loaded(name, tasks, used, data)
+
+
+def _harness_tasks() -> Path:
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+def _write_definition(name: str, data_dir: Path, folder: Path) -> dict[str, Any]:
+    """Write the records and a YAML definition of a task to `folder`; gives where the data is from."""
+    task = TASKS[name]
+    found = local_files(name, data_dir)
+    assert task.convert is not None
+    folder.mkdir()
+    files = {}
+    for split, path in found.items():
+        files[split] = str(folder / f"{split}.jsonl")
+        lines = [json.dumps(record) for record in read_records(path, task.fields, task.convert)]
+        Path(files[split]).write_text("\n".join(lines) + "\n", encoding="utf8")
+    definition = {
+        "include": str(_harness_tasks() / task.definition),
+        "task": task.harness,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+        "training_split": "train" if "train" in found else None,
+        "validation_split": "validation" if "validation" in found else None,
+        "test_split": "test" if "test" in found else None,
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(definition), encoding="utf8")
+    return {
+        "source": str(data_dir),
+        "files": {split: {"path": str(path), "sha256": hash_file(path).sha256} for split, path in found.items()},
+    }
+
+
+def local_files(name: str, data_dir: Path) -> dict[str, Path]:
+    """The files of a task by split, in `data_dir` or its folder eval. Raises UserError when none is to be evaluated."""
+    task = TASKS[name]
+    if task.convert is None:
+        raise UserError(
+            f"{name} has no form for local files: leave --data-dir out to take it from the Hugging Face hub."
+        )
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a folder.")
+    places = {split: [data_dir / path, data_dir / "eval" / path] for split, path in task.files.items()}
+    found = {split: place for split, both in places.items() for place in both[::-1] if place.is_file()}
+    if not any(split in found for split in EVALUATED):
+        wanted = " or ".join(str(places[split][0]) for split in EVALUATED if split in places)
+        raise UserError(f"{name} needs {wanted}, and it is not there.")
+    return found
+
+
+def read_records(path: Path, fields: Sequence[str], convert: Callable[[Record], Record]) -> list[Record]:
+    """The records of a local file, which must have `fields`, converted. Raises UserError for a line that is not so."""
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}).") from None
+    if path.suffix == ".txt":
+        return [{"page": page} for page in articles(text)]
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            missing = [key for key in fields if key not in record]
+            if missing:
+                raise ValueError(f"it has no {missing[0]!r} and needs {', '.join(fields)}")
+            records.append(convert(record))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is not a record of its task: {first_line(error)}.") from None
+    if not records:
+        raise UserError(f"{path} is empty.")
+    return records
+
+
+def articles(text: str) -> list[str]:
+    """The articles of a WikiText file, each from its title (` = Title = `) on; the whole text where there is none."""
+    starts = [match.start() for match in re.finditer(r"^ = [^=].*[^=] = $", text, re.MULTILINE)]
+    bounds = [0, *starts[1:], len(text)] if starts else [0, len(text)]
+    return [text[start:end] for start, end in pairwise(bounds)]

@@ -1,0 +1,106 @@
+"""report_eval.py: rows and columns of the paper's table, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sepllm_train.evaluation.report import main
+
+
+def result(task: str, label: str, metrics: dict[str, float], **others: Any) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "task": task,
+        "metrics": {name: {"value": value, "stderr": None} for name, value in metrics.items()},
+        "documents": 10,
+        "documents_there": 10,
+        "limit": None,
+        "num_fewshot": 0,
+        "split": "test",
+        "truncated_prompts": 0,
+        "ranks": 1,
+        "data": {"source": "hub"},
+        "attention": {"label": label},
+        "model": {"name": "m"},
+        "attended_share": 0.25,
+        "kv_share": 0.125,
+        **others,
+    }
+
+
+def write(folder: Path, *results: dict[str, Any]) -> str:
+    folder.mkdir(exist_ok=True)
+    for one in results:
+        name = f"{one['task']}.{one['attention']['label'].replace(':', '_')}.json"
+        (folder / name).write_text(json.dumps(one))
+    return str(folder)
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(
+        tmp_path / "first",
+        result("lambada", "pattern", {"perplexity": 30.16, "acc": 0.3318}),
+        result("lambada", "dense", {"perplexity": 34.83, "acc": 0.3328}, attended_share=1.0, kv_share=1.0),
+        result("arc_easy", "pattern", {"acc": 0.4735, "acc_norm": 0.5}, attended_share=0.5),
+    )
+    second = write(tmp_path / "second", result("lambada", "pattern", {"perplexity": 1e6, "acc": 0}))
+    main([first, second, "--output", str(tmp_path / "table.md")])
+    text = (tmp_path / "table.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "| model | attention | ARC-e | LAMBADA ppl | LAMBADA acc | attended | KV kept |"
+    assert lines[2:5] == [
+        f"| {first} | dense | - | 34.83 | 33.28 | 100.00 | 100.00 |",
+        f"| {first} | pattern | 47.35 | 30.16 | 33.18 | 25.00 | 12.50 |",
+        f"| {second} | pattern | - | 1,000,000.00 | 0.00 | 25.00 | 12.50 |",
+    ]
+    assert "means over lambada." in text
+    assert (
+        "Not measured: ARC-c, LogiQA, PIQA, SciQ, WikiText word ppl, GSM8K-CoT flexible, GSM8K-CoT strict, MMLU."
+        in text
+    )
+    main([second])
+    assert capsys.readouterr().out.startswith("| attention | LAMBADA ppl | LAMBADA acc | attended | KV kept |")
+
+
+FILE = {"source": "here", "files": {"test": {"sha256": "ab" * 32}}}
+
+
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        ({"limit": 5}, "results of piqa have a different limit (None and 5)"),
+        ({"num_fewshot": 5}, "a different number of examples (0 and 5)"),
+        ({"data": FILE}, "a different data (hub and {'test': 'abababab'})"),
+    ],
+)
+def test_what_cannot_be_compared(
+    tmp_path: Path, other: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write(tmp_path / "a", result("piqa", "dense", {"acc": 0.5})),
+               write(tmp_path / "b", result("piqa", "dense", {"acc": 0.5}, **other))]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main(folders)
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_ranks_matter_where_examples_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "a", result("piqa", "dense", {"acc": 0.5}, ranks=2))
+    main([one, write(tmp_path / "b", result("piqa", "dense", {"acc": 0.5}))])
+    one = write(tmp_path / "a", result("piqa", "dense", {"acc": 0.5}, ranks=2, num_fewshot=5))
+    with pytest.raises(SystemExit):
+        main([one, write(tmp_path / "b", result("piqa", "dense", {"acc": 0.5}, num_fewshot=5))])
+    assert "a different number of ranks (2 and 1)" in capsys.readouterr().err
+
+
+def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert f"{tmp_path} holds no results: make them with evaluate.py" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "x.json is not a result of evaluate.py" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""Local files give the prompts, targets and metrics of the harness's own tasks; the hub's tasks are wired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+
+import datasets
+import yaml
+from lm_eval.api.task import ConfigurableTask
+
+from sepllm_train.errors import UserError
+from sepllm_train.evaluation.attention import AttentionOptions, bind
+from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
+from sepllm_train.evaluation.tasks import TASKS, Loaded, articles, load_tasks
+from sepllm_train.streaming.model import open_model
+from tests.evaluation.conftest import choice, words
+
+LOCAL = [name for name, task in TASKS.items() if task.convert is not None]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def hub_records(name: str, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The local files by split in the hub's form, written down here a second time."""
+    if name == "wikitext":
+        text = (data_dir / "wikitext2/valid.txt").read_text()
+        cut = text.index(" = a dog =")
+        return {"validation": [{"page": text[:cut]}, {"page": text[cut:]}]}
+    found = {split: data_dir / path for split, path in TASKS[name].files.items() if (data_dir / path).is_file()}
+    splits = {split: read(path) for split, path in found.items()}
+    forms: dict[str, Any] = {
+        "arc_easy": lambda r: {
+            "question": r["question"],
+            "choices": {"text": r["choices"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[r["answer"]],
+        },
+        "logiqa": lambda r: {
+            "context": r["context"],
+            "question": r["question"],
+            "options": r["choices"],
+            "label": "abcd"[r["answer"]],
+        },
+        "piqa": lambda r: {
+            "goal": r["question"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": r["answer"]
+        },
+    }  # fmt: skip
+    forms["arc_challenge"] = forms["arc_easy"]
+    form = forms.get(name, dict)
+    return {split: [form(record) for record in records] for split, records in splits.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
+    """A hub that has the local files, SciQ and MMLU."""
+
+    def load(path: str, name: str | None = None, **_: Any) -> Any:
+        if path == "allenai/sciq":
+            names = ("distractor1", "distractor2", "distractor3", "correct_answer")
+            answers = [dict(zip(names, choice(number)["choices"], strict=True)) for number in range(4)]
+            one = [{"question": words(n, 5), "support": words(n, 9), **made} for n, made in enumerate(answers)]
+            splits = {"train": one, "validation": one, "test": one}
+        elif path == "cais/mmlu":
+            splits = {"dev": [choice(number) for number in range(5)], "test": [choice(7), choice(9)]}
+        else:
+            known = {
+                "EleutherAI/lambada_openai": "lambada",
+                "EleutherAI/logiqa": "logiqa",
+                "baber/piqa": "piqa",
+                "openai/gsm8k": "gsm8k_cot",
+                "EleutherAI/wikitext_document_level": "wikitext",
+            }
+            arc = "arc_challenge" if name == "ARC-Challenge" else "arc_easy"
+            splits = hub_records(known.get(path, arc), data_dir)
+            if known.get(path) == "wikitext":
+                splits["test"] = splits["validation"]
+            for split in ("train", "validation"):
+                splits.setdefault(split, next(iter(splits.values())))
+        return {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
+
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", load)
+
+
+@pytest.fixture
+def loaded(data_dir: Path, request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    with load_tasks([request.param], data_dir, 0) as (task,):
+        yield task
+
+
+def requests(task: ConfigurableTask, shots: int = 0) -> list[Any]:
+    task.set_config(key="num_fewshot", value=shots)
+    task.set_fewshot_seed(seed=1)
+    task.build_all_requests()
+    return [(one.request_type, one.args) for one in task.instances]
+
+
+@pytest.mark.parametrize("loaded", LOCAL, indirect=True)
+def test_local_files_give_the_harness_s_requests(
+    loaded: Loaded, hub: None, data_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    (own,) = loaded.tasks["tasks"].values()
+    with load_tasks([loaded.name], None, 0) as (theirs,):
+        (other,) = theirs.tasks["tasks"].values()
+        other.config.test_split = own.config.test_split
+        other.task_docs = other.eval_docs
+        assert requests(own) == requests(other) and requests(own)
+        assert own.aggregation().keys() == other.aggregation().keys()
+        assert (own.VERSION, own.higher_is_better()) == (other.VERSION, other.higher_is_better())
+        if loaded.name.startswith(("arc", "gsm8k")):
+            assert requests(own, 3) == requests(other, 3)
+
+
+def test_gsm8k_shows_its_eight_examples(data_dir: Path) -> None:
+    with load_tasks(["gsm8k_cot"], data_dir, None) as (task,):
+        (own,) = task.tasks["tasks"].values()
+        prompt = requests(own, task.shots)[0][1][0]
+    assert task.shots == 8 and prompt.count("Q: ") == 9
+    assert prompt.startswith("Q: There are 15 trees") and prompt.endswith("\nA:")
+
+
+def test_piqa_never_shows_the_question_itself(data_dir: Path) -> None:
+    """Its only file is evaluated, and the examples are of it."""
+    with load_tasks(["piqa"], data_dir, 4) as (task,):
+        (own,) = task.tasks["tasks"].values()
+        for _, (prompt, _) in requests(own, 4):
+            *before, last = prompt.split("\n\n")
+            assert len(before) == 4 and not any(example.startswith(last) for example in before)
+
+
+@pytest.mark.parametrize("name, tasks, shots", [("sciq", 1, 0), ("mmlu", 57, 5), ("lambada", 1, 0)])
+def test_tasks_of_the_hub(hub: None, name: str, tasks: int, shots: int) -> None:
+    with load_tasks([name], None, None) as (task,):
+        assert len(task.tasks["tasks"]) == tasks and task.shots == shots and task.data == {"source": "hub"}
+        assert task.split == "test"
+
+
+def test_a_group_is_one_result(hub: None, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """MMLU: 57 subtasks of two documents each; the accuracy is over all of them."""
+    model = open_model(str(models["sep"]), None, "fp32", "cpu")
+    options = EvaluationOptions(("mmlu",), shots=1)
+    (result,) = evaluate(model, tokenizer_for(model, None), [bind(model, AttentionOptions())], options)
+    # The subtasks and the four groups between them and the whole.
+    assert result["documents"] == 114 and len(result["subtasks"]) == 57 + 4
+    assert 0 <= result["metrics"]["acc"]["value"] <= 1 and result["num_fewshot"] == 1
+    # Few of the prompts are distinct: they differ by the subject's name.
+    assert 57 <= result["sequences"] <= 114 and result["kv_share"] < 1
+
+
+def test_data_that_cannot_be_had() -> None:
+    sentence = r"the data of sciq cannot be loaded \(.*\): give local files with --data-dir"
+    with pytest.raises(UserError, match=sentence), load_tasks(["sciq"], None, None):
+        pass
+
+
+def test_articles() -> None:
+    text = " \n = One = \n \n a b . \n = = Part = = \n c \n = Two = \n d\n"
+    assert articles(text) == [" \n = One = \n \n a b . \n = = Part = = \n c \n", " = Two = \n d\n"]
+    assert articles("no titles\nat all") == ["no titles\nat all"]
+
+
+def test_definitions_are_removed(data_dir: Path) -> None:
+    with load_tasks(["lambada"], data_dir, None) as (task,):
+        (own,) = task.tasks["tasks"].values()
+        made = Path(own.config.metadata["config_source"])
+        assert yaml.safe_load(made.read_text())["include"].endswith("lambada_openai.yaml")
+    assert not made.exists()
+
+
+CUT = '{"question": "a", "choices": ["b", "c"]}'
+WRONG = '{"question": "a", "choices": ["b", "c"], "answer": 2}'
+MISTAKES: dict[str, tuple[str, str | None, str]] = {
+    "no file": ("arc_easy", None, r"arc_easy needs .*arc/arc_easy_test.jsonl, and it is not there"),
+    "no field": ("arc_easy", CUT, r"line 1 of .* is not a record .* no 'answer' and needs question, choices, answer"),
+    "wrong answer": ("arc_easy", WRONG, r"line 1 of .*: answer 2 is not the number of one of the choices"),
+    "not JSON": ("arc_easy", "{", r"line 1 of .*arc_easy_test.jsonl is not a record of its task"),
+    "not a record": ("arc_easy", "7", r"line 1 of .*arc_easy_test.jsonl is not a record of its task"),
+    "empty": ("arc_easy", "", r"arc_easy_test.jsonl is empty"),
+    "no local form": ("mmlu", None, r"mmlu has no form for local files: leave --data-dir out"),
+    "unknown": ("hellaswag", None, r"the task 'hellaswag' is unknown: choose from arc_challenge, "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(tmp_path: Path, mistake: str) -> None:
+    name, content, sentence = MISTAKES[mistake]
+    if content is not None:
+        (tmp_path / "arc").mkdir()
+        (tmp_path / "arc/arc_easy_test.jsonl").write_text(content)
+    with pytest.raises(UserError, match=sentence), load_tasks([name], tmp_path, None):
+        pass
+
+
+def test_more_examples_than_there_are(data_dir: Path) -> None:
+    sentence = "piqa has 5 examples to show and --num-fewshot asks for 6"
+    with pytest.raises(UserError, match=sentence), load_tasks(["piqa"], data_dir, 6):
+        pass

@@ -94,7 +94,8 @@ def read_theirs(folder: Path) -> Any:
         kind = json.loads(path.read_text(encoding="utf8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): give the folder of a transformers model."
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)}): give the folder of a "
+            "transformers model."
         ) from None
     require(
         isinstance(kind, str) and kind in FAMILIES,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 _MODELS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-class TokenCache(Cache):
+class TokenCache(Cache, ABC):
     """A cache that takes the tokens of a forward before the layers run, in pieces; `cache.SlotCache` is it."""
 
     columns_seen: int
@@ -34,22 +35,22 @@ class TokenCache(Cache):
     # The model without its head that the cache was made for.
     base: Callable[[], Any]
 
+    @abstractmethod
     def begin(self, rows: int, device: torch.device) -> None:
         """Start with `rows` sequences unless it has begun."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_room(self) -> None:
         """Drop keys where the next token has no room."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, ids: Tensor, valid: Tensor) -> int:
         """How many of the next tokens, i64 and bool [B, N], can be one piece; at least 1 after make_room."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Take N tokens, i64 and bool [B, N]; gives their position_ids, i64 [B, N], and the mask of what they see for
         each layer, bool [B, N, W] (one object for layers that share it)."""
-        raise NotImplementedError
 
 
 class LayerMasks:

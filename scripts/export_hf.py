@@ -28,7 +28,9 @@ def main() -> None:
     try:
         from sepllm_train.hf.export import export_run
     except ImportError as error:
-        raise UserError(f"transformers is missing ({first_line(error)}): pip install 'sepllm-train[hf]'.") from None
+        raise UserError(
+            f"transformers is missing ({first_line(error)}): pip install -e '.[hf]' in the checkout."
+        ) from None
     export_run(
         arguments.run_folder,
         arguments.output,

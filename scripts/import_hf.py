@@ -33,7 +33,9 @@ def main() -> None:
     try:
         from sepllm_train.hf.importing import import_model
     except ImportError as error:
-        raise UserError(f"transformers is missing ({first_line(error)}): pip install 'sepllm-train[hf]'.") from None
+        raise UserError(
+            f"transformers is missing ({first_line(error)}): pip install -e '.[hf]' in the checkout."
+        ) from None
     import_model(
         arguments.model,
         arguments.output,

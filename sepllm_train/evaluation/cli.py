@@ -31,7 +31,7 @@ def needing_extras(program: Callable[[], None]) -> None:
         extra = _NEEDED.get(package)
         if extra is None:
             raise
-        raise UserError(f"{package} is not installed: pip install 'sepllm-train[{extra}]'.") from None
+        raise UserError(f"{package} is not installed: pip install -e '.[{extra}]' in the checkout.") from None
 
 
 def parser() -> argparse.ArgumentParser:

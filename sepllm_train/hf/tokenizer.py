@@ -140,7 +140,7 @@ def _proto(path: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(
-            f"the rules of {path} cannot be read ({first_line(error)}): pip install 'sepllm-train[hf]'."
+            f"the rules of {path} cannot be read ({first_line(error)}): pip install -e '.[hf]' in the checkout."
         ) from None
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())

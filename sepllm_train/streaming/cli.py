@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "safetensors"):
             raise
-        print(f"error: {error.name} is not installed: pip install 'sepllm-train[hf]'.", file=sys.stderr)
+        print(f"error: {error.name} is not installed: pip install -e '.[hf]' in the checkout.", file=sys.stderr)
         return EXIT_USER_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

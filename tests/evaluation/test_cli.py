@@ -185,4 +185,4 @@ def test_without_the_harness(models: dict[str, Path], data_dir: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.endswith("error: lm_eval is not installed: pip install 'sepllm-train[eval]'.\n")
+    assert done.stderr.endswith("error: lm_eval is not installed: pip install -e '.[eval]' in the checkout.\n")

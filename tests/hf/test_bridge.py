@@ -388,4 +388,4 @@ def test_scripts_end_with_one_sentence_without_transformers(repository: Path, tm
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
         )
         assert done.returncode == 2 and done.stderr.startswith("error: transformers is missing"), done.stderr
-        assert "pip install 'sepllm-train[hf]'" in done.stderr and done.stderr.count("\n") == 1
+        assert "pip install -e '.[hf]' in the checkout" in done.stderr and done.stderr.count("\n") == 1

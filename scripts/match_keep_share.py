@@ -13,12 +13,9 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from sepllm_train.config.load import config_folder, one_sentence, register_schema, to_config
+from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.errors import UserError, exit_on_user_error
 
@@ -31,18 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.samples < 1:
         raise UserError(f"--samples {arguments.samples} must be at least 1.")
-    _match(_config(arguments.overrides), arguments.samples)
-
-
-def _config(overrides: list[str]) -> Config:
-    """The configuration of a command line. Raises UserError."""
-    register_schema()
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            composed = compose("pretrain", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_sentence(error)) from None
-    return to_config(composed)
+    _match(configuration_of(arguments.overrides), arguments.samples)
 
 
 def _match(config: Config, count: int) -> None:

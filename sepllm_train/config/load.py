@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -48,6 +49,17 @@ def to_dataclasses(config: DictConfig, kind: type[C]) -> C:
         raise UserError(one_sentence(error, kind)) from None
     assert isinstance(result, kind)
     return result
+
+
+def configuration_of(overrides: list[str]) -> schema.Config:
+    """The checked configuration that `overrides` of a run make, as for scripts/pretrain.py. Raises UserError."""
+    register_schema()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            composed = compose("pretrain", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_sentence(error)) from None
+    return to_config(composed)
 
 
 def run_with_hydra(task: Callable[[schema.Config], None]) -> None:

@@ -1,4 +1,4 @@
-"""The command line of the analysis: corpus, attention, loss."""
+"""The command line of the analysis: corpus, attention, loss, ablate."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_corpus(commands)
     _add_attention(commands)
     _add_loss(commands)
+    _add_ablate(commands)
     return parser
 
 
@@ -163,6 +164,40 @@ def _run_loss(arguments: argparse.Namespace) -> None:
         arguments.run_folder,
         arguments.output,
         questions,
+        step=arguments.checkpoint,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        samples=arguments.samples,
+    )
+
+
+def _add_ablate(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "ablate",
+        "Loss of a trained model with some of the separators, and with other tokens at as many keys kept.",
+        "runs/books_dense --window 64 --output analysis/ablation",
+    )
+    _add_run(command, 32)
+    command.add_argument("--window", type=int, metavar="N", help="neighbours, the token included (default: the run's)")
+    command.add_argument("--initial", type=int, metavar="A", help="initial tokens (default: the run's)")
+    command.add_argument(
+        "--subsets",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]CLASSES",
+        help="subsets of separators (default: nine, four, two, line breaks and each class), such as period,question",
+    )
+    command.set_defaults(run=_run_ablate)
+
+
+def _run_ablate(arguments: argparse.Namespace) -> None:
+    from sepllm_train.analysis.ablation import AblationOptions, ablation_command
+
+    ablation_command(
+        arguments.run_folder,
+        arguments.output,
+        AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets),
         step=arguments.checkpoint,
         data=arguments.data,
         held_out=arguments.held_out,

@@ -45,21 +45,25 @@ class Placement:
         moved, kept = classes.copy(), classes[positions]
         moved[positions] = 0
         if self.kind == "shuffled":
-            positions = _shuffled(positions, self._draws(len(positions), identity))
+            positions = _shuffled(positions, uniform_draws(len(positions), self.seed, identity))
         elif self.kind == "preceding":
             kept, positions = kept[positions > 0], positions[positions > 0] - 1
         else:
-            stays = self._draws(len(positions), identity) < self.keep_share
+            stays = uniform_draws(len(positions), self.seed, identity) < self.keep_share
             kept, positions = kept[stays], positions[stays]
         moved[positions] = kept
         return moved
 
-    def _draws(self, count: int, identity: str) -> NDArray[np.float64]:
-        """`count` numbers in [0, 1), the same under every version of numpy: its bit generators have a fixed stream,
-        the shuffles made from them do not."""
-        digest = hashlib.sha256(f"{self.seed} {identity}".encode()).digest()
-        bits = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(count)
-        return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+def uniform_draws(count: int, seed: int, identity: str) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1), which depend on the seed and on `identity` alone.
+
+    They are the same under every version of numpy: its bit generators have a fixed stream, the shuffles made from them
+    do not.
+    """
+    digest = hashlib.sha256(f"{seed} {identity}".encode()).digest()
+    bits = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(count)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _shuffled(positions: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, Trai
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.dataset import SeparatorDataset
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, micro_batches
-from sepllm_train.data.placement import Placement, placement_of
+from sepllm_train.data.placement import Placement, placement_of, uniform_draws
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.errors import UserError
 from sepllm_train.thinning import matching_keep_share, mean_keys
@@ -105,7 +105,7 @@ def test_chance_is_seed_and_identity_alone() -> None:
 
 
 def test_draws_do_not_change_with_numpy() -> None:
-    draws = Placement("thinned", SPECIAL, 1.0, 1234)._draws(3, "train 0")
+    draws = uniform_draws(3, 1234, "train 0")
     assert draws.tolist() == [0.2090046513904873, 0.99971857905199, 0.4343566377679541]
 
 

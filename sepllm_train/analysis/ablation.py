@@ -149,7 +149,7 @@ class Ablation:
         if trained.pattern != "dense":
             self.rows["reference", "trained"] = Row("as trained", "reference", trained, self.trained)
         self._row("reference", "dense", replace(base, pattern="dense"))
-        self._row("streaming", f"none, n = {self.window}", replace(base, pattern="streaming"))
+        self._row("streaming", f"none, n = {base.window}", replace(base, pattern="streaming"))
         subsets = []
         for name, classes in self._subsets(options).items():
             attention, density = replace(base, separators=list(classes)), self._density(classes)

@@ -52,6 +52,7 @@ setup(
             "tensorboard",
             "transformers>=5.5",
             "safetensors",
+            "lm_eval[hf]>=0.4.13",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

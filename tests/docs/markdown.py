@@ -16,7 +16,7 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 class Command(NamedTuple):
-    """A line of a `bash` block: the page it is on and its words as a shell would split them."""
+    """A command of a `bash` block or table: the page it is on and its words as a shell would split them."""
 
     page: str
     words: tuple[str, ...]
@@ -26,13 +26,17 @@ class Command(NamedTuple):
 
 
 def commands() -> list[Command]:
-    """Every command of the `bash` blocks, once for each page, comments left out."""
+    """Every command of the `bash` blocks and of the cells of tables, once for each page, comments left out."""
     found: dict[Command, None] = {}
     for page in PAGES:
+        lines = []
         for language, body in _FENCE.findall(page.read_text(encoding="utf8")):
-            for line in body.replace("\\\n", " ").splitlines() if language == "bash" else []:
-                if words := shlex.split(line, comments=True):
-                    found[Command(page.name, tuple(words))] = None
+            lines += body.replace("\\\n", " ").splitlines() if language == "bash" else []
+        rows = [line for line in prose(page).splitlines() if line.startswith("| ")]
+        lines += [span for row in rows for span in _SPAN.findall(row) if span.startswith(("python ", "torchrun "))]
+        for line in lines:
+            if words := shlex.split(line, comments=True):
+                found[Command(page.name, tuple(words))] = None
     return list(found)
 
 

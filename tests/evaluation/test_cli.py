@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,12 +176,15 @@ def test_prompts_longer_than_the_context(
     assert "lambada: 0-shot, 1 prompts cut on the left" in capsys.readouterr().out
 
 
-def test_without_the_harness(models: dict[str, Path], data_dir: Path) -> None:
-    words = ["evaluate.py", str(models["sep"]), "--tasks", "piqa", "--data-dir", str(data_dir)]
-    program = "import sys; sys.modules['lm_eval'] = None; from sepllm_train.evaluation.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.endswith("error: lm_eval is not installed: pip install -e '.[eval]' in the checkout.\n")
+def test_without_the_harness(
+    models: dict[str, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run", "harness"):  # the modules that import it
+        monkeypatch.delitem(sys.modules, f"sepllm_train.evaluation.{name}", raising=False)
+    for name in ("lm_eval", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as ended:
+        run(models["sep"], "--tasks", "piqa", "--data-dir", data_dir)
+    assert ended.value.code == 2
+    told = "error: lm_eval is not installed: pip install -e '.[eval]' in the checkout.\n"
+    assert capsys.readouterr().err.endswith(told)

@@ -98,6 +98,9 @@ class AttentionConfig:
     initial_tokens: int = 3
     # Neighbours, the token itself included: one number, or one per layer.
     window: Any = 64
+    # Windows that training draws from, one for each step and all layers that are not full; `window` is then that of
+    # validation, generation and export. None = every step has `window`.
+    window_choices: list[int] | None = None
     # paper | all | auto | list of class names | list of {classes: [...], horizon: tokens or forever}
     separators: Any = "paper"
     # separators=auto: [least, most] share of the tokens that the chosen classes have.
@@ -140,7 +143,27 @@ class AttentionConfig:
             len(budget) == 2 and 0 <= budget[0] < budget[1] <= 1,
             f"attention.density_budget={budget} must be [LEAST,MOST], two shares of the tokens from 0 to 1.",
         )
-        self._check_placement(windows)
+        self._check_choices()
+        self._check_placement([*windows, *(self.window_choices or ())])
+
+    def _check_choices(self) -> None:
+        """A window is drawn from several, for layers that have one."""
+        choices = self.window_choices
+        if choices is None:
+            return
+        require(
+            len(set(choices)) == len(choices) >= 2 and min(choices) >= 1,
+            f"attention.window_choices={choices} must be at least two different whole numbers of at least 1.",
+        )
+        require(
+            self.pattern != "dense",
+            f"attention.window_choices={choices} are windows of a pattern: attention.pattern=dense has none.",
+        )
+        require(
+            not isinstance(self.window, list),
+            f"attention.window_choices={choices} draws one window for all layers: attention.window={self.window} must "
+            "be one number too, the window of validation.",
+        )
 
     def _check_placement(self, windows: list[int]) -> None:
         """Placements move separators, so there must be some, and a share is what thinning alone needs."""
@@ -152,8 +175,9 @@ class AttentionConfig:
         )
         require(
             self.placement != "preceding" or min(windows) >= 2,
-            f"attention.placement=preceding needs attention.window={self.window} to be at least 2: only then does "
-            "every separator see the token before it as one of its neighbours.",
+            f"attention.placement=preceding needs attention.window={self.window} "
+            + (f"and attention.window_choices={self.window_choices} " if self.window_choices else "")
+            + "to be at least 2: only then does every separator see the token before it as one of its neighbours.",
         )
         thinned = self.placement == "thinned"
         require(

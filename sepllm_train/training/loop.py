@@ -26,6 +26,7 @@ from sepllm_train.training.guards import Guards
 from sepllm_train.training.profile import StepProfiler
 from sepllm_train.training.progress import StepProgress
 from sepllm_train.training.report import Facts, StepLine
+from sepllm_train.training.schedules import StepSchedule
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
 from sepllm_train.training.step import Stepper, StepResult, reduce_over_ranks
@@ -40,6 +41,7 @@ class Loop:
         facts: Facts,
         training: Training,
         stepper: Stepper,
+        schedule: StepSchedule,
         state: TrainState,
         *,
         guards: Guards,
@@ -54,6 +56,7 @@ class Loop:
         self.facts = facts
         self.training = training
         self.stepper = stepper
+        self.schedule = schedule
         self.state = state
         self.guards = guards
         self.detector = BadStepDetector(config.training, state)
@@ -159,8 +162,10 @@ class Loop:
             return self.guards.numbers()
 
         begin = time.perf_counter()
+        self.stepper.attend_by(self.schedule.pattern(number))
+        self.windows += self.schedule.window(number) or 0
         self.stepper.clock.begin()
-        progress.begin(self.state.step + 1)
+        progress.begin(number)
         result = self.stepper.train(
             iterators, self.micro_batches, micro_batch, judge=self.detector.judge, own=own_numbers
         )
@@ -217,12 +222,13 @@ class Loop:
             say(f"profile: {trace}, for chrome://tracing or ui.perfetto.dev; operators by time in the .txt beside it")
 
     def _new_interval(self) -> None:
-        """Start the sums between two log lines: losses, micro-batches behind them, pairs, and pairs of one layer of
-        each kind (f64 [3 + kinds])."""
-        self.sums = torch.zeros(3 + len(self.stepper.layer_kinds), dtype=torch.float64, device=self.device)
+        """Start the sums between two log lines: losses, micro-batches behind them, pairs, and pairs of each layer (f64
+        [3 + layers])."""
+        self.sums = torch.zeros(3 + self.config.model.layers, dtype=torch.float64, device=self.device)
         holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._counted = torch.tensor(float(self.micro_batches * holds_loss), dtype=torch.float64, device=self.device)
         self.context_bytes = 0
+        self.windows = 0
         self.interval_steps = 0
         self.interval_seconds = 0.0
         self.skipped = 0
@@ -250,6 +256,7 @@ class Loop:
             "train/step_seconds": seconds / self.interval_steps,
             "train/attended_share": share,
             **self._layer_shares(tokens, layer_pairs),
+            **({"train/window": self.windows / self.interval_steps} if self.schedule.patterns else {}),
             "train/skipped_steps": self.skipped,
             "train/bad_steps": self.bad,
             "train/lost_workers": self.lost_workers,
@@ -281,16 +288,15 @@ class Loop:
         self._new_interval()
 
     def _layer_shares(self, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
-        """Attended share of each layer, counted from 0, from the pairs of each kind; nothing when all are of one."""
-        kinds = self.stepper.layer_kinds
-        if len(kinds) == 1:
+        """Attended share of each layer, counted from 0; nothing when all attend alike."""
+        layers = self.schedule.drawn_from[0].layers
+        if len(set(layers)) == 1:
             return {}
-        layers = self.stepper.pattern.layers
         share = self.facts.counter.attended_share
-        shares = {
-            kind: share(tokens, round(pairs) * len(layers)) for kind, pairs in zip(kinds, layer_pairs, strict=True)
+        return {
+            f"train/layer_{number:02d}/attended_share": share(tokens, round(pairs) * len(layers))
+            for number, pairs in enumerate(layer_pairs)
         }
-        return {f"train/layer_{number:02d}/attended_share": shares[layer] for number, layer in enumerate(layers)}
 
     def _mfu(self, flops_per_second: float) -> float | None:
         """flops/model per second over the peak of all devices; None where the peak is not known."""
@@ -305,6 +311,7 @@ class Loop:
         if not datasets or self.config.training.validation_samples == 0:
             return
         self._log()
+        self.stepper.attend_by(self.schedule.base)
         begin = time.perf_counter()
         record: dict[str, float] = {}
         for name, dataset in datasets.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import PRECISIONS, padded_vocabulary
+from sepllm_train.training.schedules import StepSchedule
 
 # Training samples behind the figures that are printed before the first step.
 PROBED_SAMPLES = 8
@@ -28,6 +31,8 @@ PROBED_SAMPLES = 8
 class Facts:
     """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training.
 
+    Where steps draw their windows, `attended_share` and `flops_per_token` are means over the windows, and
+    `most_attended` is the share of those steps that attend the most.
     `sent_keys`: for each reach of layers, the keys that a context-parallel rank sends forward per layer and sequence.
     """
 
@@ -37,6 +42,7 @@ class Facts:
     parameters: int
     tokens_per_step: int
     attended_share: float
+    most_attended: float
     flops_per_token: dict[str, float]
     backends: dict[str, str]
     memory: dict[str, int]
@@ -45,31 +51,33 @@ class Facts:
 
 
 def derive(
-    config: Config, pattern: AttentionPattern, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
+    config: Config, schedule: StepSchedule, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
 ) -> Facts:
     """Work out the facts of a run; attended share and sent keys are measured on the first samples of `dataset`."""
     model, length = config.model, config.data.sequence_length
     vocabulary = model.vocabulary or corpus.vocabulary
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
-    counter = FlopsCounter(shape_of(model, padded), length, dense=pattern.dense)
-    samples = PROBED_SAMPLES
-    plans = [sample_plan(pattern, dataset[number]) for number in range(samples)]
-    pairs = sum(attended_pairs_of_layers(pattern, plan) for plan in plans)
-    flops = counter.training(samples * length, pairs)
+    counter = FlopsCounter(shape_of(model, padded), length, dense=schedule.base.dense)
+    patterns = schedule.drawn_from
+    plans = [sample_plan(schedule.base, dataset[number]) for number in range(PROBED_SAMPLES)]
+    pairs = [sum(attended_pairs_of_layers(pattern, plan) for plan in plans) for pattern in patterns]
+    tokens = PROBED_SAMPLES * length
+    flops = [counter.training(tokens, number) for number in pairs]
     replicas = data_parallel_size(config.parallel, world_size)
-    share = counter.attended_share(samples * length, pairs)
+    most = counter.attended_share(tokens, max(pairs))
     return Facts(
         replicas=replicas,
         vocabulary=vocabulary,
         padded_vocabulary=padded,
         parameters=parameter_count(model, padded),
         tokens_per_step=config.training.global_batch * length,
-        attended_share=share,
-        flops_per_token={key: value / (samples * length) for key, value in flops.items()},
-        backends=chosen_backends(config, pattern, device),
-        memory=memory_estimate(config, padded, replicas=replicas, attended_share=share, device=device.type),
+        attended_share=counter.attended_share(tokens, sum(pairs)) / len(pairs),
+        most_attended=most,
+        flops_per_token={key: fmean(one[key] for one in flops) / tokens for key in flops[0]},
+        backends=chosen_backends(config, [schedule.base, *patterns], device),
+        memory=memory_estimate(config, padded, replicas=replicas, attended_share=most, device=device.type),
         counter=counter,
-        sent_keys=sent_keys(config, pattern, plans),
+        sent_keys=sent_keys(config, patterns, plans),
     )
 
 
@@ -78,10 +86,11 @@ def sample_plan(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> A
     return pattern.plan(sample["separator_class"][None], sample["document_start"][None])
 
 
-def sent_keys(config: Config, pattern: AttentionPattern, plans: list[AttentionPlan]) -> dict[int, float]:
+def sent_keys(config: Config, patterns: Sequence[AttentionPattern], plans: Sequence[AttentionPlan]) -> dict[int, float]:
     """Reach of a layer (S at most) -> mean keys that a rank sends for it; empty without context parallelism."""
     size, length = config.parallel.context, config.data.sequence_length
-    reaches = dict.fromkeys(min(layer.reach, length) for layer in pattern.layers) if size > 1 else ()
+    layers = [layer for pattern in patterns for layer in pattern.layers]
+    reaches = dict.fromkeys(min(layer.reach, length) for layer in layers) if size > 1 else ()
     return {reach: mean_keys_sent(plans, reach, size) for reach in reaches}
 
 
@@ -90,8 +99,8 @@ def attended_pairs_of_layers(pattern: AttentionPattern, plan: AttentionPlan) -> 
     return sum(int(attended_pairs(plan, layer.window, layer.horizons).sum()) for layer in pattern.layers)
 
 
-def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.device) -> dict[str, str]:
-    """Attention backend -> why, over the layers of the model. Raises UserError for one that cannot do the job."""
+def chosen_backends(config: Config, patterns: Sequence[AttentionPattern], device: torch.device) -> dict[str, str]:
+    """Attention backend -> why, over the layers of all patterns. Raises UserError for one that cannot do the job."""
     context, length = config.parallel.context, config.data.sequence_length
     queries = length // (2 * context) if context > 1 else None
     try:
@@ -102,12 +111,12 @@ def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.dev
                 queries=queries,
                 window=layer.window,
                 device=device,
-                separate_documents=pattern.separate_documents,
+                separate_documents=config.attention.separate_documents,
                 sink=config.attention.sink == "learned",
                 head_size=config.model.head_dim,
                 dtype=PRECISIONS[config.training.precision],
             )
-            for layer in dict.fromkeys(pattern.layers)
+            for layer in dict.fromkeys(layer for pattern in patterns for layer in pattern.layers)
         ]
     except ValueError as error:
         raise UserError(f"attention.backend={config.attention.backend}: {error}.") from None
@@ -122,6 +131,7 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
     total = facts.tokens_per_step * training.steps
     flops = facts.flops_per_token
     saving = 1 - flops["flops/model"] / flops["flops/dense"]
+    mean = ", mean over the windows of training" if config.attention.window_choices else ""
     return [
         f"run: {config.run_root}/{config.name} | {_counted(world_size, 'process')} = tensor {parallel.tensor} x "
         f"pipeline {parallel.pipeline} x "
@@ -137,7 +147,7 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
         f"{training.steps:,} steps = {quantity(total)} tokens",
         f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
-        f"({saving:.1%} saved), LM head included | whole run {quantity(flops['flops/model'] * total)}FLOPs",
+        f"({saving:.1%} saved), LM head included{mean} | whole run {quantity(flops['flops/model'] * total)}FLOPs",
         "memory per process, estimated: "
         + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
     ]
@@ -167,14 +177,17 @@ def _attention_line(config: Config, facts: Facts) -> str:
     details = ""
     if attention.pattern != "dense":
         details = f" | initial {attention.initial_tokens} | window {attention.window}"
+        if attention.window_choices:
+            details += f", in training one of {', '.join(map(str, attention.window_choices))} a step"
         if attention.placement != "natural":
             share = "" if attention.keep_share is None else f" to {attention.keep_share:.4g}"
             details += f" | separators {attention.placement}{share}"
         details += f" | full layers {attention.full_layers}" if attention.full_layers != "none" else ""
     backends = "; ".join(f"{name} ({reason})" for name, reason in facts.backends.items())
+    mean = ", mean over the windows of training" if attention.window_choices else ""
     return (
         f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
-        f"first {PROBED_SAMPLES} samples | backend {backends}"
+        f"first {PROBED_SAMPLES} samples{mean} | backend {backends}"
     )
 
 

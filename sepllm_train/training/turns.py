@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.corpus import open_corpus
@@ -18,15 +17,20 @@ from sepllm_train.data.loader import MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.together import together
 from sepllm_train.training.report import Facts, derive
+from sepllm_train.training.schedules import StepSchedule, schedule_of
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.step import Stepper
 
 
 @dataclass
 class Rival:
-    """One configuration in training: `seconds` of a step in each turn, `parts` of them by name, and visible pairs."""
+    """One configuration in training: `seconds` of a step in each turn, `parts` of them by name, and visible pairs.
+
+    Where steps draw their windows all three are means over the windows.
+    """
 
     config: Config
+    schedule: StepSchedule
     stepper: Stepper
     training: Training
     facts: Facts
@@ -37,11 +41,14 @@ class Rival:
     done: int = 0
 
     def turn(self, steps: int, device: torch.device) -> None:
-        """Train `steps` steps and note what they took."""
+        """Train `steps` steps, with each of the windows that steps draw from, and note what they took."""
         micro = self.config.training.global_batch // (self.config.training.micro_batch * self.facts.replicas)
         pairs = torch.zeros((), dtype=torch.int64, device=device)
+        patterns = self.schedule.drawn_from * steps
+        steps = len(patterns)
         begin = time.perf_counter()
-        for _ in range(steps):
+        for pattern in patterns:
+            self.stepper.attend_by(pattern)
             self.stepper.clock.begin()
             pairs += self.stepper.train(self.batches, micro, lambda number: None).pairs
             if device.type == "cuda":
@@ -58,14 +65,17 @@ class Rival:
 
 
 def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
-    """Model, optimizer and data of a configuration, as a run makes them, inside the process grid."""
+    """Model, optimizer and data of a configuration, as a run makes them, inside the process grid.
+
+    A rival that takes more steps than its run has reads the same data again.
+    """
     corpus = together(lambda: open_corpus(config.data))
     config, _ = settle_separators(config, corpus)
     dataset, _ = build_datasets(config, corpus)
-    pattern = resolve_pattern(config.attention, config.model.layers)
-    facts = derive(config, pattern, corpus, dataset, world_size, device)
+    schedule = schedule_of(config)
+    facts = derive(config, schedule, corpus, dataset, world_size, device)
     training = build_training(config, facts.vocabulary, device)
-    stepper = Stepper(config, pattern, training, device)
+    stepper = Stepper(config, schedule.base, training, device)
 
     def batches() -> Iterator[Any]:
         sampler = MicroBatchSampler(
@@ -75,16 +85,17 @@ def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
             replica=parallel_state.get_data_parallel_rank(),
             replicas=facts.replicas,
         )
-        return micro_batches(
-            dataset,
-            sampler,
-            workers=config.data.workers,
-            device=device,
-            on_host=stepper.on_host,
-            vocabulary=facts.vocabulary,
-        )
+        while True:
+            yield from micro_batches(
+                dataset,
+                sampler,
+                workers=config.data.workers,
+                device=device,
+                on_host=stepper.on_host,
+                vocabulary=facts.vocabulary,
+            )
 
-    return Rival(config, stepper, training, facts, [batches() for _ in training.chunks])
+    return Rival(config, schedule, stepper, training, facts, [batches() for _ in training.chunks])
 
 
 def take_turns(rivals: Sequence[Rival], turns: int, steps: int, device: torch.device) -> Iterator[int]:

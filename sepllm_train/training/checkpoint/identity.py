@@ -13,6 +13,7 @@ from sepllm_train.errors import UserError
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
 _BEFORE = {
+    "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
     "init_from": None,

@@ -34,6 +34,13 @@ def positive(group: str, values: Any, *keys: str) -> None:
         require(value is None or value >= 1, f"{group}.{key}={value} must be at least 1.")
 
 
+def _number_or_share(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1, or lies between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 1 if isinstance(value, int) else 0 < value < 1
+
+
 @dataclass
 class ModelConfig:
     """Shape and block of the transformer. Sizes are counts of features; `ffn` is the width after the gate."""
@@ -312,6 +319,9 @@ class TrainingConfig:
     # Tokens of a micro-batch whose logits exist at once; the output layer is then computed once more in the backward
     # pass. 0 = all of them, once.
     loss_chunk: int = 0
+    # Sequence lengths to begin with, rising: a list of {length: TOKENS, steps: N}, of which both may be shares of
+    # data.sequence_length and of `steps` instead, numbers below 1. The rest of the steps have data.sequence_length.
+    curriculum: list[Any] = field(default_factory=list)
     # Steps between validations and between checkpoints; 0 = only after the last step.
     validation_interval: int = 1000
     # Sequences per dataset in one validation; 0 = no validation.
@@ -351,6 +361,14 @@ class TrainingConfig:
             self.spike_factor == 0 or self.spike_factor > 1,
             f"training.spike_factor={self.spike_factor} must be above 1, or 0 to skip no spikes.",
         )
+        for entry in self.curriculum:
+            require(
+                isinstance(entry, dict)
+                and set(entry) == {"length", "steps"}
+                and all(_number_or_share(value) for value in entry.values()),
+                f"training.curriculum entry {entry} must be {{length: TOKENS, steps: N}}, each a whole number of at "
+                "least 1 or a share between 0 and 1.",
+            )
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.loader import Batch, MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
+from sepllm_train.metrics.flops import FlopsCounter
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.metrics.peak import peak_tflops
 from sepllm_train.training import checkpoint
@@ -108,7 +110,9 @@ class Loop:
             if self.last.bad is not None:
                 self._skipped(self.last.bad, dataset)
             step, end = self.state.step, self.stopping or self.state.step == training.steps
-            log = end or step % self.config.logging.interval == 0
+            # An interval lies in one phase: its pairs are counted against one length.
+            phase_ends = step == self.schedule.phase(step).last
+            log = end or phase_ends or step % self.config.logging.interval == 0
             # Who stops a run may not leave it the time to validate: that is made up for when it continues.
             validate = step == training.steps or (_due(step, training.validation_interval) and not self.stopping)
             save = end or _due(step, training.checkpoint_interval)
@@ -162,7 +166,7 @@ class Loop:
             return self.guards.numbers()
 
         begin = time.perf_counter()
-        self.stepper.attend_by(self.schedule.pattern(number))
+        self.stepper.use(self.schedule.pattern(number), self.schedule.phase(number).length)
         self.windows += self.schedule.window(number) or 0
         self.stepper.clock.begin()
         progress.begin(number)
@@ -245,9 +249,14 @@ class Loop:
         self.state.tokens += tokens
         self.state.pairs += round(pairs)
         self.state.seconds += seconds
-        share = self.facts.counter.attended_share(tokens, round(pairs))
-        flops = self.facts.counter.training(tokens, round(pairs))["flops/model"]
+        phase = self.schedule.phase(self.state.step)
+        if self.state.step == phase.last < self.config.training.steps:
+            self.state.finished_pairs.append(self.state.pairs - sum(self.state.finished_pairs))
+        counter = self.facts.counters[phase.length]
+        share = counter.attended_share(tokens, round(pairs))
+        flops = counter.training(tokens, round(pairs))["flops/model"]
         mfu = self._mfu(flops / seconds)
+        several = len(self.schedule.phases) > 1
         record = {
             "train/loss": loss / count if count else math.nan,
             "train/grad_norm": self.last.grad_norm,
@@ -255,7 +264,8 @@ class Loop:
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds / self.interval_steps,
             "train/attended_share": share,
-            **self._layer_shares(tokens, layer_pairs),
+            **self._layer_shares(counter, tokens, layer_pairs),
+            **({"train/sequence_length": phase.length} if several else {}),
             **({"train/window": self.windows / self.interval_steps} if self.schedule.patterns else {}),
             "train/skipped_steps": self.skipped,
             "train/bad_steps": self.bad,
@@ -273,6 +283,7 @@ class Loop:
         line = StepLine(
             self.state.step,
             self.config.training.steps,
+            phase.length if several else None,
             record["train/loss"],
             self.last.grad_norm,
             self.last.learning_rate,
@@ -287,14 +298,13 @@ class Loop:
         say(f"{line}{overflows}{bad}")
         self._new_interval()
 
-    def _layer_shares(self, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
+    def _layer_shares(self, counter: FlopsCounter, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
         """Attended share of each layer, counted from 0; nothing when all attend alike."""
         layers = self.schedule.drawn_from[0].layers
         if len(set(layers)) == 1:
             return {}
-        share = self.facts.counter.attended_share
         return {
-            f"train/layer_{number:02d}/attended_share": share(tokens, round(pairs) * len(layers))
+            f"train/layer_{number:02d}/attended_share": counter.attended_share(tokens, round(pairs) * len(layers))
             for number, pairs in enumerate(layer_pairs)
         }
 
@@ -311,7 +321,7 @@ class Loop:
         if not datasets or self.config.training.validation_samples == 0:
             return
         self._log()
-        self.stepper.attend_by(self.schedule.base)
+        self.stepper.use(self.schedule.base, self.schedule.length)
         begin = time.perf_counter()
         record: dict[str, float] = {}
         for name, dataset in datasets.items():
@@ -395,8 +405,14 @@ class Loop:
             self.checkpoint_record = {}
 
     def _totals(self) -> dict[str, int]:
-        """FLOPs so far in the three conventions."""
-        return self.facts.counter.training(self.state.tokens, self.state.pairs)
+        """FLOPs so far in the three conventions, summed over the phases."""
+        finished, left = self.state.finished_pairs, self.state.tokens
+        totals = Counter[str]()
+        for phase, pairs in zip(self.schedule.phases, [*finished, self.state.pairs - sum(finished)], strict=False):
+            tokens = min(left, phase.steps * self.facts.tokens_per_step)
+            totals.update(self.facts.counters[phase.length].training(tokens, pairs))
+            left -= tokens
+        return dict(totals)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Add the counters every line has, and append to metrics.jsonl."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from sepllm_train.attention_pattern import AUTO
+from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
@@ -171,6 +172,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "origin": prepared.entry.origin,
         "parameters": facts.parameters,
         "steps": config.training.steps,
+        "curriculum": curriculum_of(config) or None,
         "comparable": {
             "data": corpus.identity(),
             "tokenizer": corpus.tokenizer_sha256,

@@ -23,6 +23,7 @@ from sepllm_train.distributed.launch import context_group
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.training.anomalies import not_finite
 from sepllm_train.training.clock import StepClock
+from sepllm_train.training.schedules import cut
 from sepllm_train.training.setup import Training, learning_rate
 from sepllm_train.training.update import Judge, update
 
@@ -66,19 +67,23 @@ class Stepper:
         self._attention = [
             part for chunk in training.modules for part in chunk.modules() if isinstance(part, SeparatorAttention)
         ]
-        self.attend_by(pattern)
         # Times the parts of the steps of `train`, for whoever begins and ends them on it.
         self.clock = StepClock(device)
         get_model_config(training.chunks[0]).timers = self.clock
         self.context = context_group()
         # Entries of a batch from which exchanges are planned.
         self.on_host = ("separator_class", "document_start") if self.context else ()
-        length = config.data.sequence_length
-        self.positions = self._part(torch.arange(length, device=device).expand(config.training.micro_batch, length))
+        self.use(pattern, config.data.sequence_length)
 
-    def attend_by(self, pattern: AttentionPattern) -> None:
-        """Train and validate with `pattern` from the next step on. It may differ in its layers' windows alone."""
+    def use(self, pattern: AttentionPattern, length: int) -> None:
+        """Attend by `pattern` from now on, and cut samples into sequences of `length` tokens.
+
+        Patterns may differ in the windows of their layers alone.
+        """
         self.pattern = pattern
+        self.length = length
+        self.micro_batch = self.config.training.micro_batch * self.config.data.sequence_length // length
+        self.positions = self._part(torch.arange(length, device=self.device).expand(self.micro_batch, length))
         for attention in self._attention:
             attention.layer = pattern.layers[attention.number]
 
@@ -182,17 +187,18 @@ class Stepper:
             data_iterator=batches[0] if single else batches,
             model=chunks[0] if single else chunks,
             num_microbatches=micro_batches,
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.training.micro_batch,
+            seq_length=self.length,
+            micro_batch_size=self.micro_batch,
             forward_only=forward_only,
         )
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionPlan | ContextPlan]:
-        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch.
+        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch, S being `length`.
 
         Under context parallelism S is this rank's part, and the batch's `separator_class` and `document_start` are on
         the host, where the exchange is planned.
         """
+        batch = cut(batch, self.length)
         plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
         if self.context is None:
             return batch["tokens"], batch["labels"], plan

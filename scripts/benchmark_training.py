@@ -127,6 +127,8 @@ def configuration(
         wanted = (options.step_tokens or 0) // length
         config.training.global_batch = max(1, wanted // smallest) * smallest
     validate(config, world_size)
+    if config.training.curriculum:
+        raise UserError("training.curriculum: every length is timed by itself, with --lengths; leave it out.")
     return config
 
 
@@ -158,7 +160,8 @@ def figures_of(rival: Any, device: torch.device, options: argparse.Namespace) ->
     seconds = statistics.median(rival.seconds)
     tokens = facts.tokens_per_step
     pairs = rival.pairs * facts.replicas // rival.done
-    flops = facts.counter.training(tokens, pairs)["flops/model"]
+    counter = facts.counters[rival.config.data.sequence_length]
+    flops = counter.training(tokens, pairs)["flops/model"]
     peak = options.peak_tflops
     if peak is None and device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name(device))
@@ -168,7 +171,7 @@ def figures_of(rival: Any, device: torch.device, options: argparse.Namespace) ->
         "backends": facts.backends,
         "micro_batch": rival.config.training.micro_batch,
         "parameters": facts.parameters,
-        "attended_share": facts.counter.attended_share(tokens, pairs),
+        "attended_share": counter.attended_share(tokens, pairs),
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "mfu": None if peak is None else flops / seconds / (peak * 1e12 * devices),

@@ -49,7 +49,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings of run.json that differ between the runs: dotted name to the value in each run."""
-    groups = ("parameters", "attention", "world_size", "devices", "status", "steps")
+    groups = ("parameters", "attention", "world_size", "devices", "status", "steps", "curriculum")
     told = [flatten({key: run.info[key] for key in groups if key in run.info}) for run in runs]
     names = list(dict.fromkeys(name for settings in told for name in settings))
     values = {name: [settings.get(name) for settings in told] for name in names}
@@ -59,7 +59,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def check_counts(run: Run) -> None:
     """Raise UserError unless the counters of a run grow from step to step, and count tokens in one way throughout.
 
-    A run that was resumed by another version of the trainer may have counted in another way from there on.
+    A run that was resumed by another version of the trainer may have counted in another way from there on. The tokens
+    of a curriculum cost more from phase to phase by themselves.
     """
     records = sorted(run.training + run.validation, key=lambda record: record["step"])
     for before, after in pairwise(records):
@@ -69,6 +70,8 @@ def check_counts(run: Run) -> None:
                     f"{run.metrics_file} has {key} fall from {before[key]:,} at step {before['step']} to "
                     f"{after[key]:,} at step {after['step']}: it holds records of different runs or conventions."
                 )
+    if _curriculum(run):
+        return
     told = [record for record in records if record["tokens"] > 0]
     for record in told[1:]:
         if not math.isclose(dense_flops(record), dense_flops(told[0]), rel_tol=SAME_COUNT):
@@ -104,7 +107,12 @@ def _shape(run: Run) -> Any:
     identity = run.info.get("identity")
     settings = identity if isinstance(identity, dict) else {}
     model = {key: value for key, value in settings.items() if key.startswith("model.")}
-    return run.info.get("parameters"), run.info["comparable"].get("sequence_length"), model
+    return run.info.get("parameters"), run.info["comparable"].get("sequence_length"), model, _curriculum(run)
+
+
+def _curriculum(run: Run) -> Any:
+    """The shorter sequences that a run began with, None without any."""
+    return run.info.get("curriculum")
 
 
 def caveats(runs: Sequence[Run], paired: bool = False, timed: bool = False) -> list[str]:

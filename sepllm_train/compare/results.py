@@ -15,7 +15,7 @@ from sepllm_train.compare.curves import at_tokens, best_loss, common_tokens, fin
 from sepllm_train.compare.records import CUMULATIVE, LOSS, Run
 from sepllm_train.compare.rows import Row, pairs, runs_of
 from sepllm_train.compare.student import Estimate, estimate, geometric_mean, ratio_estimate
-from sepllm_train.compare.timing import Timing
+from sepllm_train.compare.timing import RowTiming, Timing
 
 BITS = "val/bits_per_byte"
 REACHED, AT_MOST, NOT_REACHED = "reached", "at most", "not reached"
@@ -91,23 +91,21 @@ class RowAtTokens:
 
 
 def timed(rows: Sequence[Row], timing: Timing) -> list[Row]:
-    """The rows with the seconds of every record replaced by its steps times the row's seconds of a step.
+    """The rows with the seconds of every record replaced by its steps times the row's seconds of a step, those of a
+    curriculum summed over its phases.
 
     Raises UserError for a row that the timing does not hold.
     """
 
-    def clocked(run: Run, seconds: float) -> Run:
+    def clocked(run: Run, own: RowTiming) -> Run:
         training, validation = (
-            [{**record, "seconds": record["step"] * seconds} for record in records]
+            [{**record, "seconds": own.seconds_at(record["step"])} for record in records]
             for records in (run.training, run.validation)
         )
         return replace(run, training=training, validation=validation)
 
     found = [timing.of(row.label, [run.label for run in row.runs]) for row in rows]
-    return [
-        Row(row.label, [clocked(run, own.step_seconds) for run in row.runs], own)
-        for row, own in zip(rows, found, strict=True)
-    ]
+    return [Row(row.label, [clocked(run, own) for run in row.runs], own) for row, own in zip(rows, found, strict=True)]
 
 
 def to_reach(rows: Sequence[Row], loss: float | None) -> list[RowReach]:

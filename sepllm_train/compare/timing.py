@@ -5,7 +5,9 @@ in turns in one process gives seconds that compare:
 
     {"rows": {LABEL: {"step_seconds": MEDIAN, "turns": [SECONDS, ...]}, ...}, "machine": {...}}
 
-`turns` are the seconds of a step in each turn, the n-th of all rows belonging together.
+`turns` are the seconds of a step in each turn, the n-th of all rows belonging together. A row whose sequences grow in
+the course of a run has `phases` besides, {"last": STEP, "step_seconds": MEDIAN} each; its other seconds are means over
+the steps of the run.
 """
 
 from __future__ import annotations
@@ -25,10 +27,20 @@ FILE = "timing.json"
 
 @dataclass(frozen=True)
 class RowTiming:
-    """Seconds of a step: the median, and one value per turn."""
+    """Seconds of a step: the median, and one value per turn. `phases`: last step of each phase and its seconds of a
+    step, where they differ."""
 
     step_seconds: float
     turns: tuple[float, ...]
+    phases: tuple[tuple[int, float], ...] = ()
+
+    def seconds_at(self, step: int) -> float:
+        """Seconds of the first `step` steps."""
+        seconds, done = 0.0, 0
+        for last, own in self.phases:
+            seconds += (min(step, last) - done) * own
+            done = min(step, last)
+        return seconds + (step - done) * self.step_seconds
 
     def turn_ratios(self, reference: RowTiming) -> list[float]:
         """Seconds of a step over the reference's, turn by turn."""
@@ -59,9 +71,11 @@ class Timing:
         turns = len(next(iter(self.rows.values())).turns)
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value not in (None, ""))
         where = f" ({machine})" if machine else ""
+        phased = [label for label, row in self.rows.items() if row.phases]
+        sums = f" Those of {', '.join(phased)} are summed over phases that were timed apart." if phased else ""
         return (
             f"Seconds are steps times the seconds of a step, timed in {turns} turn{'' if turns == 1 else 's'} of all "
-            f"rows in one process{where}, not the seconds the runs took."
+            f"rows in one process{where}, not the seconds the runs took.{sums}"
         )
 
 
@@ -93,7 +107,25 @@ def _row(value: Any, where: str) -> RowTiming:
         raise UserError(f"{where} needs 'turns', a list of seconds above 0.")
     if not _is_time(value.get("step_seconds")):
         raise UserError(f"{where} needs 'step_seconds', a number above 0.")
-    return RowTiming(float(value["step_seconds"]), tuple(float(turn) for turn in turns))
+    return RowTiming(
+        float(value["step_seconds"]),
+        tuple(float(turn) for turn in turns),
+        _phases(value.get("phases", []), where),
+    )
+
+
+def _phases(value: Any, where: str) -> tuple[tuple[int, float], ...]:
+    """The phases of a row. Raises UserError unless each has positive seconds and ends after the one before."""
+    try:
+        phases = tuple((int(phase["last"]), float(phase["step_seconds"])) for phase in value)
+    except (KeyError, TypeError, ValueError):
+        phases = ((0, 0.0),)
+    before = 0
+    for last, seconds in phases:
+        if last <= before or not _is_time(seconds):
+            raise UserError(f"{where}: 'phases' need rising steps as 'last' and 'step_seconds' above 0.")
+        before = last
+    return phases
 
 
 def _is_time(value: Any) -> bool:

@@ -34,6 +34,13 @@ def positive(group: str, values: Any, *keys: str) -> None:
         require(value is None or value >= 1, f"{group}.{key}={value} must be at least 1.")
 
 
+def _number_or_share(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1, or lies between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 1 if isinstance(value, int) else 0 < value < 1
+
+
 @dataclass
 class ModelConfig:
     """Shape and block of the transformer. Sizes are counts of features; `ffn` is the width after the gate."""
@@ -98,6 +105,9 @@ class AttentionConfig:
     initial_tokens: int = 3
     # Neighbours, the token itself included: one number, or one per layer.
     window: Any = 64
+    # Windows that training draws from, one for each step and all layers that are not full; `window` is then that of
+    # validation, generation and export. None = every step has `window`.
+    window_choices: list[int] | None = None
     # paper | all | auto | list of class names | list of {classes: [...], horizon: tokens or forever}
     separators: Any = "paper"
     # separators=auto: [least, most] share of the tokens that the chosen classes have.
@@ -140,7 +150,27 @@ class AttentionConfig:
             len(budget) == 2 and 0 <= budget[0] < budget[1] <= 1,
             f"attention.density_budget={budget} must be [LEAST,MOST], two shares of the tokens from 0 to 1.",
         )
-        self._check_placement(windows)
+        self._check_choices()
+        self._check_placement([*windows, *(self.window_choices or ())])
+
+    def _check_choices(self) -> None:
+        """A window is drawn from several, for layers that have one."""
+        choices = self.window_choices
+        if choices is None:
+            return
+        require(
+            len(set(choices)) == len(choices) >= 2 and min(choices) >= 1,
+            f"attention.window_choices={choices} must be at least two different whole numbers of at least 1.",
+        )
+        require(
+            self.pattern != "dense",
+            f"attention.window_choices={choices} are windows of a pattern: attention.pattern=dense has none.",
+        )
+        require(
+            not isinstance(self.window, list),
+            f"attention.window_choices={choices} draws one window for all layers: attention.window={self.window} must "
+            "be one number too, the window of validation.",
+        )
 
     def _check_placement(self, windows: list[int]) -> None:
         """Placements move separators, so there must be some, and a share is what thinning alone needs."""
@@ -152,8 +182,9 @@ class AttentionConfig:
         )
         require(
             self.placement != "preceding" or min(windows) >= 2,
-            f"attention.placement=preceding needs attention.window={self.window} to be at least 2: only then does "
-            "every separator see the token before it as one of its neighbours.",
+            f"attention.placement=preceding needs attention.window={self.window} "
+            + (f"and attention.window_choices={self.window_choices} " if self.window_choices else "")
+            + "to be at least 2: only then does every separator see the token before it as one of its neighbours.",
         )
         thinned = self.placement == "thinned"
         require(
@@ -288,6 +319,9 @@ class TrainingConfig:
     # Tokens of a micro-batch whose logits exist at once; the output layer is then computed once more in the backward
     # pass. 0 = all of them, once.
     loss_chunk: int = 0
+    # Sequence lengths to begin with, rising: a list of {length: TOKENS, steps: N}, of which both may be shares of
+    # data.sequence_length and of `steps` instead, numbers below 1. The rest of the steps have data.sequence_length.
+    curriculum: list[Any] = field(default_factory=list)
     # Steps between validations and between checkpoints; 0 = only after the last step.
     validation_interval: int = 1000
     # Sequences per dataset in one validation; 0 = no validation.
@@ -327,6 +361,14 @@ class TrainingConfig:
             self.spike_factor == 0 or self.spike_factor > 1,
             f"training.spike_factor={self.spike_factor} must be above 1, or 0 to skip no spikes.",
         )
+        for entry in self.curriculum:
+            require(
+                isinstance(entry, dict)
+                and set(entry) == {"length", "steps"}
+                and all(_number_or_share(value) for value in entry.values()),
+                f"training.curriculum entry {entry} must be {{length: TOKENS, steps: N}}, each a whole number of at "
+                "least 1 or a share between 0 and 1.",
+            )
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sepllm_train.config.curriculum import phases_of
 from sepllm_train.config.schema import Config, ParallelConfig, require
 from sepllm_train.errors import UserError
 
@@ -39,6 +40,7 @@ def validate(config: Config, world_size: int) -> None:
 def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what to tell otherwise) of every condition."""
     yield from _grid(config)
+    yield from _curriculum(config)
     yield from _sequence(config)
     yield from _batch(config, world_size)
     yield from _schedule(config)
@@ -67,21 +69,49 @@ def _grid(config: Config) -> Iterator[tuple[bool, str]]:
     )
 
 
+def _curriculum(config: Config) -> Iterator[tuple[bool, str]]:
+    """The phases of a curriculum against the sequences and the length of the run."""
+    *early, last = phases_of(config)
+    lengths = [phase.length for phase in early]
+    total = config.training.steps
+    yield (
+        not early or early[-1].last < total,
+        f"training.curriculum takes {last.first - 1} steps, and training.steps={total} must leave some for "
+        f"data.sequence_length={last.length}.",
+    )
+    yield (
+        all(phase.steps >= 1 for phase in early),
+        f"training.curriculum has a phase of less than one of training.steps={total}: give it a larger share.",
+    )
+    yield (
+        all(length >= 1 and last.length % length == 0 for length in lengths) and last.length not in lengths,
+        f"training.curriculum has the lengths {lengths}: each must be smaller than data.sequence_length={last.length} "
+        "and divide it.",
+    )
+    yield (
+        lengths == sorted(set(lengths)),
+        f"training.curriculum has the lengths {lengths}: they must rise from phase to phase.",
+    )
+
+
 def _sequence(config: Config) -> Iterator[tuple[bool, str]]:
     """The parts into which sequences are cut."""
-    parallel, length = config.parallel, config.data.sequence_length
+    parallel = config.parallel
     context, tensor = parallel.context, parallel.tensor
-    yield (
-        context == 1 or length % (2 * context) == 0,
-        f"parallel.context={context} cuts sequences into {2 * context} equal chunks: data.sequence_length={length} "
-        f"must be a multiple of {2 * context}.",
-    )
-    yield (
-        not parallel.sequence or length % (context * tensor) == 0,
-        f"parallel.sequence=true needs data.sequence_length={length} to be a multiple of "
-        + (f"parallel.context={context} x " if context > 1 else "")
-        + f"parallel.tensor={tensor}.",
-    )
+    *early, last = phases_of(config)
+    named = [(f"the length {phase.length} of training.curriculum", phase.length) for phase in early]
+    for name, length in [*named, (f"data.sequence_length={last.length}", last.length)]:
+        yield (
+            context == 1 or length % (2 * context) == 0,
+            f"parallel.context={context} cuts sequences into {2 * context} equal chunks: {name} "
+            f"must be a multiple of {2 * context}.",
+        )
+        yield (
+            not parallel.sequence or length % (context * tensor) == 0,
+            f"parallel.sequence=true needs {name} to be a multiple of "
+            + (f"parallel.context={context} x " if context > 1 else "")
+            + f"parallel.tensor={tensor}.",
+        )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:

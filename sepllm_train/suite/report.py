@@ -27,7 +27,8 @@ SHARES = "shares.json"
 KEPT = (
     "Attended: visible (query, key) pairs over those of the causal triangle. KV kept: keys that the last token of a "
     "sequence sees over all keys up to it. Both are means over held-out samples and layers. FLOPs of a token are those "
-    "of training, over the first row's, in the three conventions of docs/flops.md."
+    "of training, over the first row's, in the three conventions of docs/flops.md; where the steps of a run differ, "
+    "they are means over its steps, and the shares are those of validation."
 )
 
 

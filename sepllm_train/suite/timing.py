@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -28,6 +28,9 @@ from sepllm_train.distributed.launch import Launch, launch_from_environment, pro
 from sepllm_train.errors import exit_on_user_error
 from sepllm_train.suite.plan import Plan, data_overrides, read_plan
 from sepllm_train.training.run_folder import environment
+
+if TYPE_CHECKING:
+    from sepllm_train.training.turns import Rival
 
 
 def timing_file(folder: Path, length: int) -> Path:
@@ -89,7 +92,8 @@ def row_configs(plan: Plan, length: int, prefix: str | None) -> dict[str, Config
 def time_rows(
     configs: dict[str, Config], turns: int, steps: int, launch: Launch, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of a step of each row: the median over the turns, and each turn's."""
+    """Seconds of a step of each row: the median over the turns, and each turn's; means over the steps of a run that
+    differ, and the medians of each phase of a curriculum."""
     # Imported late: megatron-core takes seconds.
     from sepllm_train.training.turns import build_rival, take_turns
 
@@ -98,14 +102,21 @@ def time_rows(
     for turn in take_turns(list(rivals.values()), turns, steps, device):
         left = (time.perf_counter() - began) / (turn + 1) * (turns - turn)
         say(f"turn {turn}/{turns}, about {duration(left)} left")
+    return {row: figures_of(rival) for row, rival in rivals.items()}
+
+
+def figures_of(rival: Rival) -> dict[str, Any]:
+    """What timing.json says of a row."""
+    phases = rival.schedule.phases
+    medians = [statistics.median(turns) for turns in zip(*rival.phase_seconds, strict=True)]
+    seconds = statistics.fmean(medians, weights=[phase.steps for phase in phases])
+    told = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
     return {
-        row: {
-            "step_seconds": statistics.median(rival.seconds),
-            "tokens_per_second": rival.facts.tokens_per_step / statistics.median(rival.seconds),
-            "turns": rival.seconds,
-            "backends": rival.facts.backends,
-        }
-        for row, rival in rivals.items()
+        "step_seconds": seconds,
+        "tokens_per_second": rival.facts.tokens_per_step / seconds,
+        "turns": rival.seconds,
+        **({"phases": told} if len(phases) > 1 else {}),
+        "backends": rival.facts.backends,
     }
 
 

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.loader import Batch, MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
+from sepllm_train.metrics.flops import FlopsCounter
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.metrics.peak import peak_tflops
 from sepllm_train.training import checkpoint
@@ -26,6 +28,7 @@ from sepllm_train.training.guards import Guards
 from sepllm_train.training.profile import StepProfiler
 from sepllm_train.training.progress import StepProgress
 from sepllm_train.training.report import Facts, StepLine
+from sepllm_train.training.schedules import StepSchedule
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
 from sepllm_train.training.step import Stepper, StepResult, reduce_over_ranks
@@ -40,6 +43,7 @@ class Loop:
         facts: Facts,
         training: Training,
         stepper: Stepper,
+        schedule: StepSchedule,
         state: TrainState,
         *,
         guards: Guards,
@@ -54,6 +58,7 @@ class Loop:
         self.facts = facts
         self.training = training
         self.stepper = stepper
+        self.schedule = schedule
         self.state = state
         self.guards = guards
         self.detector = BadStepDetector(config.training, state)
@@ -105,7 +110,9 @@ class Loop:
             if self.last.bad is not None:
                 self._skipped(self.last.bad, dataset)
             step, end = self.state.step, self.stopping or self.state.step == training.steps
-            log = end or step % self.config.logging.interval == 0
+            # An interval lies in one phase: its pairs are counted against one length.
+            phase_ends = step == self.schedule.phase(step).last
+            log = end or phase_ends or step % self.config.logging.interval == 0
             # Who stops a run may not leave it the time to validate: that is made up for when it continues.
             validate = step == training.steps or (_due(step, training.validation_interval) and not self.stopping)
             save = end or _due(step, training.checkpoint_interval)
@@ -159,8 +166,10 @@ class Loop:
             return self.guards.numbers()
 
         begin = time.perf_counter()
+        self.stepper.use(self.schedule.pattern(number), self.schedule.phase(number).length)
+        self.windows += self.schedule.window(number) or 0
         self.stepper.clock.begin()
-        progress.begin(self.state.step + 1)
+        progress.begin(number)
         result = self.stepper.train(
             iterators, self.micro_batches, micro_batch, judge=self.detector.judge, own=own_numbers
         )
@@ -217,12 +226,13 @@ class Loop:
             say(f"profile: {trace}, for chrome://tracing or ui.perfetto.dev; operators by time in the .txt beside it")
 
     def _new_interval(self) -> None:
-        """Start the sums between two log lines: losses, micro-batches behind them, pairs, and pairs of one layer of
-        each kind (f64 [3 + kinds])."""
-        self.sums = torch.zeros(3 + len(self.stepper.layer_kinds), dtype=torch.float64, device=self.device)
+        """Start the sums between two log lines: losses, micro-batches behind them, pairs, and pairs of each layer (f64
+        [3 + layers])."""
+        self.sums = torch.zeros(3 + self.config.model.layers, dtype=torch.float64, device=self.device)
         holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._counted = torch.tensor(float(self.micro_batches * holds_loss), dtype=torch.float64, device=self.device)
         self.context_bytes = 0
+        self.windows = 0
         self.interval_steps = 0
         self.interval_seconds = 0.0
         self.skipped = 0
@@ -239,9 +249,14 @@ class Loop:
         self.state.tokens += tokens
         self.state.pairs += round(pairs)
         self.state.seconds += seconds
-        share = self.facts.counter.attended_share(tokens, round(pairs))
-        flops = self.facts.counter.training(tokens, round(pairs))["flops/model"]
+        phase = self.schedule.phase(self.state.step)
+        if self.state.step == phase.last < self.config.training.steps:
+            self.state.finished_pairs.append(self.state.pairs - sum(self.state.finished_pairs))
+        counter = self.facts.counters[phase.length]
+        share = counter.attended_share(tokens, round(pairs))
+        flops = counter.training(tokens, round(pairs))["flops/model"]
         mfu = self._mfu(flops / seconds)
+        several = len(self.schedule.phases) > 1
         record = {
             "train/loss": loss / count if count else math.nan,
             "train/grad_norm": self.last.grad_norm,
@@ -249,7 +264,9 @@ class Loop:
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds / self.interval_steps,
             "train/attended_share": share,
-            **self._layer_shares(tokens, layer_pairs),
+            **self._layer_shares(counter, tokens, layer_pairs),
+            **({"train/sequence_length": phase.length} if several else {}),
+            **({"train/window": self.windows / self.interval_steps} if self.schedule.patterns else {}),
             "train/skipped_steps": self.skipped,
             "train/bad_steps": self.bad,
             "train/lost_workers": self.lost_workers,
@@ -266,6 +283,7 @@ class Loop:
         line = StepLine(
             self.state.step,
             self.config.training.steps,
+            phase.length if several else None,
             record["train/loss"],
             self.last.grad_norm,
             self.last.learning_rate,
@@ -280,17 +298,15 @@ class Loop:
         say(f"{line}{overflows}{bad}")
         self._new_interval()
 
-    def _layer_shares(self, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
-        """Attended share of each layer, counted from 0, from the pairs of each kind; nothing when all are of one."""
-        kinds = self.stepper.layer_kinds
-        if len(kinds) == 1:
+    def _layer_shares(self, counter: FlopsCounter, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
+        """Attended share of each layer, counted from 0; nothing when all attend alike."""
+        layers = self.schedule.drawn_from[0].layers
+        if len(set(layers)) == 1:
             return {}
-        layers = self.stepper.pattern.layers
-        share = self.facts.counter.attended_share
-        shares = {
-            kind: share(tokens, round(pairs) * len(layers)) for kind, pairs in zip(kinds, layer_pairs, strict=True)
+        return {
+            f"train/layer_{number:02d}/attended_share": counter.attended_share(tokens, round(pairs) * len(layers))
+            for number, pairs in enumerate(layer_pairs)
         }
-        return {f"train/layer_{number:02d}/attended_share": shares[layer] for number, layer in enumerate(layers)}
 
     def _mfu(self, flops_per_second: float) -> float | None:
         """flops/model per second over the peak of all devices; None where the peak is not known."""
@@ -305,6 +321,7 @@ class Loop:
         if not datasets or self.config.training.validation_samples == 0:
             return
         self._log()
+        self.stepper.use(self.schedule.base, self.schedule.length)
         begin = time.perf_counter()
         record: dict[str, float] = {}
         for name, dataset in datasets.items():
@@ -388,8 +405,14 @@ class Loop:
             self.checkpoint_record = {}
 
     def _totals(self) -> dict[str, int]:
-        """FLOPs so far in the three conventions."""
-        return self.facts.counter.training(self.state.tokens, self.state.pairs)
+        """FLOPs so far in the three conventions, summed over the phases."""
+        finished, left = self.state.finished_pairs, self.state.tokens
+        totals = Counter[str]()
+        for phase, pairs in zip(self.schedule.phases, [*finished, self.state.pairs - sum(finished)], strict=False):
+            tokens = min(left, phase.steps * self.facts.tokens_per_step)
+            totals.update(self.facts.counters[phase.length].training(tokens, pairs))
+            left -= tokens
+        return dict(totals)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Add the counters every line has, and append to metrics.jsonl."""

@@ -172,7 +172,7 @@ def _total(config: Config, facts: Facts, world_size: int, device: torch.device) 
         config,
         padded_vocabulary(facts.vocabulary, config.parallel.tensor),
         replicas=data_parallel_size(config.parallel, max(world_size, config.parallel.processes)),
-        attended_share=facts.attended_share,
+        attended_share=facts.phases[-1].most_attended,
         device=device.type,
     )["total"]
 

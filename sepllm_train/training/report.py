@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from sep_attention import AttentionPlan, attended_pairs, select_backend
 
 from sepllm_train.attention_pattern import AttentionPattern
+from sepllm_train.config.curriculum import Phase
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.console import duration, quantity
@@ -19,16 +22,31 @@ from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import PRECISIONS, padded_vocabulary
+from sepllm_train.training.schedules import StepSchedule, cut
 
 # Training samples behind the figures that are printed before the first step.
 PROBED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
+class PhaseFacts:
+    """A phase of a run: share of the causal triangle and FLOPs per token for training, means over the windows that its
+    steps draw from; `most_attended` is the share of those that attend the most."""
+
+    phase: Phase
+    attended_share: float
+    most_attended: float
+    flops_per_token: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Facts:
     """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training.
 
-    `sent_keys`: for each reach of layers, the keys that a context-parallel rank sends forward per layer and sequence.
+    `attended_share` and `flops_per_token` are means over the steps of the run, and over the windows where steps draw
+    them; `phases` tells them of each phase of a curriculum. `counters` count the FLOPs at each sequence length.
+    `sent_keys`: for each reach of layers, the keys that a context-parallel rank sends forward per layer and sequence of
+    data.sequence_length tokens.
     """
 
     replicas: int
@@ -38,50 +56,80 @@ class Facts:
     tokens_per_step: int
     attended_share: float
     flops_per_token: dict[str, float]
+    phases: list[PhaseFacts]
     backends: dict[str, str]
     memory: dict[str, int]
-    counter: FlopsCounter
+    counters: dict[int, FlopsCounter]
     sent_keys: dict[int, float]
 
 
 def derive(
-    config: Config, pattern: AttentionPattern, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
+    config: Config, schedule: StepSchedule, corpus: Corpus, dataset: Any, world_size: int, device: torch.device
 ) -> Facts:
     """Work out the facts of a run; attended share and sent keys are measured on the first samples of `dataset`."""
-    model, length = config.model, config.data.sequence_length
+    model, length = config.model, schedule.length
     vocabulary = model.vocabulary or corpus.vocabulary
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
-    counter = FlopsCounter(shape_of(model, padded), length, dense=pattern.dense)
-    samples = PROBED_SAMPLES
-    plans = [sample_plan(pattern, dataset[number]) for number in range(samples)]
-    pairs = sum(attended_pairs_of_layers(pattern, plan) for plan in plans)
-    flops = counter.training(samples * length, pairs)
+    shape, dense = shape_of(model, padded), schedule.base.dense
+    counters = {phase.length: FlopsCounter(shape, phase.length, dense=dense) for phase in schedule.phases}
+    samples = [dataset[number] for number in range(PROBED_SAMPLES)]
+    phases = [phase_facts(schedule, phase, counters[phase.length], samples) for phase in schedule.phases]
+    most = phases[-1].most_attended
     replicas = data_parallel_size(config.parallel, world_size)
-    share = counter.attended_share(samples * length, pairs)
     return Facts(
         replicas=replicas,
         vocabulary=vocabulary,
         padded_vocabulary=padded,
         parameters=parameter_count(model, padded),
         tokens_per_step=config.training.global_batch * length,
-        attended_share=share,
-        flops_per_token={key: value / (samples * length) for key, value in flops.items()},
-        backends=chosen_backends(config, pattern, device),
-        memory=memory_estimate(config, padded, replicas=replicas, attended_share=share, device=device.type),
-        counter=counter,
-        sent_keys=sent_keys(config, pattern, plans),
+        attended_share=mean_over_steps(phases, [facts.attended_share for facts in phases]),
+        flops_per_token=mean_flops(phases),
+        phases=phases,
+        backends=chosen_backends(config, schedule, device),
+        memory=memory_estimate(config, padded, replicas=replicas, attended_share=most, device=device.type),
+        counters=counters,
+        sent_keys=sent_keys(config, schedule, [sample_plan(schedule.base, sample, length) for sample in samples]),
     )
 
 
-def sample_plan(pattern: AttentionPattern, sample: dict[str, torch.Tensor]) -> AttentionPlan:
-    """Attention plan of one sample of the data."""
-    return pattern.plan(sample["separator_class"][None], sample["document_start"][None])
+def phase_facts(
+    schedule: StepSchedule, phase: Phase, counter: FlopsCounter, samples: Sequence[dict[str, torch.Tensor]]
+) -> PhaseFacts:
+    """What a phase attends and costs, counted on `samples`; `counter` is that of its length."""
+    plans = [sample_plan(schedule.base, sample, phase.length) for sample in samples]
+    pairs = [sum(attended_pairs_of_layers(pattern, plan) for plan in plans) for pattern in schedule.drawn_from]
+    tokens = len(samples) * schedule.length
+    flops = [counter.training(tokens, number) for number in pairs]
+    return PhaseFacts(
+        phase,
+        attended_share=counter.attended_share(tokens, sum(pairs)) / len(pairs),
+        most_attended=counter.attended_share(tokens, max(pairs)),
+        flops_per_token={key: fmean(one[key] for one in flops) / tokens for key in flops[0]},
+    )
 
 
-def sent_keys(config: Config, pattern: AttentionPattern, plans: list[AttentionPlan]) -> dict[int, float]:
+def mean_over_steps(phases: Sequence[PhaseFacts], values: Sequence[float]) -> float:
+    """Mean over the steps of a run of a value of each phase."""
+    return fmean(values, weights=[facts.phase.steps for facts in phases])
+
+
+def mean_flops(phases: Sequence[PhaseFacts]) -> dict[str, float]:
+    """FLOPs per token, over the steps of a run; all steps have as many tokens."""
+    keys = phases[0].flops_per_token
+    return {key: mean_over_steps(phases, [facts.flops_per_token[key] for facts in phases]) for key in keys}
+
+
+def sample_plan(pattern: AttentionPattern, sample: dict[str, torch.Tensor], length: int | None = None) -> AttentionPlan:
+    """Attention plan of one sample of the data, cut into sequences of `length` tokens (None: whole)."""
+    batch = cut({key: entry[None] for key, entry in sample.items()}, length or len(sample["separator_class"]))
+    return pattern.plan(batch["separator_class"], batch["document_start"])
+
+
+def sent_keys(config: Config, schedule: StepSchedule, plans: Sequence[AttentionPlan]) -> dict[int, float]:
     """Reach of a layer (S at most) -> mean keys that a rank sends for it; empty without context parallelism."""
     size, length = config.parallel.context, config.data.sequence_length
-    reaches = dict.fromkeys(min(layer.reach, length) for layer in pattern.layers) if size > 1 else ()
+    layers = [layer for pattern in schedule.drawn_from for layer in pattern.layers]
+    reaches = dict.fromkeys(min(layer.reach, length) for layer in layers) if size > 1 else ()
     return {reach: mean_keys_sent(plans, reach, size) for reach in reaches}
 
 
@@ -90,24 +138,25 @@ def attended_pairs_of_layers(pattern: AttentionPattern, plan: AttentionPlan) -> 
     return sum(int(attended_pairs(plan, layer.window, layer.horizons).sum()) for layer in pattern.layers)
 
 
-def chosen_backends(config: Config, pattern: AttentionPattern, device: torch.device) -> dict[str, str]:
-    """Attention backend -> why, over the layers of the model. Raises UserError for one that cannot do the job."""
-    context, length = config.parallel.context, config.data.sequence_length
-    queries = length // (2 * context) if context > 1 else None
+def chosen_backends(config: Config, schedule: StepSchedule, device: torch.device) -> dict[str, str]:
+    """Attention backend -> why, over all layers and steps. Raises UserError for one that cannot do the job."""
+    context = config.parallel.context
+    layers = dict.fromkeys(layer for pattern in (schedule.base, *schedule.drawn_from) for layer in pattern.layers)
     try:
         choices = [
             select_backend(
                 config.attention.backend,
-                sequence_length=config.data.sequence_length,
-                queries=queries,
+                sequence_length=phase.length,
+                queries=phase.length // (2 * context) if context > 1 else None,
                 window=layer.window,
                 device=device,
-                separate_documents=pattern.separate_documents,
+                separate_documents=schedule.base.separate_documents,
                 sink=config.attention.sink == "learned",
                 head_size=config.model.head_dim,
                 dtype=PRECISIONS[config.training.precision],
             )
-            for layer in dict.fromkeys(pattern.layers)
+            for phase in schedule.phases
+            for layer in layers
         ]
     except ValueError as error:
         raise UserError(f"attention.backend={config.attention.backend}: {error}.") from None
@@ -122,6 +171,7 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
     total = facts.tokens_per_step * training.steps
     flops = facts.flops_per_token
     saving = 1 - flops["flops/model"] / flops["flops/dense"]
+    mean = _mean_words(config)
     return [
         f"run: {config.run_root}/{config.name} | {_counted(world_size, 'process')} = tensor {parallel.tensor} x "
         f"pipeline {parallel.pipeline} x "
@@ -136,8 +186,9 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
         f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
         f"{training.steps:,} steps = {quantity(total)} tokens",
+        *_phase_lines(config, facts),
         f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
-        f"({saving:.1%} saved), LM head included | whole run {quantity(flops['flops/model'] * total)}FLOPs",
+        f"({saving:.1%} saved), LM head included{mean} | whole run {quantity(flops['flops/model'] * total)}FLOPs",
         "memory per process, estimated: "
         + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
     ]
@@ -167,15 +218,41 @@ def _attention_line(config: Config, facts: Facts) -> str:
     details = ""
     if attention.pattern != "dense":
         details = f" | initial {attention.initial_tokens} | window {attention.window}"
+        if attention.window_choices:
+            details += f", in training one of {', '.join(map(str, attention.window_choices))} a step"
         if attention.placement != "natural":
             share = "" if attention.keep_share is None else f" to {attention.keep_share:.4g}"
             details += f" | separators {attention.placement}{share}"
         details += f" | full layers {attention.full_layers}" if attention.full_layers != "none" else ""
     backends = "; ".join(f"{name} ({reason})" for name, reason in facts.backends.items())
+    mean = _mean_words(config)
     return (
         f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
-        f"first {PROBED_SAMPLES} samples | backend {backends}"
+        f"first {PROBED_SAMPLES} samples{mean} | backend {backends}"
     )
+
+
+def _mean_words(config: Config) -> str:
+    """Over what the figures of a run whose steps differ are means."""
+    over = ["windows"] * bool(config.attention.window_choices) + ["phases"] * bool(config.training.curriculum)
+    return f", mean over the {' and '.join(over)} of training" if over else ""
+
+
+def _phase_lines(config: Config, facts: Facts) -> list[str]:
+    """One line per phase of a curriculum."""
+    if len(facts.phases) == 1:
+        return []
+    lines = []
+    for found in facts.phases:
+        phase, flops = found.phase, found.flops_per_token["flops/model"]
+        pieces = config.data.sequence_length // phase.length
+        lines.append(
+            f"phase: steps {phase.first:,} to {phase.last:,} | {config.training.global_batch * pieces:,} sequences x "
+            f"{phase.length} a step, as micro-batches of {config.training.micro_batch * pieces} | "
+            f"{found.attended_share:.1%} attended | {quantity(flops)}FLOPs per token, "
+            f"{quantity(flops * phase.steps * facts.tokens_per_step)}FLOPs in all"
+        )
+    return lines
 
 
 def _compute_lines(config: Config, *, cuda: bool) -> list[str]:
@@ -209,10 +286,12 @@ def _context_lines(config: Config, facts: Facts) -> list[str]:
 
 @dataclass(frozen=True)
 class StepLine:
-    """Figures of one line of the console; `flops` are cumulative flops/model, `attended_share` is of this interval."""
+    """Figures of one line of the console; `flops` are cumulative flops/model, `attended_share` is of this interval.
+    `sequence_length` is told where it changes in the run, None elsewhere."""
 
     step: int
     steps: int
+    sequence_length: int | None
     loss: float
     grad_norm: float
     learning_rate: float
@@ -224,8 +303,9 @@ class StepLine:
 
     def __str__(self) -> str:
         mfu = "" if self.mfu is None else f" | MFU {self.mfu:.1%}"
+        length = "" if self.sequence_length is None else f" | S = {self.sequence_length}"
         return (
-            f"step {self.step}/{self.steps} ({self.step / self.steps:.0%}) | loss {self.loss:.4f} | "
+            f"step {self.step}/{self.steps} ({self.step / self.steps:.0%}){length} | loss {self.loss:.4f} | "
             f"grad {self.grad_norm:.3f} | lr {self.learning_rate:.2e} | {self.tokens_per_second:,.0f} tok/s{mfu} | "
             f"{quantity(self.flops)}FLOPs | attended {self.attended_share:.1%} | ETA {duration(self.seconds_left)}"
         )

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from sepllm_train.attention_pattern import AUTO, AttentionPattern, resolve_pattern
+from sepllm_train.attention_pattern import AUTO
+from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
@@ -31,6 +32,7 @@ from sepllm_train.training.initial_weights import find_initial_weights, load_ini
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.out_of_memory import MemoryAdvice
 from sepllm_train.training.report import Facts, derive, start_lines
+from sepllm_train.training.schedules import StepSchedule, schedule_of
 from sepllm_train.training.setup import build_training
 from sepllm_train.training.signals import stop_on_signals
 from sepllm_train.training.state import TrainState
@@ -45,7 +47,7 @@ class Prepared:
 
     config: Config
     choice: ClassChoice | None
-    pattern: AttentionPattern
+    steps: StepSchedule
     corpus: Corpus
     files: DataFiles
     dataset: Dataset
@@ -91,7 +93,7 @@ def _train(
     """Train in a run folder that is ours, and record in run.json how it ended."""
     folder, facts = prepared.entry.folder, prepared.facts
     training = build_training(config, facts.vocabulary, device)
-    stepper = Stepper(config, prepared.pattern, training, device)
+    stepper = Stepper(config, prepared.steps.base, training, device)
     state = TrainState()
     if prepared.entry.checkpoint is not None:
         guards.watchdog.beat("the loading of the checkpoint")
@@ -116,6 +118,7 @@ def _train(
         facts,
         training,
         stepper,
+        prepared.steps,
         state,
         guards=guards,
         metrics=metrics,
@@ -169,6 +172,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "origin": prepared.entry.origin,
         "parameters": facts.parameters,
         "steps": config.training.steps,
+        "curriculum": curriculum_of(config) or None,
         "comparable": {
             "data": corpus.identity(),
             "tokenizer": corpus.tokenizer_sha256,
@@ -182,6 +186,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "pattern": config.attention.pattern,
             "initial_tokens": config.attention.initial_tokens,
             "window": config.attention.window,
+            "window_choices": config.attention.window_choices,
             "separators": config.attention.separators,
             "placement": config.attention.placement,
             "keep_share": config.attention.keep_share,
@@ -200,10 +205,10 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     together(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
     if config.attention.separators != AUTO:
         # A mistake is told before the sample corpus is made.
-        resolve_pattern(config.attention, config.model.layers)
+        schedule_of(config)
     corpus = together(lambda: open_corpus(config.data))
     config, choice = settle_separators(config, corpus)
-    pattern = resolve_pattern(config.attention, config.model.layers)
+    steps = schedule_of(config)
     files = DataFiles(corpus)
     if config.model.vocabulary is not None and config.model.vocabulary < corpus.vocabulary:
         raise UserError(
@@ -217,12 +222,12 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     # A run that goes on has no more need of them: they may be gone.
     initial = together(lambda: find_initial_weights(config, identity) if entry.checkpoint is None else None)
     dataset, validation = build_datasets(config, corpus)
-    facts = derive(config, pattern, corpus, dataset, world_size, device)
+    facts = derive(config, steps, corpus, dataset, world_size, device)
     say(optional_packages())
     for line in start_lines(config, corpus, facts, world_size, device):
         say(line)
     if choice is not None:
         say(str(choice))
     return Prepared(
-        config, choice, pattern, corpus, files, dataset, validation, facts, entry, identity, schedule, initial
+        config, choice, steps, corpus, files, dataset, validation, facts, entry, identity, schedule, initial
     )

@@ -9,12 +9,14 @@ from typing import Any
 @dataclass
 class TrainState:
     """How far the run is. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
-    summed over sequences and layers, from which the FLOPs follow. `bad_steps` were skipped for their loss or gradients,
+    summed over sequences and layers, from which the FLOPs follow, and `finished_pairs` those of each phase of a
+    curriculum that is over. `bad_steps` were skipped for their loss or gradients,
     `bad_in_a_row` of them just now; `recent_norms` are the gradient norms of the last good steps."""
 
     step: int = 0
     tokens: int = 0
     pairs: int = 0
+    finished_pairs: list[int] = field(default_factory=list)
     seconds: float = 0.0
     bad_steps: int = 0
     bad_in_a_row: int = 0
@@ -26,5 +28,6 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what was written before there were curricula has no finished phases."""
+        values = {"finished_pairs": [], **values}
         return cls(**{field.name: values[field.name] for field in fields(cls)})

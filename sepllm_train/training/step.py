@@ -20,8 +20,10 @@ from sepllm_train.config.schema import Config
 from sepllm_train.data.loader import Batch
 from sepllm_train.distributed.context import ContextPlan, part_of
 from sepllm_train.distributed.launch import context_group
+from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.training.anomalies import not_finite
 from sepllm_train.training.clock import StepClock
+from sepllm_train.training.schedules import cut
 from sepllm_train.training.setup import Training, learning_rate
 from sepllm_train.training.update import Judge, update
 
@@ -36,9 +38,8 @@ class StepResult:
 
     Of this rank, before any reduction: `loss` f64, the sum of the micro-batches' mean losses (nats per token), 0 off
     the last pipeline stage and over this rank's tokens only under context parallelism; `pairs` i64, visible pairs of
-    its whole sequences, summed over all layers of the model; `layer_pairs` i64 [kinds], those of one layer of each kind
-    of `Stepper.layer_kinds`. All on the device. `context_bytes`: keys, values and gradients that it sent to other
-    context-parallel ranks.
+    its whole sequences, summed over all layers of the model; `layer_pairs` i64 [layers], those of each layer. All on
+    the device. `context_bytes`: keys, values and gradients that it sent to other context-parallel ranks.
     The same on every rank: `grad_norm` before clipping; `skipped`, whether fp16 overflowed; `mean_loss` of the batch;
     `bad`, why the step was left out (None when it was not); `sums` of the numbers of `Own`.
     """
@@ -61,21 +62,30 @@ class Stepper:
     def __init__(self, config: Config, pattern: AttentionPattern, training: Training, device: torch.device) -> None:
         self.config = config
         self.training = training
-        self.pattern = pattern
         self.device = device
         self.schedule = get_forward_backward_func()
-        # Layers that attend alike have the same pairs: they are counted once for each kind.
-        self.layer_kinds = list(dict.fromkeys(pattern.layers))
-        counts = Counter(pattern.layers)
-        self._layers_of_kind = torch.tensor([counts[kind] for kind in self.layer_kinds], device=device)
+        self._attention = [
+            part for chunk in training.modules for part in chunk.modules() if isinstance(part, SeparatorAttention)
+        ]
         # Times the parts of the steps of `train`, for whoever begins and ends them on it.
         self.clock = StepClock(device)
         get_model_config(training.chunks[0]).timers = self.clock
         self.context = context_group()
         # Entries of a batch from which exchanges are planned.
         self.on_host = ("separator_class", "document_start") if self.context else ()
-        length = config.data.sequence_length
-        self.positions = self._part(torch.arange(length, device=device).expand(config.training.micro_batch, length))
+        self.use(pattern, config.data.sequence_length)
+
+    def use(self, pattern: AttentionPattern, length: int) -> None:
+        """Attend by `pattern` from now on, and cut samples into sequences of `length` tokens.
+
+        Patterns may differ in the windows of their layers alone.
+        """
+        self.pattern = pattern
+        self.length = length
+        self.micro_batch = self.config.training.micro_batch * self.config.data.sequence_length // length
+        self.positions = self._part(torch.arange(length, device=self.device).expand(self.micro_batch, length))
+        for attention in self._attention:
+            attention.layer = pattern.layers[attention.number]
 
     def train(
         self,
@@ -96,7 +106,7 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
-        layer_pairs = torch.zeros_like(self._layers_of_kind)
+        layer_pairs = torch.zeros(len(self.pattern.layers), dtype=torch.int64, device=self.device)
         done = Counter[str]()
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -122,7 +132,7 @@ class Stepper:
         overflow = done_update.overflow and done_update.bad is None
         return StepResult(
             total,
-            (layer_pairs * self._layers_of_kind).sum(),
+            layer_pairs.sum(),
             layer_pairs,
             self.context.take_sent_bytes() if self.context else 0,
             done_update.grad_norm,
@@ -177,17 +187,18 @@ class Stepper:
             data_iterator=batches[0] if single else batches,
             model=chunks[0] if single else chunks,
             num_microbatches=micro_batches,
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.training.micro_batch,
+            seq_length=self.length,
+            micro_batch_size=self.micro_batch,
             forward_only=forward_only,
         )
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionPlan | ContextPlan]:
-        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch.
+        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch, S being `length`.
 
         Under context parallelism S is this rank's part, and the batch's `separator_class` and `document_start` are on
         the host, where the exchange is planned.
         """
+        batch = cut(batch, self.length)
         plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
         if self.context is None:
             return batch["tokens"], batch["labels"], plan
@@ -209,9 +220,14 @@ class Stepper:
         return loss / (self.context.size if self.context else 1), {"loss": loss.detach()}
 
     def _layer_pairs(self, plan: AttentionPlan | ContextPlan) -> Tensor:
-        """Visible pairs of a micro-batch, summed over whole sequences, in one layer of each kind: i64 [kinds]."""
+        """Visible pairs of a micro-batch, summed over whole sequences, in each layer: i64 [layers]."""
         whole = plan.whole if isinstance(plan, ContextPlan) else plan
-        return torch.stack([attended_pairs(whole, kind.window, kind.horizons).sum() for kind in self.layer_kinds])
+        # Layers that attend alike have the same pairs: they are counted once.
+        pairs = {
+            layer: attended_pairs(whole, layer.window, layer.horizons).sum()
+            for layer in dict.fromkeys(self.pattern.layers)
+        }
+        return torch.stack([pairs[layer] for layer in self.pattern.layers])
 
 
 def reduce_over_ranks(values: Tensor, context_bytes: int) -> list[float]:

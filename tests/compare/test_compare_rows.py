@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from sepllm_train.compare.rows import pairing_notes, pairs, read_rows
+from sepllm_train.compare.comparable import differences
+from sepllm_train.compare.rows import pairing_notes, pairs, read_rows, runs_of
 from tests.compare.run_records import straight, training, validation
 
 Seeds = Callable[..., list[Path]]
@@ -175,6 +176,14 @@ def test_a_model_of_another_shape_may_have_other_flops(make_seeds: Seeds) -> Non
     wide = [validation(0, 6), other_count(10, 2), other_count(20, 2)]
     rows = read_rows([*make_seeds("dense", {1: 10}), *make_seeds("wide", {1: wide}, parameters=9_000_000)])
     assert [row.label for row in rows] == ["dense", "wide"]
+
+
+def test_tokens_of_a_curriculum_may_have_other_flops_from_phase_to_phase(make_seeds: Seeds) -> None:
+    short = [validation(0, 6), other_count(10, 0.5), other_count(20, 0.75)]
+    phases = [{"length": 512, "steps": 10}]
+    rows = read_rows([*make_seeds("dense", {1: 10}), *make_seeds("short", {1: short}, curriculum=phases)])
+    assert [row.label for row in rows] == ["dense", "short"]
+    assert differences(runs_of(rows))["curriculum"] == [None, phases]
 
 
 def test_the_reference_keeps_its_place_or_the_comparison_is_refused(make_seeds: Seeds) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.errors import UserError
 from sepllm_train.compare.plots import mean_curve
 from sepllm_train.compare.report import REFERENCE, Report, build_report
 from sepllm_train.compare.rows import read_rows
@@ -222,6 +223,29 @@ def test_timed_steps_replace_the_seconds(make_seeds: Seeds, timing: Callable[...
     assert "1.500x (95% interval 0.548 to 4.107) the timed seconds" in found.verdict
     assert cells(found.markdown(), "Timed steps")["sep"] == ["3", "0.750x [0.274, 2.054]", "3"]
     assert "(steps x timed seconds of a step)" in found.files()["loss_vs_seconds.svg"].decode()
+
+
+def test_the_seconds_of_a_curriculum_are_summed_over_its_phases(make_seeds: Seeds, tmp_path: Path) -> None:
+    """Both reach the loss after 10 steps: dense's are of 4 seconds, sep's 6 of 1 and 4 of 2, and 1.7 on average."""
+    rows = {
+        "dense": {"step_seconds": 4.0, "turns": [4.0]},
+        "sep": {
+            "step_seconds": 1.7,
+            "turns": [1.7],
+            "phases": [{"last": 6, "step_seconds": 1.0}, {"last": 20, "step_seconds": 2.0}],
+        },
+    }
+    path = tmp_path / "timing.json"
+    path.write_text(json.dumps({"rows": rows}))
+    found = report(make_seeds("dense", {1: 10}), make_seeds("sep", {1: 10}), timing=read_timing(path))
+    assert [row.costs["seconds"] for row in found.reaches] == pytest.approx([40, 14])
+    assert found.reaches[1].ratios["seconds"].seeds == pytest.approx([14 / 40])
+    assert "Those of sep are summed over phases that were timed apart." in " ".join(found.notes)
+    for phases in ([{"last": 6}], [{"last": 0, "step_seconds": 1.0}], [{"last": 6, "step_seconds": 0}], [6], 6):
+        rows["sep"]["phases"] = phases
+        path.write_text(json.dumps({"rows": rows}))
+        with pytest.raises(UserError, match="row 'sep': 'phases' need rising steps"):
+            read_timing(path)
 
 
 def test_a_timing_is_found_by_the_name_of_a_run_too(make_seeds: Seeds, timing: Callable[..., Path]) -> None:

@@ -6,15 +6,18 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.errors import UserError
 
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
-_BEFORE = {
+_BEFORE: dict[str, Any] = {
+    "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
+    "training.curriculum": [],
     "init_from": None,
     "optim.schedule_steps": None,
     "optim.schedule_start": 0,
@@ -35,6 +38,7 @@ def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: s
         "init_from": config.init_from,
         "training.global_batch": config.training.global_batch,
         "training.precision": config.training.precision,
+        "training.curriculum": curriculum_of(config),
     }
 
 

@@ -1,0 +1,260 @@
+"""The questions to trained runs of several seeds, their answers by seed, and the verdict."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.readers import Corpus
+from data_prep.tokenizers import Tokenizer
+from sepllm_train.analysis.evaluation import attending, samples_of, text_of
+from sepllm_train.analysis.recall import recall_distance, stacked_reach
+from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.analysis.runs import Run, alone, describe, load_run
+from sepllm_train.analysis.statistics import Estimate, token_mean
+from sepllm_train.analysis.variations import classes_of, without_classes
+from sepllm_train.compare.student import estimate
+from sepllm_train.config.schema import require
+from sepllm_train.inference.source import open_source
+from sepllm_train.probe import report
+from sepllm_train.probe.facts import Vocabulary, sentences, vocabulary_of
+from sepllm_train.probe.interventions import (
+    CONDITIONS,
+    DECIDING,
+    MASKED,
+    REFUTES,
+    REPLACED,
+    SUPPORTS,
+    Text,
+    intervene,
+)
+from sepllm_train.probe.recall import Needle, NeedleAnswer, ask_needle, mentions, needles, rank
+
+FAR = "far recall"
+FACTS = "far recall, values of facts"
+NATURAL = "far recall, other text"
+GROUPS = ("all", FAR, FACTS, NATURAL)
+# Sentences of real text that needles are hidden in.
+_SENTENCES = 2000
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
+    (.txt or .jsonl files that no run was trained on; without any, no needles)."""
+
+    samples: int = 128
+    needles: int = 32
+    text: Sequence[Path] = ()
+    seed: int = 0
+
+
+def ask(folders: Sequence[Path], output: Path, questions: Questions) -> dict[str, Any]:
+    """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and give the result.
+
+    Raises UserError, before anything is written, for runs without separators beyond the window, with full layers, or
+    with different patterns, and as `load_run` does.
+    """
+    check_output(output)
+    with alone():
+        results = [_ask_run(folder, questions) for folder in folders]
+    settings = {key: results[0]["model"][key] for key in _SAME}
+    for folder, result in zip(folders, results, strict=True):
+        different = [key for key, value in settings.items() if result["model"][key] != value]
+        require(
+            not different,
+            f"{folder} has another {different[0] if different else ''} than {folders[0]}: give runs that differ in "
+            "their seed alone.",
+        )
+    result = {"runs": results, **settings, "groups": _together(results), "verdict": verdict(results)}
+    write_report(output, "probe", result, report.markdown(result), report.figures(result))
+    return result
+
+
+_SAME = ("parameters_without_embeddings", "layers", "window", "length", "reach", "sink")
+
+
+def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
+    """Every answer of one run."""
+    run = load_run(folder)
+    layers = run.pattern.layers
+    require(
+        bool(classes_of(run.pattern)) and not any(layer.full for layer in layers) and len(set(layers)) == 1,
+        f"{folder}: the probe needs separators beyond the window and no full layer, with one window for all layers.",
+    )
+    window, length = layers[0].window, run.config.data.sequence_length
+    reach = stacked_reach(window, len(layers))
+    require(
+        2 * reach < length,
+        f"{folder}: {len(layers)} windows of {window} reach {reach} tokens, more than half of its {length}: too few "
+        "tokens can be recalled from beyond.",
+    )
+    source = open_source(folder)
+    vocabulary = vocabulary_of(source.tokenizer)
+    samples = samples_of(run, questions.samples)
+    hidden = _hidden(questions, source.tokenizer, vocabulary, reach, length)
+    text = text_of(run.validation, samples)
+    masked = without_classes(run.pattern, classes_of(run.pattern))
+
+    def without(asked: Text) -> Tensor:
+        with attending(run.model, masked):
+            return asked.forward(run.model, masked, loss=False)
+
+    with progress(3 * samples + len(hidden), "sequence") as bar:
+        losses = intervene(run, samples, questions.seed, lambda: bar.update())
+        recalled = _associative(run, samples, vocabulary, reach, without, lambda: bar.update())
+        answers = []
+        for needle in hidden:
+            answers.append(ask_needle(run, needle, source.classes, vocabulary, without))
+            bar.update()
+    embeddings = run.model.vocab_size * run.config.model.hidden * (1 if run.config.model.tied_embeddings else 2)
+    return {
+        **describe(run, samples),
+        "seed": run.config.seed,
+        "model": {
+            "parameters_without_embeddings": sum(p.numel() for p in run.model.parameters()) - embeddings,
+            "layers": len(layers),
+            "window": window,
+            "length": length,
+            "reach": reach,
+            "sink": run.config.attention.sink,
+        },
+        "groups": _groups(losses, text, vocabulary, reach),
+        "associative": recalled,
+        "needles": [_needle_row(distance, answers) for distance in dict.fromkeys(a.needle.asked for a in answers)],
+    }
+
+
+def _hidden(
+    questions: Questions, tokenizer: Tokenizer, vocabulary: Vocabulary, reach: int, length: int
+) -> list[Needle]:
+    """Needles at distances from just beyond the stacked windows to the whole length."""
+    if not questions.text:
+        return []
+    texts = sentences(document.text for document in Corpus(questions.text))
+    filling = tokenizer.encode_batch(list(islice(texts, _SENTENCES)))
+    require(bool(filling), f"{', '.join(map(str, questions.text))}: there is no sentence to hide a needle in.")
+    # A tail ends with a whole sentence, so it may be a few dozen tokens longer than asked for.
+    farthest = length - 64
+    distances = sorted({round(reach + 1 + (farthest - reach) * part / 3) for part in range(4)})
+    return list(needles(filling, vocabulary, distances, questions.needles, length, questions.seed))
+
+
+def _needle_row(distance: int, answers: Sequence[NeedleAnswer]) -> dict[str, Any]:
+    """Shares over the needles of a distance."""
+    own = [answer for answer in answers if answer.needle.asked == distance]
+    return {
+        "distance": fmean(answer.needle.distance for answer in own),
+        "needles": len(own),
+        "first": fmean(answer.rank == 0 for answer in own),
+        "first_masked": fmean(answer.masked == 0 for answer in own),
+        "rank": fmean(answer.rank for answer in own),
+        "prefers_twin": fmean(answer.prefers for answer in own),
+        "follows_twin": fmean(answer.follows for answer in own),
+    }
+
+
+@torch.no_grad()
+def _associative(
+    run: Run,
+    samples: int,
+    vocabulary: Vocabulary,
+    reach: int,
+    without: Callable[[Text], Tensor],
+    advance: Callable[[], object],
+) -> list[dict[str, Any]]:
+    """Recall of facts in held-out text by distance, in ranges that double from the reach of the stacked windows."""
+    device = next(run.model.parameters()).device
+    ranks: dict[str, list[tuple[int, int, int]]] = {}
+    edges = [0, *(reach << power for power in range(8))]
+    for number in range(samples):
+        sample = run.validation[number]
+        found = list(mentions(sample["tokens"][None], sample["labels"][None], vocabulary))
+        if found:
+            text = Text.of(sample, device)
+            own, masked = text.forward(run.model, run.pattern, loss=False), without(text)
+            for mention in found:
+                place = bisect_left(edges, mention.distance)
+                name = f"{edges[place - 1] + 1} to {edges[place]}"
+                first, second = (rank(logits[mention.query], vocabulary, mention.value) for logits in (own, masked))
+                ranks.setdefault(name, []).append((mention.distance, first, second))
+        advance()
+    return [
+        {
+            "distances": name,
+            "distance": fmean(distance for distance, _, _ in rows),
+            "questions": len(rows),
+            "first": fmean(own == 0 for _, own, _ in rows),
+            "first_masked": fmean(masked == 0 for _, _, masked in rows),
+        }
+        for name, rows in sorted(ranks.items(), key=lambda entry: entry[1][0][0])
+    ]
+
+
+def _groups(losses: dict[str, Tensor], text: dict[str, Tensor], vocabulary: Vocabulary, reach: int) -> dict[str, Any]:
+    """For each group of tokens: their share, the loss, its change in each condition, and the share of each
+    replacement in what masking costs."""
+    far = recall_distance(text["tokens"], text["labels"]) > reach
+    told = torch.zeros_like(far)
+    for mention in mentions(text["tokens"], text["labels"], vocabulary):
+        told[mention.sample, mention.query] = mention.distance > reach
+    masks = {"all": torch.ones_like(far), FAR: far, FACTS: told, NATURAL: far & ~told}
+    base = losses[CONDITIONS[0]]
+    rows = {}
+    for name, mask in masks.items():
+        changes = {key: token_mean(found - base, mask) for key, found in losses.items() if found is not base}
+        rows[name] = {
+            "tokens": int(mask.sum()),
+            "loss": token_mean(base, mask),
+            "changes": changes,
+            "shares": {key: shared(changes[key], changes[MASKED]) for key in REPLACED},
+        }
+    return rows
+
+
+def shared(replaced: Estimate, masked: Estimate) -> float | None:
+    """The part of masking's cost that replacing causes; None where masking costs no more than twice its error."""
+    return replaced.mean / masked.mean if masked.mean > 2 * masked.error else None
+
+
+def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares and changes of each group, over the seeds, with intervals."""
+    rows: dict[str, Any] = {}
+    for name in GROUPS:
+        own = [result["groups"][name] for result in results]
+        rows[name] = {
+            "loss": asdict(estimate([row["loss"].mean for row in own])),
+            "changes": {
+                key: asdict(estimate([row["changes"][key].mean for row in own])) for key in (MASKED, *REPLACED)
+            },
+            "shares": {key: _share_over_seeds([row["shares"][key] for row in own]) for key in REPLACED},
+        }
+    return rows
+
+
+def _share_over_seeds(shares: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean share with its interval; None when a seed has none."""
+    known = [share for share in shares if share is not None]
+    return asdict(estimate(known)) if len(known) == len(shares) else None
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rule of `interventions.py`: by the mean share over seeds, on far-recall tokens beyond the stacked windows."""
+    found = _share_over_seeds([result["groups"][FAR]["shares"][DECIDING] for result in results])
+    if found is None:
+        answer = "none: masking far separators costs at least one of the models nothing that could be shared"
+    elif found["mean"] > SUPPORTS:
+        answer = "summary"
+    elif found["mean"] < REFUTES:
+        answer = "sink: summary is refuted"
+    else:
+        answer = "undecided"
+    return {"share": found, "answer": answer, "supports": SUPPORTS, "refutes": REFUTES, "by": DECIDING}

@@ -12,8 +12,8 @@ from sepllm_train.probe.interventions import DECIDING, MASKED, REPLACED
 
 READING = (
     "Only what queries at the window's distance or more read of separators is changed; neighbours, keys, initial "
-    "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - loss), "
-    f"per seed; `{DECIDING}` decides: values of separators of the same class in another held-out text. Over 0.5 "
+    "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - "
+    f"loss), per seed; `{DECIDING}` decides: values of separators of the same class in another held-out text. Over 0.5 "
     "supports summary, under 0.2 refutes it; the rule was fixed before the runs were looked at. Far-recall tokens "
     "repeat a bigram whose last occurrence is further back than all windows together reach. Intervals are Student's t "
     "over seeds; ± is one standard error over samples."

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--facts", type=int, default=8, metavar="N", help="facts of a document (8)")
     text.add_argument("--sentences", type=int, default=80, metavar="N", help="sentences of a document, facts too (80)")
     text.add_argument(
-        "--share", type=float, default=0.5, metavar="P", help="share of the sentences that are facts (0.5)"
+        "--shares", type=_shares, default=(0.3, 0.9), metavar="LIST", help="shares of facts in a document (0.3,0.9)"
     )
     text.add_argument("--seed", type=int, default=1, metavar="N", help="of all that is random (1)")
     text.set_defaults(run=_text)
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares such as 0.3,0.9") from None
+
+
 def _text(arguments: argparse.Namespace) -> None:
     from sepllm_train.probe.facts import KEYS, documents, sentences, vocabulary_of
 
@@ -66,7 +73,8 @@ def _text(arguments: argparse.Namespace) -> None:
     require(output.suffix == ".jsonl", f"--output {output} must be a .jsonl file.")
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}.")
     require(1 <= arguments.facts <= KEYS, f"--facts {arguments.facts} must be 1 to {KEYS}: a document has a key once.")
-    require(0 < arguments.share < 1, f"--share {arguments.share:g} must be above 0 and below 1.")
+    for share in arguments.shares:
+        require(0 < share < 1, f"--shares {share:g} must be above 0 and below 1.")
     for name in ("documents", "sentences"):
         require(getattr(arguments, name) >= 1, f"--{name} {getattr(arguments, name)} must be at least 1.")
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -76,7 +84,7 @@ def _text(arguments: argparse.Namespace) -> None:
         vocabulary_of(tokenizer),
         facts=arguments.facts,
         items=arguments.sentences,
-        share=arguments.share,
+        shares=arguments.shares,
         seed=arguments.seed,
     )
     lines = [

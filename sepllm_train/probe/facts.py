@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.errors import UserError
 
-KEYS = 256
-VALUES = 64
+KEYS = 128
+VALUES = 32
 _WORD = re.compile(rb" [a-z]{3,12}")
 _SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
 # Sentences of the text between facts: shorter ones are headings and list marks, longer ones tables.
@@ -72,16 +72,17 @@ def documents(
     *,
     facts: int,
     items: int,
-    share: float,
+    shares: Sequence[float],
     seed: int,
 ) -> Iterator[str]:
-    """Documents of `items` sentences: with probability `share` one of the document's `facts` facts, else the next
-    sentence of `source`. Ends, with a whole document, where the source does."""
+    """Documents of `items` sentences: with a probability out of `shares`, drawn for each document, one of its `facts`
+    facts, else the next sentence of `source`. Ends, with a whole document, where the source does."""
     chance = random.Random(seed)
     names = {index: tokenizer.decode([index]).strip() for index in (*vocabulary.keys, *vocabulary.values)}
     while True:
         keys = chance.sample(vocabulary.keys, facts)
         values = chance.choices(vocabulary.values, k=facts)
+        share = chance.choice(shares)
         parts: list[str] = []
         for _ in range(items):
             if chance.random() < share:

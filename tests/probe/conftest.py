@@ -49,7 +49,7 @@ def probed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed
     tokenizer, facts = root / "text.model", root / "facts.jsonl"
     train_tokenizer([text.read_text(encoding="utf8")], tokenizer, vocab_size=2048)
     made = ["text", str(text), "--tokenizer", str(tokenizer), "--output", str(facts), "--documents", "24"]
-    assert main([*made, "--sentences", "40", "--facts", "4"]) == 0
+    assert main([*made, "--sentences", "40", "--facts", "4", "--shares", "0.5"]) == 0
     tokenize_files([facts], root / "facts", tokenizer, progress=False)
     command = [sys.executable, str(repository / "scripts" / "pretrain.py"), *TRAINING]
     for seed in (1, 2):

@@ -39,7 +39,7 @@ def test_a_fact_is_four_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> 
 def test_documents_repeat_their_facts(tokenizer: Tokenizer, vocabulary: Vocabulary, probed: Probed) -> None:
     def some(seed: int) -> list[str]:
         source = sentences(document.text for document in Corpus([probed.text]))
-        made = documents(source, tokenizer, vocabulary, facts=4, items=40, share=0.5, seed=seed)
+        made = documents(source, tokenizer, vocabulary, facts=4, items=40, shares=[0.5], seed=seed)
         return list(islice(made, 3))
 
     texts = some(1)
@@ -86,7 +86,7 @@ def test_small_vocabulary(tmp_path: Path, probed: Probed) -> None:
     ("options", "words"),
     [
         (["--facts", "0"], "--facts 0 must be 1 to 256"),
-        (["--share", "1"], "--share 1 must be above 0 and below 1"),
+        (["--shares", "0.5,1"], "--shares 1 must be above 0 and below 1"),
         (["--documents", "0"], "--documents 0 must be at least 1"),
         (["--sentences", "100000"], "is too short for one document"),
     ],

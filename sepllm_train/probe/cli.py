@@ -38,10 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--tokenizer", required=True, metavar="FILE", help="in which keys and values are single tokens")
     text.add_argument("--output", required=True, type=Path, metavar="FILE", help=".jsonl file to write")
     text.add_argument("--documents", type=int, default=12000, metavar="N", help="documents to write (12000)")
-    text.add_argument("--facts", type=int, default=8, metavar="N", help="facts of a document (8)")
+    text.add_argument("--facts", type=_counts, default=(1, 2, 4), metavar="LIST", help="facts of a document (1,2,4)")
     text.add_argument("--sentences", type=int, default=80, metavar="N", help="sentences of a document, facts too (80)")
     text.add_argument(
-        "--shares", type=_shares, default=(0.3, 0.9), metavar="LIST", help="shares of facts in a document (0.3,0.9)"
+        "--shares", type=_shares, default=(0.3, 0.7), metavar="LIST", help="shares of facts in a document (0.3,0.7)"
     )
     text.add_argument("--seed", type=int, default=1, metavar="N", help="of all that is random (1)")
     text.set_defaults(run=_text)
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2,4") from None
+
+
 def _shares(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -72,7 +79,8 @@ def _text(arguments: argparse.Namespace) -> None:
     require(not output.exists(), f"--output {output} is there already: choose another name.")
     require(output.suffix == ".jsonl", f"--output {output} must be a .jsonl file.")
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}.")
-    require(1 <= arguments.facts <= KEYS, f"--facts {arguments.facts} must be 1 to {KEYS}: a document has a key once.")
+    for facts in arguments.facts:
+        require(1 <= facts <= KEYS, f"--facts {facts} must be 1 to {KEYS}: a document has a key once.")
     for share in arguments.shares:
         require(0 < share < 1, f"--shares {share:g} must be above 0 and below 1.")
     for name in ("documents", "sentences"):
@@ -93,7 +101,7 @@ def _text(arguments: argparse.Namespace) -> None:
     ]
     require(bool(lines), f"{', '.join(map(str, arguments.inputs))} is too short for one document.")
     write_whole(output, ("\n".join(lines) + "\n").encode())
-    print(f"{output}: {len(lines):,} documents of {arguments.sentences} sentences, {arguments.facts} facts each")
+    print(f"{output}: {len(lines):,} documents of {arguments.sentences} sentences")
     if len(lines) < arguments.documents:
         print(f"warning: the text ended before {arguments.documents:,} documents.", file=sys.stderr)
 

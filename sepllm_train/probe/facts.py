@@ -70,23 +70,25 @@ def documents(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
     *,
-    facts: int,
+    facts: Sequence[int],
     items: int,
     shares: Sequence[float],
     seed: int,
 ) -> Iterator[str]:
-    """Documents of `items` sentences: with a probability out of `shares`, drawn for each document, one of its `facts`
-    facts, else the next sentence of `source`. Ends, with a whole document, where the source does."""
+    """Documents of `items` sentences: with a probability out of `shares` one of the document's facts, whose number is
+    out of `facts`, else the next sentence of `source`. Both are drawn for each document. Ends, with a whole document,
+    where the source does."""
     chance = random.Random(seed)
     names = {index: tokenizer.decode([index]).strip() for index in (*vocabulary.keys, *vocabulary.values)}
     while True:
-        keys = chance.sample(vocabulary.keys, facts)
-        values = chance.choices(vocabulary.values, k=facts)
+        known = chance.choice(facts)
+        keys = chance.sample(vocabulary.keys, known)
+        values = chance.choices(vocabulary.values, k=known)
         share = chance.choice(shares)
         parts: list[str] = []
         for _ in range(items):
             if chance.random() < share:
-                number = chance.randrange(facts)
+                number = chance.randrange(known)
                 parts.append(f" {names[keys[number]]} = {names[values[number]]}.")
             elif (sentence := next(source, None)) is None:
                 return

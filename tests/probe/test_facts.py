@@ -39,7 +39,7 @@ def test_a_fact_is_four_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> 
 def test_documents_repeat_their_facts(tokenizer: Tokenizer, vocabulary: Vocabulary, probed: Probed) -> None:
     def some(seed: int) -> list[str]:
         source = sentences(document.text for document in Corpus([probed.text]))
-        made = documents(source, tokenizer, vocabulary, facts=4, items=40, shares=[0.5], seed=seed)
+        made = documents(source, tokenizer, vocabulary, facts=[4], items=40, shares=[0.5], seed=seed)
         return list(islice(made, 3))
 
     texts = some(1)

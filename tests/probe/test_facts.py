@@ -78,14 +78,14 @@ def test_needles_are_where_they_should_be(tokenizer: Tokenizer, vocabulary: Voca
 def test_small_vocabulary(tmp_path: Path, probed: Probed) -> None:
     small = tmp_path / "small.model"
     train_tokenizer([probed.text.read_text(encoding="utf8")], small, vocab_size=400)
-    with pytest.raises(UserError, match="make a fact of four tokens, and 320 are needed"):
+    with pytest.raises(UserError, match="make a fact of four tokens, and 160 are needed"):
         vocabulary_of(load_tokenizer(small))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--facts", "0"], "--facts 0 must be 1 to 256"),
+        (["--facts", "0"], "--facts 0 must be 1 to 128"),
         (["--shares", "0.5,1"], "--shares 1 must be above 0 and below 1"),
         (["--documents", "0"], "--documents 0 must be at least 1"),
         (["--sentences", "100000"], "is too short for one document"),

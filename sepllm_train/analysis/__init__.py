@@ -8,5 +8,6 @@ losses      the loss command: a trained model under other patterns
 mass        attention probabilities of a trained model, summed by kind of key and distance
 attention   the attention command
 corpus      the corpus command: density and gaps of separators by domain
+recovery    losses of post-trained runs beside those of the models that they began with
 report      JSON, Markdown and pictures of a result
 """

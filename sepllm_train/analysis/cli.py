@@ -1,10 +1,10 @@
-"""The command line of the analysis: corpus, attention, loss, ablate."""
+"""The command lines of the analysis: corpus, attention, loss and ablate; what post-training recovered."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,8 +18,19 @@ _PROGRAM = "analyze_separators.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
+    return _exit_code(lambda: arguments.run(arguments))
+
+
+def recovery_main(argv: Sequence[str] | None = None) -> int:
+    """Report what post-trained runs recovered; gives the exit code as `main` does."""
+    arguments = _recovery_parser().parse_args(argv)
+    return _exit_code(lambda: _run_recovery(arguments))
+
+
+def _exit_code(program: Callable[[], None]) -> int:
+    """Run `program`: 0, or 2 after one sentence on a user's mistake."""
     try:
-        arguments.run(arguments)
+        program()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -202,4 +213,35 @@ def _run_ablate(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         held_out=arguments.held_out,
         samples=arguments.samples,
+    )
+
+
+def _recovery_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="report_recovery.py",
+        description="Loss of a model before and after its post-training, beside the model that it began with.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs that began with init_from")
+    parser.add_argument("--continued", type=Path, metavar="RUN", help="their source, trained on for as many tokens")
+    parser.add_argument("--source", type=Path, metavar="RUN", help="where their source is now, if it was moved")
+    parser.add_argument(
+        "--windows", type=_numbers, default=[], metavar="LIST", help="windows n to evaluate besides, such as 16,32,64"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="held-out samples (default: as many as validation in training takes)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the result is written (default: nowhere)")
+    return parser
+
+
+def _run_recovery(arguments: argparse.Namespace) -> None:
+    from sepllm_train.analysis.recovery import recovery_command
+
+    recovery_command(
+        arguments.runs,
+        arguments.output,
+        source=arguments.source,
+        continued=arguments.continued,
+        samples=arguments.samples,
+        windows=arguments.windows,
     )

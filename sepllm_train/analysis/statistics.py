@@ -37,19 +37,26 @@ class Losses:
 def token_mean(values: Tensor, mask: Tensor | None = None) -> Estimate:
     """Mean of `values` [N, S] over the tokens of `mask` (bool [N, S]; all without one), and its error over samples.
 
-    The mean is a ratio of two sums over samples, values and tokens, so its error is that of a ratio estimator
-    (Cochran, Sampling Techniques, section 6): with r_s = sum_s - mean * count_s the error is
-    sqrt(N / (N - 1) * sum of r_s^2) / all counts. With equal counts it is the standard deviation of the samples'
-    means over sqrt(N). Samples count as independent, which those of one document are not quite.
+    The mean is a ratio of two sums over samples, values and tokens, so its error is that of `ratio_of_sums`. With equal
+    counts it is the standard deviation of the samples' means over sqrt(N). Samples count as independent, which those
+    of one document are not quite.
     """
     values = values.double()
     counts = (values.new_ones(values.shape) if mask is None else mask.double()).sum(-1)
-    sums = (values if mask is None else values * mask).sum(-1)
-    total, samples = float(counts.sum()), len(values)
+    return ratio_of_sums((values if mask is None else values * mask).sum(-1), counts)
+
+
+def ratio_of_sums(above: Tensor, below: Tensor) -> Estimate:
+    """Sum of `above` [N] over sum of `below` [N], one entry of each a sample, and its error over samples.
+
+    The error is that of a ratio estimator (Cochran, Sampling Techniques, section 6), which is the delta method's: with
+    r_i = above_i - ratio * below_i it is sqrt(N / (N - 1) * sum of r_i^2) / |sum of below|.
+    """
+    total, samples = float(below.sum()), len(below)
     if total == 0:
         return Estimate(math.nan, math.nan)
-    mean = float(sums.sum()) / total
+    ratio = float(above.sum()) / total
     if samples < 2:
-        return Estimate(mean, math.nan)
-    residual = float(((sums - mean * counts) ** 2).sum())
-    return Estimate(mean, math.sqrt(samples / (samples - 1) * residual) / total)
+        return Estimate(ratio, math.nan)
+    residual = float(((above - ratio * below) ** 2).sum())
+    return Estimate(ratio, math.sqrt(samples / (samples - 1) * residual) / abs(total))

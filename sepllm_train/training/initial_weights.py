@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import hash_file
 from sepllm_train.config.schema import Config
 from sepllm_train.errors import UserError
 from sepllm_train.training import checkpoint
+from sepllm_train.training.checkpoint.files import MANIFEST
+from sepllm_train.training.run_folder import read_run
 from sepllm_train.training.setup import Training
 
 _WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
@@ -51,3 +54,22 @@ def load_initial_weights(found: Path, training: Training) -> None:
         raise UserError(f"init_from: the checkpoint {found} is damaged, {reason}: take another.")
     checkpoint.load_weights(found, training.modules)
     training.optimizer.reload_model_params()
+
+
+def initial_record(found: Path | None, resumed: Path | None) -> dict[str, Any] | None:
+    """What run.json tells of the weights that a run began with: path of the checkpoint, its step and tokens, and the
+    hash of its manifest, which holds those of all its files. None without any.
+
+    found: the checkpoint, when the run begins; resumed: the one it continues from, whose run has it on record.
+    """
+    if resumed is not None:
+        return read_run(resumed.parent.parent).get("initial_weights")
+    if found is None:
+        return None
+    state = checkpoint.read_state(found)["state"]
+    return {
+        "checkpoint": str(found.resolve()),
+        "step": state["step"],
+        "tokens": state["tokens"],
+        "manifest_sha256": hash_file(found / MANIFEST).sha256,
+    }

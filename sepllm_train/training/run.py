@@ -28,7 +28,7 @@ from sepllm_train.tracking import check_tracker, start_mirror
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.guards import Guards
-from sepllm_train.training.initial_weights import find_initial_weights, load_initial_weights
+from sepllm_train.training.initial_weights import find_initial_weights, initial_record, load_initial_weights
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.out_of_memory import MemoryAdvice
 from sepllm_train.training.report import Facts, derive, start_lines
@@ -170,6 +170,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "identity": prepared.identity,
         "schedule": prepared.schedule,
         "origin": prepared.entry.origin,
+        "initial_weights": initial_record(prepared.initial, prepared.entry.checkpoint),
         "parameters": facts.parameters,
         "steps": config.training.steps,
         "curriculum": curriculum_of(config) or None,

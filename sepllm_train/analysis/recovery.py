@@ -1,0 +1,362 @@
+"""How much of a dense model's loss post-training under another attention pattern wins back.
+
+dense   the source, which is the checkpoint that the run began with, under its own pattern
+before  the same weights under the run's pattern
+after   the run's newest checkpoint under its pattern
+
+All on the same held-out samples: gap = before - dense, and the recovered share is (before - after) / gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_prep.files import hash_file
+from sepllm_train.analysis import recovery_report
+from sepllm_train.analysis.evaluation import evaluate
+from sepllm_train.analysis.loss_report import clear_of_zero
+from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.analysis.runs import alone, find_checkpoint, held_out_samples, load_run, read_config
+from sepllm_train.analysis.statistics import Estimate, ratio_of_sums, token_mean
+from sepllm_train.analysis.variations import with_window
+from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
+from sepllm_train.compare import records
+from sepllm_train.compare.comparable import ALLOWED, check_comparable
+from sepllm_train.config.schema import AttentionConfig, Config, require
+from sepllm_train.console import say
+from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.errors import UserError
+from sepllm_train.training import checkpoint as checkpoints
+from sepllm_train.training.checkpoint.files import MANIFEST, altered, step_folder
+from sepllm_train.training.initial_weights import find_initial_weights
+from sepllm_train.training.run_folder import read_run
+
+TOKENIZER = "data (hash of the tokenizer)"
+# What runs and their sources must have in common: keys of a checkpoint's identity, and how to call them.
+SHARED = {
+    "data (hash of the tokens)": "data",
+    TOKENIZER: "tokenizers",
+    "data.validation_fraction": "data.validation_fraction, so other text was held out",
+    "data.sequence_length": "sequence lengths",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint: its folder, the content of state.json and the hash of the manifest."""
+
+    path: Path
+    state: dict[str, Any]
+    manifest_sha256: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Settings of the run that wrote it."""
+        return dict(self.state["identity"])
+
+    @property
+    def step(self) -> int:
+        """Steps of the run that wrote it; 0 for an imported model."""
+        return int(self.state["state"]["step"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it was trained on; 0 for an imported model, of which they are not known."""
+        return int(self.state["state"]["tokens"])
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The attention it was trained with."""
+        settings = {key: value for key, value in self.identity.items() if key.startswith("attention.")}
+        return AttentionConfig(**{key.removeprefix("attention."): value for key, value in settings.items()})
+
+
+@dataclass(frozen=True)
+class PostTrained:
+    """A run, its newest checkpoint and the one that it began with, which run.json has on `record` or not."""
+
+    folder: Path
+    config: Config
+    newest: Weights
+    source: Weights
+    record: bool
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The first `count` held-out samples of `corpus`, cut and ordered by `config`."""
+
+    config: Config
+    corpus: Corpus
+    count: int
+    advance: Callable[[], object]
+
+    def losses(self, model: Any, attention: AttentionConfig, pattern: AttentionPattern | None = None) -> Tensor:
+        """Losses f64 [count, S] of a model under `attention`, or under `pattern` with its placement of separators."""
+        dataset = held_out_samples(replace(self.config, attention=attention), self.corpus)
+        pattern = pattern or resolve_pattern(attention, self.config.model.layers)
+        return evaluate(model, pattern, dataset, self.count, self.advance).nats.double()
+
+
+def recovery_command(
+    folders: Sequence[Path],
+    output: Path | None = None,
+    *,
+    source: Path | None = None,
+    continued: Path | None = None,
+    samples: int | None = None,
+    windows: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Measure what the post-trained runs `folders` recovered, print the report and give the result.
+
+    output: folder for recovery.json, recovery.md and the picture; None writes nothing. source: run or checkpoint folder
+    of every run's source, where it is no longer where they began. continued: a run from the same source that went on
+    under the source's pattern for as many tokens. samples: None for as many as validation in training takes. windows:
+    numbers of neighbours n at which the weights of run and source are evaluated besides.
+
+    Raises UserError, before anything is written, for a run that did not begin with other weights, a source that is gone
+    or is another, runs of other data or held-out text, and a `continued` that does not match.
+    """
+    if output is not None:
+        check_output(output)
+    require(samples is None or samples >= 1, f"--samples {samples} must be at least 1.")
+    for window in windows:
+        require(window >= 1, f"--windows {window}: a window counts the token itself, so it is at least 1.")
+    records.refuse_twins(folders)
+    runs = [open_run(folder, source) for folder in folders]
+    rival = None if continued is None else open_run(continued, source)
+    every = runs if rival is None else [*runs, rival]
+    _check_alike(every)
+    if rival is not None:
+        _check_rival(rival, runs)
+    windows = sorted(set(windows))
+    with alone():
+        config = runs[0].config
+        corpus = open_corpus(config.data)
+        count = min(samples or config.training.validation_samples or 1, len(held_out_samples(config, corpus)))
+        passes = len({_dense_key(run) for run in runs}) + (2 + 2 * len(windows)) * len(runs) + (rival is not None)
+        with progress(passes * count, "sequence") as bar:
+            rows = _rows(runs, rival, HeldOut(config, corpus, count, lambda: bar.update()), windows)
+    result = {
+        "samples": count,
+        "sequence_length": config.data.sequence_length,
+        "held_out": config.data.validation_fraction,
+        "data": {entry.prefix: entry.header.files[".bin"].sha256 for entry in corpus.sources},
+        "continued": None if rival is None else {"run": str(rival.folder), **_told(rival.newest)},
+        "runs": rows,
+        "caveats": list(_caveats(every)),
+    }
+    if output is None:
+        say(recovery_report.markdown(result))
+    else:
+        write_report(output, "recovery", result, recovery_report.markdown(result), recovery_report.figures(result))
+    return result
+
+
+def open_run(folder: Path, source: Path | None = None) -> PostTrained:
+    """The run of `folder` with its newest checkpoint and its source, in the place `source` where that is given.
+
+    Raises UserError for a folder without a run or a whole checkpoint, a run that did not begin with other weights, and
+    a source that is gone, damaged or another.
+    """
+    config = read_config(folder)
+    newest = _weights(find_checkpoint(folder))
+    record = read_run(folder).get("initial_weights")
+    if config.init_from is None:
+        raise UserError(f"{folder} did not begin with the weights of another run: give one that was given init_from.")
+    found = _recorded(folder, record, source) if record else _named(folder, config, newest, source)
+    reason = altered(found, 0, 1)
+    if reason is not None:
+        raise UserError(f"{folder} began with a checkpoint that is damaged, {reason}: give a copy by --source.")
+    return PostTrained(folder, config, newest, _weights(found), bool(record))
+
+
+def _recorded(folder: Path, record: dict[str, Any], source: Path | None) -> Path:
+    """The checkpoint that run.json tells of, by its place or in `source`. Raises UserError unless it is the same."""
+    step, place = record["step"], Path(record["checkpoint"])
+    if source is not None:
+        place = source
+        if (source / checkpoints.FOLDER).is_dir():
+            place = step_folder(source / checkpoints.FOLDER, step)
+    if not (place / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} began with step {step:,} of {record['checkpoint']}, and {place} is not there: give a run that "
+            "has this checkpoint, or the checkpoint's folder, by --source."
+        )
+    if hash_file(place / MANIFEST).sha256 != record["manifest_sha256"]:
+        raise UserError(f"{place} is not the checkpoint that {folder} began with, its content is another's.")
+    return place
+
+
+def _named(folder: Path, config: Config, newest: Weights, source: Path | None) -> Path:
+    """The checkpoint that init_from, or `source`, means today. Raises UserError when there is none, or it cannot be."""
+    named = Path(config.init_from or "").expanduser() if source is None else source
+    if not named.exists():
+        raise UserError(f"{folder} began with the weights of {named}, which is not there: give its place by --source.")
+    found = find_initial_weights(replace(config, init_from=str(named)), newest.identity)
+    assert found is not None
+    return found
+
+
+def _weights(path: Path) -> Weights:
+    return Weights(path, checkpoints.read_state(path), hash_file(path / MANIFEST).sha256)
+
+
+def _check_alike(runs: Sequence[PostTrained]) -> None:
+    """Raise UserError unless runs and sources have data, tokenizer, held-out text and sequence length in common."""
+    first = runs[0]
+    compared = [(str(run.folder), run.newest.identity) for run in runs[1:]]
+    # What an imported model was trained on is not known.
+    compared += [(f"the source {run.source.path}", run.source.identity) for run in runs if run.source.tokens]
+    for name, identity in compared:
+        for key, what in SHARED.items():
+            if identity[key] != first.newest.identity[key]:
+                raise UserError(f"{name} and {first.folder} have different {what}: their losses do not compare.")
+
+
+def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:
+    """Raise UserError unless `rival` went on from the source of every run, for as many tokens, under its pattern."""
+    where = f"--continued {rival.folder}"
+    if rival.newest.attention != rival.source.attention:
+        raise UserError(f"{where} has another attention pattern than its source: give a run that went on without one.")
+    for run in runs:
+        if rival.source.manifest_sha256 != run.source.manifest_sha256:
+            raise UserError(
+                f"{where} began with {rival.source.path} and {run.folder} with {run.source.path}: they must begin with "
+                "the same checkpoint."
+            )
+        if rival.newest.tokens != run.newest.tokens:
+            raise UserError(
+                f"{where} was trained on {rival.newest.tokens:,} tokens and {run.folder} on {run.newest.tokens:,}: "
+                "train both for the same number of steps."
+            )
+
+
+def _dense_key(run: PostTrained) -> tuple[str, str]:
+    """Runs of which this is the same have the same dense losses."""
+    return run.source.manifest_sha256, run.config.training.precision
+
+
+def _rows(
+    runs: Sequence[PostTrained], rival: PostTrained | None, text: HeldOut, windows: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Evaluate everything, one model in memory at a time, and give the figures of each run."""
+    beside = None
+    if rival is not None:
+        opened = load_run(rival.folder)
+        beside = text.losses(opened.model, opened.config.attention)
+    dense: dict[tuple[str, str], Tensor] = {}
+    rows = []
+    for run in runs:
+        opened = load_run(run.folder)
+        model, attention = opened.model, opened.config.attention
+        patterns = {window: with_window(opened.pattern, window) for window in windows}
+        after = text.losses(model, attention)
+        after_at = {window: text.losses(model, attention, pattern) for window, pattern in patterns.items()}
+        # The same model with the weights of the source, which are rounded to the run's precision.
+        checkpoints.load_weights(run.source.path, [model])
+        before = text.losses(model, attention)
+        before_at = {window: text.losses(model, attention, pattern) for window, pattern in patterns.items()}
+        key = _dense_key(run)
+        if key not in dense:
+            dense[key] = text.losses(model, run.source.attention)
+        row = _described(run) | recovery(dense[key], before, after, beside)
+        row["windows"] = [
+            {"window": window, **recovery(dense[key], before_at[window], after_at[window])} for window in windows
+        ]
+        rows.append(row | {"curve": _curve(run) if row["recovered"] else None})
+        del opened, model
+    return rows
+
+
+def recovery(dense: Tensor, before: Tensor, after: Tensor, continued: Tensor | None = None) -> dict[str, Any]:
+    """Losses, gap, what is left of it (after - dense) and the recovered share, of losses [N, S] of the same tokens.
+
+    Each is an Estimate. Differences are paired, and a share's error over samples is that of a ratio of sums (the delta
+    method), so what samples have in common cancels. A share is None when the difference it is a share of is not above
+    twice its error, or not above 0. With `continued` also its loss, after - continued, and (before - after) /
+    (before - continued).
+    """
+    row: dict[str, Any] = {"dense": token_mean(dense), "before": token_mean(before), "after": token_mean(after)}
+    row |= {"gap": token_mean(before - dense), "left": token_mean(after - dense)}
+    row["recovered"] = _share(before - after, before - dense)
+    if continued is not None:
+        row |= {"continued": token_mean(continued), "left_of_continued": token_mean(after - continued)}
+        row["recovered_of_continued"] = _share(before - after, before - continued)
+    return row
+
+
+def _share(gained: Tensor, gap: Tensor) -> Estimate | None:
+    whole = token_mean(gap)
+    return ratio_of_sums(gained.sum(-1), gap.sum(-1)) if whole.mean > 0 and clear_of_zero(whole) else None
+
+
+def _told(weights: Weights) -> dict[str, Any]:
+    return {
+        "checkpoint": str(weights.path),
+        "manifest_sha256": weights.manifest_sha256,
+        "step": weights.step,
+        "tokens": weights.tokens,
+    }
+
+
+def _described(run: PostTrained) -> dict[str, Any]:
+    """What a row was computed from, and how long run and source were trained.
+
+    An imported source has no steps on record: there they are the step of the schedule at which the run began.
+    """
+    source, newest, optim = run.source, run.newest, run.config.optim
+    steps = source.step or optim.schedule_start
+    return {
+        "run": str(run.folder),
+        **_told(newest),
+        "precision": run.config.training.precision,
+        "attention": {k: v for k, v in asdict(run.config.attention).items() if k != "backend"},
+        "optim": asdict(optim),
+        "source": {**_told(source), "attention": asdict(source.attention), "on_record": run.record},
+        "source_steps": steps or None,
+        "steps_share": newest.step / steps if steps else None,
+        "tokens_share": newest.tokens / source.tokens if source.tokens else None,
+    }
+
+
+def _curve(run: PostTrained) -> dict[str, list[float]] | None:
+    """Recovered share at each validation of a run, from metrics.jsonl of run and source: steps, shares.
+
+    None where they were not validated on the same text, the source not at the step that the run began with, or the run
+    not before its first step.
+    """
+    try:
+        source, own = (records.read_run(folder) for folder in (run.source.path.parent.parent, run.folder))
+        check_comparable([source, own])
+    except UserError:
+        return None
+    losses = {record["step"]: record[records.LOSS] for record in own.validation}
+    ends = [record[records.LOSS] for record in source.validation if record["step"] == run.source.step]
+    same = source.info["comparable"].get(ALLOWED) == own.info["comparable"].get(ALLOWED)
+    if not same or not ends or 0 not in losses or losses[0] <= ends[-1]:
+        return None
+    shares = [(losses[0] - loss) / (losses[0] - ends[-1]) for loss in losses.values()]
+    return {"steps": list(losses), "recovered": shares}
+
+
+def _caveats(runs: Sequence[PostTrained]) -> Iterator[str]:
+    """What a reader must know besides."""
+    for run in runs:
+        if read_run(run.folder).get("status") != "finished":
+            yield f"{run.folder} is not finished: its newest checkpoint is of step {run.newest.step:,}."
+        if not run.record:
+            yield (
+                f"run.json of {run.folder} does not tell the checkpoint that it began with: {run.source.path} is what "
+                "its source stands for today."
+            )
+        if not run.source.tokens:
+            yield (
+                f"{run.source.path} was imported: whether it was trained on this text is not known, and its steps are "
+                "where the schedule of the run began."
+            )

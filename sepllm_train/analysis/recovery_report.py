@@ -18,9 +18,9 @@ READING = (
     "paired, and the error of a share is that of a ratio of sums over samples (delta method). Samples of one document "
     "are not independent, so the errors are low rather than high, and other seeds are not in them.\n\n"
     "dense: the source under its own pattern. before: its weights under the run's pattern. after: the run. gap = "
-    "before - dense; left = after - dense; recovered = (before - after) / gap. A source whose learning rate has not come down "
-    "improves by further training alone, and that counts as recovered: a dense run that goes on from it for as many "
-    "steps (--continued) tells how much. No share is given when the gap is not above twice its error."
+    "before - dense; left = after - dense; recovered = (before - after) / gap. A source whose learning rate has not "
+    "come down improves by further training alone, and that counts as recovered: a dense run that goes on from it for "
+    "as many steps (--continued) tells how much. No share is given when the gap is not above twice its error."
 )
 NONE = "no share"
 

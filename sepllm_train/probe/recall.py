@@ -2,7 +2,7 @@
 
 Two questions, both at distances that stacked windows do not reach. Needle: one fact in real text, asked for at the end.
 Associative recall: every later mention of a fact in held-out text of `facts.py`, with the other facts of its document
-in between. The rank is by the next token's logit, over the 64 values; by chance the right one is first once in 64.
+in between. The rank is by the next token's logit, over all values; by chance the right one is first once in so many.
 """
 
 from __future__ import annotations

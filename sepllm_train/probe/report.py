@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 
 from sepllm_train.analysis import plots
 from sepllm_train.compare.tables import Table
+from sepllm_train.probe.facts import VALUES
 from sepllm_train.probe.interventions import DECIDING, MASKED, REPLACED
 
+FIRST = f"right value first of {VALUES}"
 READING = (
     "Only what queries at the window's distance or more read of separators is changed; neighbours, keys, initial "
     "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - "
@@ -87,7 +89,7 @@ def _associative(result: dict[str, Any]) -> Table:
         for run in result["runs"]
         for row in run["associative"]
     ]
-    heads = ["seed", "tokens back", "questions", "right value first of 64", "far separators masked"]
+    heads = ["seed", "tokens back", "questions", FIRST, "far separators masked"]
     return Table("Associative recall in held-out text", heads, rows)
 
 
@@ -109,7 +111,7 @@ def _needles(result: dict[str, Any]) -> Table:
         "seed",
         "tokens back",
         "needles",
-        "right value first of 64",
+        FIRST,
         "far separators masked",
         "prefers the twin's value",
         "with the twin's values of far separators",
@@ -126,7 +128,7 @@ def _recall_figure(result: dict[str, Any], key: str, title: str) -> Figure:
         masked = [row["first_masked"] for row in run[key]]
         style = {"colour": number, "dashed": True}
         curves.append((f"seed {run['seed']}, far separators masked", away, masked, style))
-    return plots.lines(title, curves, "tokens back", "right value first of 64", log_x=True, level=1 / 64)
+    return plots.lines(title, curves, "tokens back", FIRST, log_x=True, level=1 / VALUES)
 
 
 def _interval(estimate: dict[str, Any], sign: str = "") -> str:

@@ -222,7 +222,7 @@ def _check_alike(runs: Sequence[PostTrained]) -> None:
 def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:
     """Raise UserError unless `rival` went on from the source of every run, for as many tokens, under its pattern."""
     where = f"--continued {rival.folder}"
-    if rival.newest.attention != rival.source.attention:
+    if _attended(rival.newest.attention) != _attended(rival.source.attention):
         raise UserError(f"{where} has another attention pattern than its source: give a run that went on without one.")
     for run in runs:
         if rival.source.manifest_sha256 != run.source.manifest_sha256:
@@ -235,6 +235,12 @@ def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:
                 f"{where} was trained on {rival.newest.tokens:,} tokens and {run.folder} on {run.newest.tokens:,}: "
                 "train both for the same number of steps."
             )
+
+
+def _attended(attention: AttentionConfig) -> Any:
+    """What decides who sees whom: a dense pattern has no window and no separators."""
+    dense = attention.pattern == "dense"
+    return ("dense", attention.separate_documents) if dense else replace(attention, backend="auto")
 
 
 def _dense_key(run: PostTrained) -> tuple[str, str]:
@@ -357,6 +363,6 @@ def _caveats(runs: Sequence[PostTrained]) -> Iterator[str]:
             )
         if not run.source.tokens:
             yield (
-                f"{run.source.path} was imported: whether it was trained on this text is not known, and its steps are "
-                "where the schedule of the run began."
+                f"{run.source.path} was imported: whether it was trained on this text is not known, and its steps, "
+                "where they are told, are those at which the schedule of the run began."
             )

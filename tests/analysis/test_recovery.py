@@ -26,6 +26,7 @@ from sepllm_train.pretrain import pretrain
 STEPS, MORE = 400, 40
 MODEL = [
     "+experiment=demo_dense",
+    "seed=2",
     "model.layers=2",
     "model.hidden=64",
     "model.heads=2",
@@ -106,7 +107,6 @@ def test_a_tenth_of_the_steps_recovers_the_gap(report: Path) -> None:
     assert 0.5 < row["recovered_of_continued"]["mean"] < row["recovered"]["mean"]
 
 
-@pytest.mark.slow
 def test_report(runs: PostTraining, report: Path) -> None:
     result = read(report)
     (row,) = result["runs"]
@@ -136,7 +136,6 @@ def test_report(runs: PostTraining, report: Path) -> None:
     assert {path.name for path in report.iterdir()} == files
 
 
-@pytest.mark.slow
 def test_no_share_without_a_gap(runs: PostTraining, tmp_path: Path, capsys: Any) -> None:
     """Dense weights under a dense pattern, and one sample, which has no error."""
     assert recovery_main([str(runs.root / "continued"), "--samples", "2", "--output", str(tmp_path)]) == 0
@@ -149,7 +148,6 @@ def test_no_share_without_a_gap(runs: PostTraining, tmp_path: Path, capsys: Any)
     assert "post: no share can be given" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_source_that_was_moved(runs: PostTraining, tmp_path: Path, capsys: Any) -> None:
     post, dense, moved = (runs.root / name for name in ("post", "dense", "dense_moved"))
     dense.rename(moved)
@@ -166,7 +164,6 @@ def test_source_that_was_moved(runs: PostTraining, tmp_path: Path, capsys: Any) 
         moved.rename(dense)
 
 
-@pytest.mark.slow
 def test_run_that_does_not_tell_its_source(runs: PostTraining, tmp_path: Path, capsys: Any) -> None:
     """run.json of before: init_from names the source, whose newest checkpoint is taken."""
     post = tmp_path / "earlier"
@@ -180,7 +177,6 @@ def test_run_that_does_not_tell_its_source(runs: PostTraining, tmp_path: Path, c
     refused([str(post), "--source", str(tmp_path / "nowhere")], "which is not there: give its place by --s", capsys)
 
 
-@pytest.mark.slow
 def test_runs_that_do_not_compare(runs: PostTraining, capsys: Any) -> None:
     post = str(runs.root / "post")
     short = runs.go_on("post_short", "training.steps=2")
@@ -194,13 +190,12 @@ def test_runs_that_do_not_compare(runs: PostTraining, capsys: Any) -> None:
     refused([str(again), "--continued", str(short)], "they must begin with the same checkpoint", capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["{root}/dense"], "dense did not begin with the weights of another run"),
         (["{root}/nowhere"], "config.yaml does not exist: give the folder of a run"),
-        (["{root}/post", "{root}/../recovery0/post"], "name each run once"),
+        (["{root}/post", "{root}/dense/../post"], "name each run once"),
         (["{root}/post", "--samples", "0"], "--samples 0 must be at least 1"),
         (["{root}/post", "--windows", "4,0"], "--windows 0: a window counts the token itself"),
         (["{root}/post", "--output", "{root}/post/run.json"], "run.json is a file: name a folder"),

@@ -53,6 +53,10 @@ def test_interrupted_run_goes_on_without_the_source(trainer: Any, finished: Call
     assert trainer("name=init_again", *start, f"resume={checkpoints / 'step_00000002'}").code == 0
     again = trainer.root / "init_again" / "checkpoints" / "step_00000004"
     assert dict(digests(again)) and digest(again) == digest(checkpoints / "step_00000004")
+    # run.json tells what the first of them began with.
+    whole, again = (json.loads((trainer.root / name / "run.json").read_text()) for name in ("init_whole", "init_again"))
+    assert whole["initial_weights"]["checkpoint"] == str(trainer.root / "init_source/checkpoints/step_00000004")
+    assert whole["initial_weights"]["step"] == 4 and whole["initial_weights"] == again["initial_weights"]
 
 
 def test_schedule_of_the_longer_run_goes_on(trainer: Any, finished: Callable) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core import parallel_state
 
+from sepllm_train.pretrain import main
 from tests.small_run import SMALL_MODEL
 
 SMALL = [
@@ -52,13 +56,36 @@ class Trainer:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        folders = [f"run_root={self.root}", f"data.cache={self.cache}"]
-        command = [*launcher, script, *(SMALL if small else []), *folders, *overrides]
+        command = [*launcher, script, *(SMALL if small else []), *self._folders, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root, check=False
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def here(self, *overrides: str) -> Outcome:
+        """As a call with one process, in this process: a started one imports for longer than a refusal takes."""
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
+            patch.setattr(sys, "argv", ["pretrain.py", *SMALL, *self._folders, *overrides])
+            patch.chdir(self.root)
+            try:
+                main()
+                code = 0
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+            finally:
+                # After a refusal megatron-core's groups are left to the end of the process.
+                parallel_state.destroy_model_parallel()
+        return Outcome(code, output.getvalue(), errors.getvalue())
+
+    @property
+    def _folders(self) -> list[str]:
+        """Overrides that keep the run in `root` and its data in `cache`."""
+        return [f"run_root={self.root}", f"data.cache={self.cache}"]
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a run."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +13,9 @@ import pytest
 import torch
 from decode_cases import PUBLIC, DecodeCase, check_against_oracle, copied, decode_cases, ragged, rotated, step
 from hypothesis import given, settings
+from interpreter_process import passes_in_the_interpreter
 from sep_attention import FOREVER, DecodeCache, advance, attend, write
 
-HERE = Path(__file__).parent
 BENCHMARK = "kernels/benchmarks/decode.py"
 
 
@@ -168,20 +166,9 @@ def test_calls_that_do_not_fit() -> None:
 
 
 @pytest.mark.slow
-def test_in_the_interpreter(repository: Path) -> None:
+def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", str(HERE / "decode_interpreter_cases.py")],
-        cwd=repository,
-        env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-2000:]
+    passes_in_the_interpreter("decode_interpreter_cases.py")
 
 
 def _benchmark(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

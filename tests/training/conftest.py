@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import parallel_state
 
-from tests.small_run import SMALL_MODEL
-
-SMALL = [
-    "+experiment=demo_sep",
-    *SMALL_MODEL,
-    "training.steps=4",
-    "training.validation_interval=2",
-    "training.checkpoint_interval=2",
-]
+from sepllm_train.pretrain import main
+from tests.small_run import SMALL_RUN
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,39 @@ class Trainer:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        folders = [f"run_root={self.root}", f"data.cache={self.cache}"]
-        command = [*launcher, script, *(SMALL if small else []), *folders, *overrides]
+        command = [*launcher, script, *(SMALL_RUN if small else ()), *self._folders, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root, check=False
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def here(self, *overrides: str) -> Outcome:
+        """As a call with one process, in this process: one that is started imports for longer than it works."""
+        threads = torch.get_num_threads()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
+            patch.setattr(sys, "argv", ["pretrain.py", *SMALL_RUN, *self._folders, *overrides])
+            patch.chdir(self.root)
+            torch.set_num_threads(1)
+            try:
+                main()
+                code = 0
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+            finally:
+                # After a refusal megatron-core's groups are left to the end of the process.
+                parallel_state.destroy_model_parallel()
+                torch.set_num_threads(threads)
+        return Outcome(code, output.getvalue(), errors.getvalue())
+
+    @property
+    def _folders(self) -> list[str]:
+        """Overrides that keep the run in `root` and its data in `cache`."""
+        return [f"run_root={self.root}", f"data.cache={self.cache}"]
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a run."""
@@ -77,12 +100,13 @@ def trainer(repository: Path, sample_cache: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def finished(trainer: Trainer) -> Callable[..., str]:
-    """Trains a run once and gives its name."""
+    """Trains a run once and gives its name; with `processes=0` in this process."""
     done: set[str] = set()
 
-    def train(name: str, *overrides: str, processes: int = 1) -> str:
+    def train(name: str, *overrides: str, processes: int = 0) -> str:
         if name not in done:
-            outcome = trainer(f"name={name}", *overrides, processes=processes)
+            settings = (f"name={name}", *overrides)
+            outcome = trainer(*settings, processes=processes) if processes else trainer.here(*settings)
             assert outcome.code == 0, outcome.errors[-3000:]
             done.add(name)
         return name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,17 @@ from sepllm_train.errors import UserError
 from sepllm_train.training.checkpoint import digest, digests
 
 
-def test_weights_are_the_other_runs(trainer: Any, finished: Callable) -> None:
+@pytest.fixture(scope="module")
+def source(trainer: Any, finished: Callable) -> Path:
+    """A copy of a dense run, that can be taken away."""
+    folder = trainer.root / "init_source"
+    shutil.copytree(trainer.root / finished("dense", "attention=dense"), folder)
+    return folder
+
+
+def test_weights_are_the_other_runs(trainer: Any, source: Path) -> None:
     """From a dense run to a pattern: the first validation is that of the dense weights under the pattern."""
-    finished("dense", "attention=dense")
-    done = trainer("name=init_post", f"init_from={trainer.root / 'dense'}")
+    done = trainer("name=init_post", f"init_from={source}")
     assert done.code == 0, done.errors
     assert "weights of " in done.output
     records = trainer.records("init_post")
@@ -26,7 +35,7 @@ def test_weights_are_the_other_runs(trainer: Any, finished: Callable) -> None:
     # Untrained weights have the loss of a guess.
     dense = trainer.values("dense", "val/loss")
     assert records[0]["val/loss"] < dense[0] and records[0]["val/loss"] != dense[-1]
-    same = trainer("name=init_dense_again", "attention=dense", f"init_from={trainer.root / 'dense'}")
+    same = trainer.here("name=init_dense_again", "attention=dense", f"init_from={source}")
     assert same.code == 0, same.errors
     assert trainer.values("init_dense_again", "val/loss")[0] == dense[-1]
 
@@ -38,25 +47,26 @@ def test_in_another_layout(trainer: Any, finished: Callable) -> None:
     start = [*short, f"init_from={trainer.root / finished('init_bf16', 'attention=dense', *short)}"]
     losses = []
     for name, layout in (("alone", []), ("tensor", ["parallel.tensor=2"])):
-        done = trainer(f"name=init_{name}", *start, *layout, processes=2 if layout else 1)
-        assert done.code == 0, done.errors
+        finished(f"init_{name}", *start, *layout, processes=2 if layout else 0)
         losses.append(trainer.values(f"init_{name}", "val/loss"))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_interrupted_run_goes_on_without_the_source(trainer: Any, finished: Callable) -> None:
-    finished("init_source", "attention=dense")
-    start = [f"init_from={trainer.root / 'init_source'}", "training.steps=4"]
-    assert trainer("name=init_whole", *start).code == 0
-    checkpoints = trainer.root / "init_whole" / "checkpoints"
-    (trainer.root / "init_source").rename(trainer.root / "init_moved")
-    assert trainer("name=init_again", *start, f"resume={checkpoints / 'step_00000002'}").code == 0
-    again = trainer.root / "init_again" / "checkpoints" / "step_00000004"
-    assert dict(digests(again)) and digest(again) == digest(checkpoints / "step_00000004")
+def test_interrupted_run_goes_on_without_the_source(trainer: Any, finished: Callable, source: Path) -> None:
+    start = [f"init_from={source}"]
+    checkpoints = trainer.root / finished("init_whole", *start) / "checkpoints"
+    source.rename(trainer.root / "init_moved")
+    try:
+        again = trainer("name=init_again", *start, f"resume={checkpoints / 'step_00000002'}")
+    finally:
+        (trainer.root / "init_moved").rename(source)
+    assert again.code == 0, again.errors
+    last = trainer.root / "init_again" / "checkpoints" / "step_00000004"
+    assert dict(digests(last)) and digest(last) == digest(checkpoints / "step_00000004")
     # run.json tells what the first of them began with.
-    whole, again = (json.loads((trainer.root / name / "run.json").read_text()) for name in ("init_whole", "init_again"))
-    assert whole["initial_weights"]["checkpoint"] == str(trainer.root / "init_source/checkpoints/step_00000004")
-    assert whole["initial_weights"]["step"] == 4 and whole["initial_weights"] == again["initial_weights"]
+    whole, later = (json.loads((trainer.root / name / "run.json").read_text()) for name in ("init_whole", "init_again"))
+    assert whole["initial_weights"]["checkpoint"] == str(source / "checkpoints" / "step_00000004")
+    assert whole["initial_weights"]["step"] == 4 and whole["initial_weights"] == later["initial_weights"]
 
 
 def test_schedule_of_the_longer_run_goes_on(trainer: Any, finished: Callable) -> None:
@@ -70,7 +80,7 @@ def test_schedule_of_the_longer_run_goes_on(trainer: Any, finished: Callable) ->
     assert run["schedule"]["optim.schedule_start"] == 4 and run["identity"]["init_from"].endswith("init_long")
     # Continued from its own second step it is at the schedule's sixth.
     middle = trainer.root / "init_late" / "checkpoints" / "step_00000002"
-    done = trainer("name=init_later", *late, f"init_from={trainer.root / 'init_long'}", f"resume={middle}")
+    done = trainer.here("name=init_later", *late, f"init_from={trainer.root / 'init_long'}", f"resume={middle}")
     assert done.code == 0, done.errors
     assert trainer.values("init_later", "train/lr") == rates[6:]
 
@@ -85,7 +95,7 @@ def test_schedule_of_the_longer_run_goes_on(trainer: Any, finished: Callable) ->
 )
 def test_weights_that_do_not_fit(trainer: Any, finished: Callable, overrides: list[str], words: str) -> None:
     finished("one")
-    done = trainer("name=init_wrong", *(part.format(root=trainer.root) for part in overrides))
+    done = trainer.here("name=init_wrong", *(part.format(root=trainer.root) for part in overrides))
     assert done.code == 2 and words.format(root=trainer.root) in done.sentence, done.errors
     assert not (trainer.root / "init_wrong").exists()
 
@@ -109,5 +119,5 @@ def test_a_transformers_model_is_to_be_imported(trainer: Any) -> None:
     folder = trainer.root / "init_theirs"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    done = trainer("name=init_wrong", f"init_from={folder}")
+    done = trainer.here("name=init_wrong", f"init_from={folder}")
     assert done.code == 2 and "scripts/import_hf.py" in done.sentence

@@ -40,19 +40,33 @@ def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypa
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["training.steps=many"], "training.steps: Value 'many'"),
         (["attention.separators=[dot]"], "unknown separator class 'dot'"),
         (["parallel.tensor=2"], "size 1 cannot be split into parallel.tensor=2"),
         (["data=prefixes", "data.prefixes=[nowhere/text]"], "There is no dataset at"),
         (["data.sequence_length=500000"], "fewer than one sequence of data.sequence_length=500000"),
         (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),
-        (["resume=nowhere"], "resume=nowhere: there is no checkpoint there"),
         (["attention.backend=dense"], "attention.backend=dense: "),
         (["dry_run=true", "model.rotary_fraction=0.2"], "model.rotary_fraction=0.2"),
         (["data.cache=/proc/none"], "Cannot"),
     ],
 )
 def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
+    outcome = trainer.here("name=mistake", *overrides)
+    assert outcome.code == 2
+    assert outcome.sentence.startswith("error: ") and words in outcome.sentence
+    assert "Traceback" not in outcome.errors
+    assert not (trainer.root / "mistake").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.steps=many"], "training.steps: Value 'many'"),
+        (["resume=nowhere"], "resume=nowhere: there is no checkpoint there"),
+    ],
+)
+def test_mistake_on_the_command_line(trainer: Any, overrides: list[str], words: str) -> None:
+    """Found before and after the processes are a grid, in a process of its own to its end."""
     outcome = trainer("name=mistake", *overrides)
     assert outcome.code == 2
     assert outcome.sentence.startswith("error: ") and words in outcome.sentence
@@ -76,7 +90,7 @@ def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
 )
 def test_mistake_about_an_earlier_run(trainer: Any, finished: Callable, overrides: list[str], words: str) -> None:
     finished("one")
-    outcome = trainer(*overrides)
+    outcome = trainer.here(*overrides)
     assert outcome.code == 2 and words in outcome.sentence
     assert not (trainer.root / "other").exists()
 
@@ -87,11 +101,11 @@ def test_running_run_is_not_continued_as_another(trainer: Any, finished: Callabl
     text = run.read_text()
     run.write_text(text.replace("finished", "running"))
     try:
-        back = trainer(f"name={name}", f"resume={trainer.root / name / 'checkpoints' / 'step_00000002'}")
+        back = trainer.here(f"name={name}", f"resume={trainer.root / name / 'checkpoints' / 'step_00000002'}")
         assert back.code == 2 and "in use by an earlier run" in back.sentence
-        changed = trainer(f"name={name}", "optim.lr=1e-3")
+        changed = trainer.here(f"name={name}", "optim.lr=1e-3")
         assert changed.code == 2 and "optim.lr=0.002, this run has 0.001" in changed.sentence
-        refused = trainer(f"name={name}", "resume=never")
+        refused = trainer.here(f"name={name}", "resume=never")
         assert refused.code == 2 and "in use by an earlier run" in refused.sentence
     finally:
         run.write_text(text)
@@ -105,7 +119,7 @@ def test_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another(
     run = json.loads((trainer.root / finished("one") / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"status": "running"}))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    outcome = trainer("name=early", "attention=dense")
+    outcome = trainer.here("name=early", "attention=dense")
     assert outcome.code == 2 and "attention.pattern=sep, this run has dense" in outcome.sentence
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
@@ -134,6 +148,6 @@ def test_damaged_checkpoint_is_named(trainer: Any, finished: Callable) -> None:
     for file in source.iterdir():
         content = file.read_bytes()
         (damaged / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".distcp" else content)
-    outcome = trainer("name=other", f"resume={damaged}")
+    outcome = trainer.here("name=other", f"resume={damaged}")
     assert outcome.code == 2 and "the checkpoint is damaged" in outcome.sentence
     assert f"{damaged}/__0_0.distcp has " in outcome.sentence

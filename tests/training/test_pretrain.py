@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from sepllm_train.config.load import configuration_of
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
+from sepllm_train.training.setup import build_scheduler, learning_rate
+from tests.small_run import SMALL_RUN
 
 COUNTERS = {"step", "tokens", "seconds", "flops/model", "flops/dense", "flops/paper"}
 
@@ -55,17 +59,13 @@ def test_flops_follow_from_the_attended_share(trainer: Any, finished: Callable) 
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("tensor2", ["parallel.tensor=2"]),
-        ("sequence2", ["parallel.tensor=2", "parallel.sequence=true", "training.recompute=full"]),
         ("pipeline2", ["parallel.pipeline=2"]),
         ("data2", []),
-        ("interleaved", ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"]),
     ],
 )
 def test_layouts_agree_with_one_process(trainer: Any, finished: Callable, name: str, overrides: list[str]) -> None:
-    alone = ["model.layers=4"] if "model.layers=4" in overrides else []
-    one = finished("one" + "_deeper" * len(alone), *alone)
-    other = finished(name, *overrides, processes=2)
+    """What is read and written in two processes is that of one; tests/model/test_layouts.py has every layout."""
+    one, other = finished("one"), finished(name, *overrides, processes=2)
     for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/attended_share", "flops/model"):
         np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=1e-4, err_msg=key)
 
@@ -113,20 +113,34 @@ def test_resume_auto_continues_a_killed_run(trainer: Any, finished: Callable) ->
     assert trainer.values("killed", "train/loss") == trainer.values("one", "train/loss")
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "linear", "constant"])
-def test_schedules(trainer: Any, finished: Callable, schedule: str) -> None:
-    rates = trainer.values(
-        finished(schedule, f"optim.schedule={schedule}", "optim.warmup_steps=1", "optim.decay_fraction=0.5",
-                 "training.validation_interval=0", "training.checkpoint_interval=0"),
-        "train/lr",
-    )  # fmt: skip
+def rates_of(*overrides: str) -> list[float]:
+    """Learning rates of the steps of the small run, from its schedule alone."""
+    config = configuration_of([*SMALL_RUN, *overrides])
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    scheduler = build_scheduler(config, optimizer)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(config.training.steps):
+        rates.append(learning_rate(optimizer))
+        scheduler.step(increment=1)
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "linear", "constant", "cosine"])
+def test_schedules(schedule: str) -> None:
     top, low = 2e-3, 2e-4
     expected = {
         "constant": [0.0, top, top, top],
         "linear": [0.0, top, top - (top - low) / 3, top - 2 * (top - low) / 3],
         "wsd": [0.0, top, top, (top + low) / 2],
+        "cosine": [0.0, top, low + 3 / 4 * (top - low), low + 1 / 4 * (top - low)],
     }
+    rates = rates_of(f"optim.schedule={schedule}", "optim.warmup_steps=1", "optim.decay_fraction=0.5")
     np.testing.assert_allclose(rates, expected[schedule], rtol=1e-6)
+
+
+def test_a_run_trains_at_the_rates_of_its_schedule(trainer: Any, finished: Callable) -> None:
+    rates = trainer.values(finished("one"), "train/lr")
+    assert len(set(rates)) == 4 and rates == rates_of()
 
 
 def test_bf16_follows_fp32(trainer: Any, finished: Callable) -> None:
@@ -141,7 +155,7 @@ def test_fp16_trains_and_resumes_across_skipped_steps(trainer: Any, finished: Ca
     losses, rates = (trainer.values("fp16", key) for key in ("train/loss", "train/lr"))
     assert losses[-1] < losses[0] - 0.2
     source = trainer.root / "fp16" / "checkpoints" / "step_00000004"
-    resumed = trainer("name=fp16_again", f"resume={source}", "training.precision=fp16", "training.steps=8")
+    resumed = trainer.here("name=fp16_again", f"resume={source}", "training.precision=fp16", "training.steps=8")
     assert resumed.code == 0, resumed.errors[-2000:]
     assert trainer.values("fp16_again", "train/lr") == rates[4:]
     assert trainer.values("fp16_again", "train/loss") == losses[4:]
@@ -158,7 +172,7 @@ def test_blend_is_validated_per_dataset_whatever_the_layout(
             (tmp_path / file.name.replace(sample_prefix.name, "copy", 1)).write_bytes(file.read_bytes())
     blend = f"data.prefixes=[{{path: {sample_prefix}, weight: 0.7}}, {{path: {copy}, weight: 0.3}}]"
     options = ["data=prefixes", blend, "training.validation_samples=3", "data.workers=1", "training.deterministic=true"]
-    one, two = finished("blend", *options), finished("blend2", *options, processes=2)
+    one, two = finished("blend", *options, processes=1), finished("blend2", *options, processes=2)
     for key in ("val/docs/loss", "val/copy/loss", "val/loss", "val/docs/bits_per_byte", "train/loss"):
         np.testing.assert_allclose(trainer.values(two, key), trainer.values(one, key), rtol=1e-5, err_msg=key)
     assert trainer.values(one, "val/docs/loss") == trainer.values(one, "val/copy/loss")
@@ -173,7 +187,7 @@ def test_llama_family_trains(trainer: Any, finished: Callable) -> None:
 
 
 def test_dry_run_trains_nothing(trainer: Any) -> None:
-    outcome = trainer("name=dry", "dry_run=true", "parallel.tensor=2")
+    outcome = trainer.here("name=dry", "dry_run=true", "parallel.tensor=2")
     assert outcome.code == 0
     for words in ("parameters", "FLOPs per token", "memory per process", "backend", "tokens a step", "dry run"):
         assert words in outcome.output

@@ -51,7 +51,7 @@ def test_checkpoints_of_before_are_natural() -> None:
 
 def test_a_placed_run_with_chosen_classes(trainer: Any, sample_prefix: Path) -> None:
     chosen = ("attention=sep_auto", "attention.placement=shuffled", "training.validation_samples=8")
-    trained = trainer("name=auto", *chosen)
+    trained = trainer.here("name=auto", *chosen)
     assert trained.code == 0, trained.errors
     told = json.loads((trainer.root / "auto" / "run.json").read_text())
     names = told["attention"]["separators"]
@@ -63,7 +63,7 @@ def test_a_placed_run_with_chosen_classes(trainer: Any, sample_prefix: Path) -> 
     assert OmegaConf.load(trainer.root / "auto" / "config.yaml").attention.separators == names
     line = f"separators: auto took {', '.join(names)} | {density:.1%} of the tokens, budget 8.0% to 16.0%"
     assert line in trained.output and "| separators shuffled |" in trained.output
-    other = trainer(
+    other = trainer.here(
         "name=later", f"resume={trainer.root / 'auto'}", *chosen, "attention.density_budget=[0.04,0.08]", "dry_run=true"
     )
     assert other.code == 2 and "was written with attention.separators=" in other.sentence

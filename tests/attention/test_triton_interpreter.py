@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: interpreter_cases.py; its edges have a file of their own."""
+"""The Triton kernels in Triton's interpreter: interpreter_cases.py but for its edges, which have their own file."""
 
 from __future__ import annotations
 

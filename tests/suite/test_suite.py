@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -16,6 +18,7 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.sidecar import read_header
+from sepllm_train.suite.main import main
 from sepllm_train.suite.prepare import prepare_data
 from sepllm_train.training.run_folder import claim
 from tests.suite.test_plan import suite as suite_config
@@ -47,6 +50,23 @@ class Suite:
         return subprocess.run(
             self.command(*overrides), capture_output=True, text=True, timeout=500, env=self.environment, check=False
         )
+
+    def here(self, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """As a call, in this process, for what starts no run: a process imports for longer than that takes."""
+        command = self.command(*overrides)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
+            patch.setattr(sys, "argv", command[1:])
+            patch.setenv("SEPLLM_CACHE", str(self.cache))
+            try:
+                main()
+                code = 0
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+        return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
 
     @property
     def folder(self) -> Path:
@@ -97,30 +117,30 @@ def test_trains_times_and_reports(suite: Suite) -> None:
         assert str(suite.root) not in path.read_text(), path
         assert str(suite.prefix.parent) not in path.read_text(), path
     (exported / "report" / "report.md").unlink()
-    inside = suite("suite.do=[report]", f"suite.export={suite.folder / 'copy'}")
+    inside = suite.here("suite.do=[report]", f"suite.export={suite.folder / 'copy'}")
     assert inside.returncode == 2 and "is inside the suite's own folder" in inside.stderr
-    remade = Suite(suite.repository, suite.cache, suite.prefix, exported.parent)("suite.do=[report]")
+    remade = Suite(suite.repository, suite.cache, suite.prefix, exported.parent).here("suite.do=[report]")
     assert remade.returncode == 0, remade.stderr
     assert (exported / "report" / "report.md").read_text() == text
 
     before = {name: (suite.folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
-    again = suite(rows, "suite.do=[train]")
+    again = suite.here(rows, "suite.do=[train]")
     assert again.returncode == 0 and "6 runs, 6 finished before" in again.stdout
     assert {n: (suite.folder / "runs" / n / "metrics.jsonl").stat().st_mtime_ns for n in names} == before
 
-    other = suite(rows, "sizes.toy.steps=9")
+    other = suite.here(rows, "sizes.toy.steps=9")
     assert other.returncode == 2 and other.stderr.count("\n") == 1
     assert "was fixed before the first run" in other.stderr
 
 
 def test_text_is_prepared_once_and_dry_runs_say_what_would_be_run(suite: Suite, tmp_path: Path) -> None:
     text = tmp_path / "a text.txt"
-    missing = suite("suite.prefix=null", f"suite.text=['{text}']", "suite.dry_run=true")
+    missing = suite.here("suite.prefix=null", f"suite.text=['{text}']", "suite.dry_run=true")
     assert missing.returncode == 2 and missing.stderr == f"error: There is no file {text}: give .txt or .jsonl files.\n"
     words = "It was a bright, cold day. The clocks; they struck: thirteen! Who was there? Nobody knew.\n"
     text.write_text("".join(f"{number} {words}" for number in range(400)))
     choice = ("suite.prefix=null", f"suite.text=['{text}']", "sizes.toy.vocabulary=320")
-    shown = suite(*choice, "suite.dry_run=true", "suite.only.rows=[sep]", "suite.only.seeds=[2]")
+    shown = suite.here(*choice, "suite.dry_run=true", "suite.only.rows=[sep]", "suite.only.seeds=[2]")
     assert shown.returncode == 0 and not suite.folder.exists()
     (command, last) = shown.stdout.splitlines()
     overrides = shlex.split(command)

@@ -84,3 +84,16 @@ def exit_on_user_error(program: Callable[[], None]) -> None:
             where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
             print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
         raise SystemExit(error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR) from None
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a `program` that writes nothing before its end: 0, or 2 after one sentence on a user's mistake."""
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        return 130
+    return 0

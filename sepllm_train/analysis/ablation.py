@@ -188,7 +188,17 @@ class Ablation:
             bool(single), "these samples have no separators, so there is nothing to leave out: take others with --data."
         )
         several = {name: classes for name, classes in SUBSETS.items() if self._density(classes) > 0}
-        return several | {name: (name,) for name in single}
+        alone = {name: (name,) for name in single}
+        # With no merged line breaks in the samples, line breaks and newlines are the same tokens.
+        found = {
+            name: self._numbers(classes) & set(present.nonzero().flatten().tolist())
+            for name, classes in several.items()
+        }
+        return several | {name: own for name, own in alone.items() if self._numbers(own) not in found.values()}
+
+    @staticmethod
+    def _numbers(classes: Sequence[str]) -> set[int]:
+        return set(class_numbers(classes))
 
     def _density(self, classes: Sequence[str]) -> float:
         """Share of the samples' tokens that are of these classes."""

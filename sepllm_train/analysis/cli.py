@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from data_prep.errors import UserError
-from sepllm_train.errors import EXIT_USER_ERROR
+from sepllm_train.errors import exit_code
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "analyze_separators.py"
@@ -18,26 +16,13 @@ _PROGRAM = "analyze_separators.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
-    return _exit_code(lambda: arguments.run(arguments))
+    return exit_code(lambda: arguments.run(arguments))
 
 
 def recovery_main(argv: Sequence[str] | None = None) -> int:
     """Report what post-trained runs recovered; gives the exit code as `main` does."""
     arguments = _recovery_parser().parse_args(argv)
-    return _exit_code(lambda: _run_recovery(arguments))
-
-
-def _exit_code(program: Callable[[], None]) -> int:
-    """Run `program`: 0, or 2 after one sentence on a user's mistake."""
-    try:
-        program()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run_recovery(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

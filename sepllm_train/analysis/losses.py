@@ -105,7 +105,8 @@ class LossAnalysis:
         self.text: dict[str, Tensor] = text_of(self.run.validation, self.samples)
         self.window = usual_window(pattern)
         self.trained = self._job(self.run.pattern)
-        self.base = self.trained if attention == config.attention else self._job(pattern)
+        own_attention = replace(config.attention, window_choices=None)
+        self.base = self.trained if attention == own_attention else self._job(pattern)
         if self.questions.drop_classes:
             self._plan_drops(pattern)
         lengths = sorted(set(self.questions.lengths)) or [own]

@@ -15,8 +15,8 @@ from sepllm_train.attention_pattern import AttentionPattern, LayerPattern, resol
 from sepllm_train.config.schema import AttentionConfig, require
 from sepllm_train.errors import UserError
 
-# Part of the model's weights, so no other value can be tried on them.
-FIXED = ("sink", "qk_norm", "backend")
+# Part of the weights or of training alone, so no other value can be tried.
+FIXED = ("sink", "qk_norm", "backend", "window_choices")
 CLASS_NAMES = {entry.number: entry.name for entry in CLASSES}
 CLASS_NUMBERS = {name: number for number, name in CLASS_NAMES.items()}
 
@@ -25,8 +25,9 @@ def base_attention(trained: AttentionConfig, overrides: Sequence[str]) -> Attent
     """The attention from which variations are made: that of training with `overrides` (KEY=VALUE of the group).
 
     Without overrides a dense model gets the paper's: 3 initial tokens, n = 64, the nine separators. Raises UserError
-    for a key or value that does not exist, or that belongs to the weights.
+    for a key or value that does not exist, or that belongs to the weights. Windows are not drawn: training alone does.
     """
+    trained = replace(trained, window_choices=None)
     if not overrides:
         if trained.pattern != "dense":
             return trained
@@ -67,7 +68,7 @@ def with_window(pattern: AttentionPattern, window: int) -> AttentionPattern:
 
 def dense_pattern(trained: AttentionConfig, layers: int) -> AttentionPattern:
     """Plain causal attention in every layer, over documents as in training."""
-    return resolve_pattern(replace(trained, pattern="dense"), layers)
+    return resolve_pattern(replace(trained, pattern="dense", window_choices=None), layers)
 
 
 def pairs_of(pattern: AttentionPattern, text: dict[str, Any]) -> int:

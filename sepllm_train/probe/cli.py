@@ -8,26 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.errors import UserError
 from data_prep.files import write_whole
 from data_prep.readers import Corpus
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.config.schema import require
-from sepllm_train.errors import EXIT_USER_ERROR
+from sepllm_train.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; gives the exit code: 0, or 2 after one sentence on a user's mistake."""
     arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,6 +51,18 @@ def mentions(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Iterator
             last[key] = (value, query + 1)
 
 
+def fact_tokens(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Which labels of samples i64 [N, S] are keys of facts, and which are any of a fact's four tokens: bool [N, S]."""
+    text = torch.cat((tokens[:, :1], labels), 1)
+    first = torch.isin(text[:, :-1], torch.tensor(vocabulary.keys)) & (text[:, 1:] == vocabulary.equals)
+    keys = torch.zeros_like(text, dtype=torch.bool)
+    keys[:, :-1] = first
+    every = keys.clone()
+    for after in (1, 2, 3):
+        every[:, after:] |= keys[:, :-after]
+    return keys[:, 1:], every[:, 1:]
+
+
 @dataclass(frozen=True, eq=False)
 class Needle:
     """A fact in real text, asked for at its end, and its twin: the same text with another value in the fact.

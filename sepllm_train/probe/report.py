@@ -16,7 +16,8 @@ READING = (
     "Only what queries at the window's distance or more read of separators is changed; neighbours, keys, initial "
     "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - "
     f"loss), per seed; `{DECIDING}` decides: values of separators of the same class in another held-out text. Over 0.5 "
-    "supports summary, under 0.2 refutes it; the rule was fixed before the runs were looked at. Far-recall tokens "
+    "supports summary, under 0.2 refutes it. The first separator of a class has no earlier segment and keeps its own "
+    "value in `another segment`. Far-recall tokens "
     "repeat a bigram whose last occurrence is further back than all windows together reach. Intervals are Student's t "
     "over seeds; ± is one standard error over samples."
 )
@@ -32,8 +33,8 @@ def markdown(result: dict[str, Any]) -> str:
             "# Summary or sink?\n",
             f"**{verdict['answer'].capitalize()}.**{found}\n",
             f"{len(runs)} runs of {result['parameters_without_embeddings'] / 1e6:.2f}M parameters without embeddings, "
-            f"{result['layers']} layers of n = {result['window']}, sequences of {result['length']:,} tokens, learned "
-            f"sink: {result['sink']}, no full layer. Stacked windows reach {result['reach']} tokens. {READING}\n",
+            f"{result['layers']} layers of n = {result['window']}, sequences of {result['length']:,} tokens, sink: "
+            f"{result['sink']}, no full layer. Stacked windows reach {result['reach']} tokens. {READING}\n",
             *(table.markdown() for table in (_over_seeds(result), _by_seed(result), _associative(result))),
             *([_needles(result).markdown()] if runs[0]["needles"] else []),
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -18,9 +18,10 @@ from data_prep.tokenizers import Tokenizer
 from sepllm_train.analysis.evaluation import attending, samples_of, text_of
 from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, load_run
+from sepllm_train.analysis.runs import Run, alone, describe, load_run, read_config
 from sepllm_train.analysis.statistics import Estimate, token_mean
 from sepllm_train.analysis.variations import classes_of, without_classes
+from sepllm_train.compare.records import refuse_twins
 from sepllm_train.compare.student import estimate
 from sepllm_train.config.schema import require
 from sepllm_train.inference.source import open_source
@@ -36,14 +37,17 @@ from sepllm_train.probe.interventions import (
     Text,
     intervene,
 )
-from sepllm_train.probe.recall import Needle, NeedleAnswer, ask_needle, mentions, needles, rank
+from sepllm_train.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
 
 FAR = "far recall"
-FACTS = "far recall, values of facts"
-NATURAL = "far recall, other text"
-GROUPS = ("all", FAR, FACTS, NATURAL)
+VALUES_TOLD = "far recall, values of facts"
+KEYS_TOLD = "far recall, keys of facts"
+REAL = "far recall, real text"
+GROUPS = ("all", FAR, VALUES_TOLD, KEYS_TOLD, REAL)
 # Sentences of real text that needles are hidden in.
 _SENTENCES = 2000
+# Tokens of the longest of them.
+_LONGEST = 60
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,40 @@ def ask(folders: Sequence[Path], output: Path, questions: Questions) -> dict[str
     with different patterns, and as `load_run` does.
     """
     check_output(output)
+    require(questions.samples >= 2, f"--samples {questions.samples} must be at least 2: one is the other's donor.")
+    _check_seeds(folders)
     with alone():
         results = [_ask_run(folder, questions) for folder in folders]
-    settings = {key: results[0]["model"][key] for key in _SAME}
-    for folder, result in zip(folders, results, strict=True):
-        different = [key for key, value in settings.items() if result["model"][key] != value]
-        require(
-            not different,
-            f"{folder} has another {different[0] if different else ''} than {folders[0]}: give runs that differ in "
-            "their seed alone.",
-        )
-    result = {"runs": results, **settings, "groups": _together(results), "verdict": verdict(results)}
+    result = {
+        "runs": results,
+        **results[0]["model"],
+        "groups": _together(results),
+        "verdict": verdict(results),
+    }
     write_report(output, "probe", result, report.markdown(result), report.figures(result))
     return result
 
 
-_SAME = ("parameters_without_embeddings", "layers", "window", "length", "reach", "sink")
+def _check_seeds(folders: Sequence[Path]) -> None:
+    """Raise UserError unless the runs differ in their seed, and in nothing that they are asked about."""
+    refuse_twins(folders)
+    configs = [read_config(folder) for folder in folders]
+    first, *others = configs
+    for folder, config in zip(folders[1:], others, strict=True):
+        for key, own, wanted in (
+            ("model", config.model, first.model),
+            ("attention", replace(config.attention, backend="auto"), replace(first.attention, backend="auto")),
+            ("data.prefixes", config.data.prefixes, first.data.prefixes),
+            ("data.sequence_length", config.data.sequence_length, first.data.sequence_length),
+            ("training.steps", config.training.steps, first.training.steps),
+        ):
+            require(
+                own == wanted, f"{folder} has another {key} than {folders[0]}: give runs that differ in their seed."
+            )
+    require(
+        len({config.seed for config in configs}) == len(configs),
+        "two of the runs have the same seed: give one run for each.",
+    )
 
 
 def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
@@ -140,10 +162,14 @@ def _hidden(
     if not questions.text:
         return []
     texts = sentences(document.text for document in Corpus(questions.text))
-    filling = tokenizer.encode_batch(list(islice(texts, _SENTENCES)))
+    filling = [ids for ids in tokenizer.encode_batch(list(islice(texts, _SENTENCES))) if len(ids) <= _LONGEST]
     require(bool(filling), f"{', '.join(map(str, questions.text))}: there is no sentence to hide a needle in.")
-    # A tail ends with a whole sentence, so it may be a few dozen tokens longer than asked for.
-    farthest = length - 64
+    # A tail ends with a whole sentence, so it may be longer than asked for.
+    farthest = length - _LONGEST
+    require(
+        farthest > reach,
+        f"--text: no needle fits between the {reach} tokens that the windows reach and the {length} of a sequence.",
+    )
     distances = sorted({round(reach + 1 + (farthest - reach) * part / 3) for part in range(4)})
     return list(needles(filling, vocabulary, distances, questions.needles, length, questions.seed))
 
@@ -174,7 +200,9 @@ def _associative(
     """Recall of facts in held-out text by distance, in ranges that double from the reach of the stacked windows."""
     device = next(run.model.parameters()).device
     ranks: dict[str, list[tuple[int, int, int]]] = {}
-    edges = [0, *(reach << power for power in range(8))]
+    edges = [0, reach]
+    while edges[-1] <= run.config.data.sequence_length:
+        edges.append(2 * edges[-1])
     for number in range(samples):
         sample = run.validation[number]
         found = list(mentions(sample["tokens"][None], sample["labels"][None], vocabulary))
@@ -206,7 +234,14 @@ def _groups(losses: dict[str, Tensor], text: dict[str, Tensor], vocabulary: Voca
     told = torch.zeros_like(far)
     for mention in mentions(text["tokens"], text["labels"], vocabulary):
         told[mention.sample, mention.query] = mention.distance > reach
-    masks = {"all": torch.ones_like(far), FAR: far, FACTS: told, NATURAL: far & ~told}
+    keys, facts = fact_tokens(text["tokens"], text["labels"], vocabulary)
+    masks = {
+        "all": torch.ones_like(far),
+        FAR: far,
+        VALUES_TOLD: told,
+        KEYS_TOLD: far & keys,
+        REAL: far & ~facts,
+    }
     base = losses[CONDITIONS[0]]
     rows = {}
     for name, mask in masks.items():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.ablation import Ablation, AblationOptions, RandomTokens
+from data_prep.separators import class_numbers
+from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
 from sepllm_train.analysis.cli import main
 from sepllm_train.analysis.evaluation import evaluate, text_of
 from sepllm_train.analysis.recall import far_recall
@@ -108,8 +109,13 @@ def test_each_class_that_occurs_is_a_subset(run: Run) -> None:
     present = set(text_of(run.validation, 2)["separator_class"].unique().tolist()) - {0}
     ablation = Ablation(run, AblationOptions(), 2)
     assert [layer.window for layer in resolve_pattern(ablation.base, 2).layers] == [8, 16] and ablation.window == 16
-    names = [row.name for row in ablation.rows.values() if row.series == "subset"]
-    assert names[:2] == ["nine", "four"] and len(names) == 4 + len(present)
+    subsets = [row for row in ablation.rows.values() if row.series == "subset"]
+    assert [row.name for row in subsets[:2]] == ["nine", "four"]
+    tokens = [frozenset(class_numbers(row.attention.separators)) & present for row in subsets]
+    # Each class that occurs stands alone, by its own name or as a named subset.
+    assert {frozenset([number]) for number in present} <= set(tokens)
+    named = sum(row.name in SUBSETS for row in subsets)
+    assert not set(tokens[named:]) & set(tokens[:named])
 
 
 def test_separators_are_where_the_text_has_them(run: Run) -> None:
@@ -167,3 +173,11 @@ def test_mistake(trained: Trained, options: list[str], words: str, tmp_path: Pat
 def test_output_that_cannot_be_written(trained: Trained, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
     refused(["ablate", str(trained.folder), "--output", str(tmp_path / "file")], "is a file: name a folder", capsys)
+
+
+def test_a_run_with_drawn_windows(run: Run) -> None:
+    """Its rows have one window, that of validation."""
+    drawn = replace(run.config.attention, window=8, window_choices=[4, 8])
+    asked = replace(run, config=replace(run.config, attention=drawn), pattern=resolve_pattern(drawn, 2))
+    rows = rows_of(Ablation(asked, AblationOptions(subsets=["period"]), 1).answer(lambda: None))
+    assert rows["dense"]["attended_share"] == 1 and rows["period"]["attention"]["window"] == 8

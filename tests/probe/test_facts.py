@@ -15,7 +15,7 @@ from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.errors import UserError
 from sepllm_train.probe.cli import main
 from sepllm_train.probe.facts import KEYS, VALUES, Vocabulary, documents, sentences, vocabulary_of
-from sepllm_train.probe.recall import mentions, needles
+from sepllm_train.probe.recall import fact_tokens, mentions, needles
 from tests.probe.conftest import Probed
 
 
@@ -62,6 +62,14 @@ def test_a_key_with_a_new_value_is_no_repetition(vocabulary: Vocabulary) -> None
     ids = torch.tensor([token for fact in facts for token in fact])
     found = list(mentions(ids[None, :-1], ids[None, 1:], vocabulary))
     assert [(mention.query, mention.value, mention.distance) for mention in found] == [(9, 2, 4)]
+
+
+def test_tokens_of_facts_are_found(vocabulary: Vocabulary) -> None:
+    plain = next(token for token in range(500) if token not in vocabulary.keys)
+    ids = torch.tensor([plain, *vocabulary.fact(3, 4), plain, *vocabulary.fact(5, 6)[:2]])
+    keys, facts = fact_tokens(ids[None, :-1], ids[None, 1:], vocabulary)
+    assert keys[0].tolist() == [True, False, False, False, False, True, False]
+    assert facts[0].tolist() == [True, True, True, True, False, True, True]
 
 
 def test_needles_are_where_they_should_be(tokenizer: Tokenizer, vocabulary: Vocabulary, probed: Probed) -> None:

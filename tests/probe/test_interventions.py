@@ -136,11 +136,49 @@ def test_study(probed: Probed, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     for run in result["runs"]:
         groups = run["groups"]
         assert 0 < groups["far recall, values of facts"]["tokens"] < groups["far recall"]["tokens"] < 4 * 128
+        assert groups["far recall, keys of facts"]["tokens"] > 0
+        assert 0 < groups["far recall, real text"]["tokens"] < groups["far recall"]["tokens"]
         assert [row["needles"] for row in run["needles"]] == [2] * 4
         assert min(row["distance"] for row in run["needles"]) > result["reach"]
         assert sum(row["questions"] for row in run["associative"]) > 0
     for name in ("loss_by_intervention", "recall_by_distance", "needles"):
         assert (output / f"{name}.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "words"),
+    [
+        ((0, 0), [], "is the same run as"),
+        ((0,), ["--samples", "1"], "--samples 1 must be at least 2"),
+        ((0, 1), ["--text", "{text}"], "no needle fits"),
+    ],
+)
+def test_questions_that_make_no_sense(
+    probed: Probed,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    runs: tuple[int, ...],
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.setattr("sepllm_train.probe.study._LONGEST", 120)
+    folders = [str(probed.runs[number]) for number in runs]
+    given = [option.format(text=probed.text) for option in options]
+    assert main(["ask", *folders, "--output", str(tmp_path / "out"), *given]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "1"), ("  initial_tokens", "4")])
+def test_runs_that_differ_in_more_than_their_seed(
+    probed: Probed, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: str
+) -> None:
+    folder = shutil.copytree(probed.runs[1], tmp_path / "run")
+    config = (folder / "config.yaml").read_text().splitlines()
+    config = [f"{key}: {value}" if line.startswith(f"{key}:") else line for line in config]
+    (folder / "config.yaml").write_text("\n".join(config))
+    assert main(["ask", str(probed.runs[0]), str(folder), "--output", str(tmp_path / "out"), "--samples", "2"]) == 2
+    assert ("same seed" if key == "seed" else "another attention") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,5 +198,5 @@ def test_runs_that_cannot_be_asked(
         old = next(line for line in config.splitlines() if line.startswith(f"  {key}:"))
         config = config.replace(old, f"  {key}: {value}", 1)
     (folder / "config.yaml").write_text(config)
-    assert main(["ask", str(folder), "--output", str(tmp_path / "out"), "--samples", "1"]) == 2
+    assert main(["ask", str(folder), "--output", str(tmp_path / "out"), "--samples", "2"]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
     prepared: Any = SimpleNamespace(
         entry=entry,
         facts=SimpleNamespace(vocabulary=8),
-        pattern=None,
+        steps=SimpleNamespace(base=None),
         identity={},
         schedule={},
         corpus=SimpleNamespace(token_bytes=[]),

@@ -10,26 +10,19 @@ one that has neighbours alone.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from sepllm_train.config.load import configuration_of
+from sepllm_train.config.load import parse_counting
 from sepllm_train.config.schema import Config
-from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.errors import exit_on_user_error
 
 
 def main() -> None:
     """Print the shares of keys kept and the overrides of the runs that match."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="training samples counted (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for scripts/pretrain.py")
-    arguments = parser.parse_args()
-    if arguments.samples < 1:
-        raise UserError(f"--samples {arguments.samples} must be at least 1.")
-    _match(configuration_of(arguments.overrides), arguments.samples)
+    _match(*parse_counting(__doc__))
 
 
 def _match(config: Config, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -60,6 +61,20 @@ def configuration_of(overrides: list[str]) -> schema.Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from None
     return to_config(composed)
+
+
+def parse_counting(description: str | None) -> tuple[schema.Config, int]:
+    """The command line of a script that counts on training samples: the run's configuration, and how many samples.
+
+    Raises UserError for a configuration that is not sound, or a number below 1.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="training samples counted (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for scripts/pretrain.py")
+    arguments = parser.parse_args()
+    if arguments.samples < 1:
+        raise UserError(f"--samples {arguments.samples} must be at least 1.")
+    return configuration_of(arguments.overrides), arguments.samples
 
 
 def run_with_hydra(task: Callable[[schema.Config], None]) -> None:

@@ -37,6 +37,13 @@ def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypa
     assert sentence.startswith("error: ") and sentence.count("\n") == 1 and words in sentence
 
 
+def told_and_nothing_written(trainer: Any, outcome: Any, words: str) -> None:
+    assert outcome.code == 2
+    assert outcome.sentence.startswith("error: ") and words in outcome.sentence
+    assert "Traceback" not in outcome.errors
+    assert not (trainer.root / "mistake").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -52,10 +59,7 @@ def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypa
 )
 def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
     outcome = trainer.here("name=mistake", *overrides)
-    assert outcome.code == 2
-    assert outcome.sentence.startswith("error: ") and words in outcome.sentence
-    assert "Traceback" not in outcome.errors
-    assert not (trainer.root / "mistake").exists()
+    told_and_nothing_written(trainer, outcome, words)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +72,7 @@ def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:
 def test_mistake_on_the_command_line(trainer: Any, overrides: list[str], words: str) -> None:
     """Found before and after the processes are a grid, in a process of its own to its end."""
     outcome = trainer("name=mistake", *overrides)
-    assert outcome.code == 2
-    assert outcome.sentence.startswith("error: ") and words in outcome.sentence
-    assert "Traceback" not in outcome.errors
-    assert not (trainer.root / "mistake").exists()
+    told_and_nothing_written(trainer, outcome, words)
 
 
 @pytest.mark.parametrize(

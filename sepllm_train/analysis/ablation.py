@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from data_prep.density import class_names, missing_splits
 from data_prep.separators import class_numbers
 from sepllm_train.analysis import ablation_report
-from sepllm_train.analysis.evaluation import samples_of, text_of, usual_window
+from sepllm_train.analysis.evaluation import Asked, text_of, usual_window
 from sepllm_train.analysis.losses import Job
 from sepllm_train.analysis.recall import recall_distance
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples, load_run
+from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples
 from sepllm_train.analysis.statistics import token_mean
 from sepllm_train.analysis.variations import base_attention
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
@@ -274,25 +274,16 @@ def _gains(prefix: str, other: Row, subset: Row, masks: dict[str, Tensor | None]
     return {f"{prefix}{name}gain": token_mean(difference, mask) for name, mask in masks.items()}
 
 
-def ablation_command(
-    folder: Path,
-    output: Path,
-    options: AblationOptions,
-    *,
-    step: int | None = None,
-    data: str | None = None,
-    held_out: float | None = None,
-    samples: int | None = None,
-) -> dict[str, Any]:
+def ablation_command(asked: Asked, output: Path, options: AblationOptions) -> dict[str, Any]:
     """Try separator subsets on a run's checkpoint, write the report to `output` and give the result.
 
-    step, data, held_out as in `load_run`. Raises UserError for whatever cannot be answered, before anything is written.
+    Raises UserError for whatever cannot be answered, before anything is written.
     """
     check_output(output)
     options.check()
     with alone():
-        run = load_run(folder, step=step, data=data, held_out=held_out)
-        ablation = Ablation(run, options, samples_of(run, samples))
+        run, samples = asked.open()
+        ablation = Ablation(run, options, samples)
         with progress(sum(job.samples for job in ablation.jobs), "sequence") as bar:
             result = ablation.answer(lambda: bar.update())
     write_report(output, "ablation", result, ablation_report.markdown(result), ablation_report.figures(result))

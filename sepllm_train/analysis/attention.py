@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data_prep.separators import PAPER, class_numbers
 from sepllm_train.analysis import attention_report
-from sepllm_train.analysis.evaluation import samples_of, usual_window
+from sepllm_train.analysis.evaluation import Asked, usual_window
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, load_run
+from sepllm_train.analysis.runs import Run, alone, describe
 from sepllm_train.analysis.statistics import token_mean
 from sepllm_train.analysis.variations import CLASS_NAMES, classes_of
 from sepllm_train.config.schema import require
@@ -44,30 +44,20 @@ class AttentionOptions:
             class_numbers(self.separators)
 
 
-def attention_command(
-    folder: Path,
-    output: Path,
-    options: AttentionOptions,
-    *,
-    step: int | None = None,
-    data: str | None = None,
-    held_out: float | None = None,
-    samples: int | None = None,
-) -> dict[str, Any]:
+def attention_command(asked: Asked, output: Path, options: AttentionOptions) -> dict[str, Any]:
     """Measure the attention of a run's checkpoint, write the report to `output` and give the result.
 
-    step, data, held_out as in `load_run`. Raises UserError for a mistake, before anything is written.
+    Raises UserError for a mistake, before anything is written.
     """
     check_output(output)
     options.check()
     with alone():
-        run = load_run(folder, step=step, data=data, held_out=held_out)
-        result = measure(run, options, samples_of(run, samples))
+        result = measure(*asked.open(), options)
     write_report(output, "attention", result, attention_report.markdown(result), attention_report.figures(result))
     return result
 
 
-def measure(run: Run, options: AttentionOptions, samples: int) -> dict[str, Any]:
+def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]:
     """The attention of a run's model on its first `samples` held-out samples. Raises UserError for a layer or head
     that it does not have."""
     model, own = run.config.model, classes_of(run.pattern)

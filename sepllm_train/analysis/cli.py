@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from sepllm_train.errors import exit_code
+
+if TYPE_CHECKING:
+    from sepllm_train.analysis.evaluation import Asked
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "analyze_separators.py"
@@ -80,6 +83,18 @@ def _add_run(command: argparse.ArgumentParser, samples: int) -> None:
     )
 
 
+def _asked(arguments: argparse.Namespace) -> Asked:
+    from sepllm_train.analysis.evaluation import Asked
+
+    return Asked(
+        arguments.run_folder,
+        step=arguments.checkpoint,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        samples=arguments.samples,
+    )
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -113,15 +128,7 @@ def _run_attention(arguments: argparse.Namespace) -> None:
         layers=arguments.layers,
         heads=arguments.heads,
     )
-    attention_command(
-        arguments.run_folder,
-        arguments.output,
-        options,
-        step=arguments.checkpoint,
-        data=arguments.data,
-        held_out=arguments.held_out,
-        samples=arguments.samples,
-    )
+    attention_command(_asked(arguments), arguments.output, options)
 
 
 def _add_loss(commands: _Commands) -> None:
@@ -156,15 +163,7 @@ def _run_loss(arguments: argparse.Namespace) -> None:
         far_recall=arguments.far_recall,
         attention=arguments.attention,
     )
-    loss_command(
-        arguments.run_folder,
-        arguments.output,
-        questions,
-        step=arguments.checkpoint,
-        data=arguments.data,
-        held_out=arguments.held_out,
-        samples=arguments.samples,
-    )
+    loss_command(_asked(arguments), arguments.output, questions)
 
 
 def _add_ablate(commands: _Commands) -> None:
@@ -190,15 +189,8 @@ def _add_ablate(commands: _Commands) -> None:
 def _run_ablate(arguments: argparse.Namespace) -> None:
     from sepllm_train.analysis.ablation import AblationOptions, ablation_command
 
-    ablation_command(
-        arguments.run_folder,
-        arguments.output,
-        AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets),
-        step=arguments.checkpoint,
-        data=arguments.data,
-        held_out=arguments.held_out,
-        samples=arguments.samples,
-    )
+    options = AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets)
+    ablation_command(_asked(arguments), arguments.output, options)
 
 
 def _recovery_parser() -> argparse.ArgumentParser:

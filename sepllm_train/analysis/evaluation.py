@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,7 @@ def evaluate_run(
     """
     require(recall_window is None or recall_window >= 1, f"recall_window={recall_window} must be at least 1.")
     with alone():
-        run = load_run(folder, step=step, data=data_prefix, held_out=held_out)
-        count = samples_of(run, samples)
+        run, count = Asked(Path(folder), step=step, data=data_prefix, held_out=held_out, samples=samples).open()
         losses = evaluate(run.model, run.pattern, run.validation, count, advance)
         text = text_of(run.validation, count)
     window = recall_window or usual_window(run.pattern)
@@ -147,6 +147,25 @@ def evaluate_run(
         "tokens": losses.nats.numel(),
         **describe(run, count),
     }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question is put to: a checkpoint of the run in `folder`, and held-out samples.
+
+    step, data, held_out: as in `load_run`; samples: as in `samples_of`.
+    """
+
+    folder: Path
+    step: int | None = None
+    data: str | None = None
+    held_out: float | None = None
+    samples: int | None = None
+
+    def open(self) -> tuple[Run, int]:
+        """The run and how many samples to take, inside `alone`. Raises UserError as `load_run` and `samples_of` do."""
+        run = load_run(self.folder, step=self.step, data=self.data, held_out=self.held_out)
+        return run, samples_of(run, self.samples)
 
 
 def samples_of(run: Run, asked: int | None) -> int:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sepllm_train.analysis import loss_report
-from sepllm_train.analysis.evaluation import Pieces, evaluate, samples_of, text_of, usual_window
+from sepllm_train.analysis.evaluation import Asked, Pieces, evaluate, text_of, usual_window
 from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples, load_run
+from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples
 from sepllm_train.analysis.statistics import Estimate, Losses, token_mean
 from sepllm_train.analysis.variations import (
     CLASS_NAMES,
@@ -269,25 +269,16 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.mean * factor, estimate.error * factor)
 
 
-def loss_command(
-    folder: Path,
-    output: Path,
-    questions: Questions,
-    *,
-    step: int | None = None,
-    data: str | None = None,
-    held_out: float | None = None,
-    samples: int | None = None,
-) -> dict[str, Any]:
+def loss_command(asked: Asked, output: Path, questions: Questions) -> dict[str, Any]:
     """Ask `questions` of a run's checkpoint, write the report to `output` and give the result.
 
-    step, data, held_out as in `load_run`. Raises UserError for whatever cannot be answered, before anything is written.
+    Raises UserError for whatever cannot be answered, before anything is written.
     """
     check_output(output)
     questions.check()
     with alone():
-        run = load_run(folder, step=step, data=data, held_out=held_out)
-        analysis = LossAnalysis(run, questions, samples_of(run, samples))
+        run, samples = asked.open()
+        analysis = LossAnalysis(run, questions, samples)
         passes = sum(job.samples * job.parts for job in analysis.jobs)
         with progress(passes, "sequence") as bar:
             result = analysis.answer(lambda: bar.update())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,46 @@ def probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float, sin
 
 
 @dataclass
+class Scores:
+    """What a layer compares for one sequence, caught in front of its core attention.
+
+    `query`, `key` [H, S, D]: rotated, a key head repeated for each query head of its group. `sink` [H]: the
+    learned one, None without.
+    """
+
+    layer: LayerPattern
+    plan: AttentionPlan
+    query: Tensor
+    key: Tensor
+    scale: float
+    sink: Tensor | None
+
+    @classmethod
+    def of(cls, core: SeparatorAttention, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> Scores:
+        """From what a hook of the core attention gets, of a batch of one."""
+        sequence: SeparatorSequence = settings["packed_seq_params"]
+        plan = sequence.plan
+        assert isinstance(plan, AttentionPlan)
+        query, key = (x[:, 0].transpose(0, 1) for x in core.rotated(inputs[0], inputs[1], sequence))
+        key = key.repeat_interleave(len(query) // len(key), 0)
+        scale = query.shape[-1] ** -0.5 if core.scale is None else core.scale
+        return cls(core.layer, plan, query, key, scale, core.sink)
+
+    def of_heads(self, heads: Sequence[int]) -> Scores:
+        """Those of some of the heads."""
+        sink = None if self.sink is None else self.sink[heads]
+        return replace(self, query=self.query[heads], key=self.key[heads], sink=sink)
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Probabilities [H, R, stop] of queries start...stop - 1, and what they see, bool [R, stop].
+
+        No query of these sees a key from `stop` on.
+        """
+        visible = visible_rows(self.plan, self.layer, start, stop)[:, :stop]
+        return probabilities(self.query[:, start:stop], self.key[:, :stop], visible, self.scale, self.sink), visible
+
+
+@dataclass
 class _Collector:
     """Adds up the attention of one sample as its forward pass goes through the layers."""
 
@@ -144,45 +184,24 @@ class _Collector:
         """What to call before the attention of the layer whose results go to `place`."""
 
         def before(core: SeparatorAttention, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-            sequence: SeparatorSequence = settings["packed_seq_params"]
-            query, key = (x[:, 0] for x in core.rotated(inputs[0], inputs[1], sequence))  # [S, H, D], one sample
-            plan = sequence.plan
-            assert isinstance(plan, AttentionPlan)
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-            heads = self.mass.heads
-            sink = None if core.sink is None else core.sink[heads]
-            scale = query.shape[-1] ** -0.5 if core.scale is None else core.scale
-            self._add(
-                place, core.layer, plan, query[:, heads].transpose(0, 1), key[:, heads].transpose(0, 1), scale, sink
-            )
+            self._add(place, Scores.of(core, inputs, settings).of_heads(self.mass.heads))
 
         return before
 
-    def _add(
-        self,
-        place: int,
-        layer: LayerPattern,
-        plan: AttentionPlan,
-        query: Tensor,
-        key: Tensor,
-        scale: float,
-        sink: Tensor | None,
-    ) -> None:
+    def _add(self, place: int, scores: Scores) -> None:
         """Blocks of queries of one layer. The even attention goes along as one more head."""
-        heads, length, _ = query.shape
+        heads, length, _ = scores.query.shape
         rows = max(1, BLOCK_ELEMENTS // ((heads + 1) * length))
         for start in range(0, length, rows):
             stop = min(start + rows, length)
-            # Keys after the block are seen by none of its queries.
-            visible = visible_rows(plan, layer, start, stop)[:, :stop]
-            found = probabilities(query[:, start:stop], key[:, :stop], visible, scale, sink)
+            found, visible = scores.rows(start, stop)
             even = visible / visible.sum(-1, keepdim=True)
             keys = KeysByKind.of(self.kind[:stop])
             sums = keys.sums(torch.cat((found, even[None])), start, self.edges).cpu() / length
             self.mass.mass[self.sample, place] += sums[:-1]
             self.mass.uniform[self.sample, place] += sums[-1]
         self.mass.sink[self.sample, place] = 1 - self.mass.mass[self.sample, place].sum((-1, -2))
-        if sink is None:
+        if scores.sink is None:
             self.mass.sink[self.sample, place] = 0
 
 

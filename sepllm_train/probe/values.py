@@ -16,14 +16,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from sep_attention import AttentionPlan
 from torch import Tensor
 
 from sepllm_train.analysis.evaluation import core_attentions
-from sepllm_train.analysis.mass import probabilities, visible_rows
+from sepllm_train.analysis.mass import Scores
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.gpt import SepGPTModel
-from sepllm_train.model.sequence import SeparatorSequence
 
 # Values of the tokens of a sequence in each layer, [S, N, D] each.
 Values = list[Tensor]
@@ -60,18 +58,11 @@ def _corrected(replaced: Tensor, chosen: Tensor) -> Callable[..., Tensor]:
     """The hook that changes a layer's output [S, 1, H * D] by what the replaced values change."""
 
     def after(core: SeparatorAttention, inputs: tuple[Tensor, ...], settings: dict[str, Any], out: Tensor) -> Tensor:
-        sequence: SeparatorSequence = settings["packed_seq_params"]
-        plan = sequence.plan
-        assert isinstance(plan, AttentionPlan)
-        query, key = (x[:, 0].transpose(0, 1) for x in core.rotated(inputs[0], inputs[1], sequence))  # [H or N, S, D]
-        groups, length = query.shape[0] // key.shape[0], query.shape[1]
         change = ((replaced - inputs[2][:, 0]) * chosen[:, None, None]).transpose(0, 1).float()  # [N, S, D]
-        scale = query.shape[-1] ** -0.5 if core.scale is None else core.scale
-        visible = visible_rows(plan, core.layer, 0, length)
-        weight = probabilities(query, key.repeat_interleave(groups, 0), visible, scale, core.sink)
-        position = torch.arange(length, device=out.device)
+        weight, _ = Scores.of(core, inputs, settings).rows(0, len(out))
+        position = torch.arange(len(out), device=out.device)
         weight *= position[:, None] - position >= core.layer.window
-        changed = weight @ change.repeat_interleave(groups, 0)  # [H, S, D]
+        changed = weight @ change.repeat_interleave(len(weight) // len(change), 0)  # [H, S, D]
         return out + changed.transpose(0, 1).flatten(1)[:, None].to(out.dtype)
 
     return after

@@ -143,16 +143,21 @@ def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
 
 
 def _head(plan: Plan, done: Sequence[PlannedRun]) -> str:
-    """Title and what was fixed before the first run."""
+    """Title, and what was fixed and when: runs that were copied from another suite began before the plan."""
     stamp = read_json(plan.folder / "plan.json")
+    fixed = stamp.get("fixed", "")
     commit = (stamp.get("git") or {}).get("commit", "no commit")
-    states = [read_json(plan.run_root / run.name / "environment.json").get("git") or {} for run in done]
+    environments = [read_json(plan.run_root / run.name / "environment.json") for run in done]
+    states = [environment.get("git") or {} for environment in environments]
     trained_at = sorted({state.get("commit", "no commit")[:12] for state in states})
     changed = " (some with changes that are in no commit)" if any(state.get("changed") for state in states) else ""
+    # Both are of the form 2026-01-31T12:00:00Z.
+    earlier = sum(environment.get("started", fixed) < fixed for environment in environments)
+    order = f"when {earlier} of its runs had begun" if earlier else "before the first run"
     return (
         f"# Suite {plan.suite}, size {plan.size}\n\n{plan.question}\n\n"
         f"The plan (data and its order, seeds {', '.join(map(str, plan.seeds))}, tokens of every run) was fixed on "
-        f"{stamp.get('fixed')} at commit {commit[:12]}, before the first run. {len(done)} of its {len(plan.runs)} runs "
+        f"{fixed} at commit {commit[:12]}, {order}. {len(done)} of its {len(plan.runs)} runs "
         f"are finished; the code was that of {', '.join(trained_at) or 'none'}{changed}.\n"
     )
 

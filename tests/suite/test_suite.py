@@ -122,6 +122,13 @@ def test_trains_times_and_reports(suite: Suite) -> None:
     remade = Suite(suite.repository, suite.cache, suite.prefix, exported.parent).here("suite.do=[report]")
     assert remade.returncode == 0, remade.stderr
     assert (exported / "report" / "report.md").read_text() == text
+    # A run that is older than the plan, as one that was copied from another suite.
+    copied = exported / "runs" / names[0] / "environment.json"
+    environment = json.loads(copied.read_text())
+    copied.write_text(json.dumps(environment | {"started": "2026-01-31T12:00:00Z"}))
+    assert Suite(suite.repository, suite.cache, suite.prefix, exported.parent).here("suite.do=[report]").returncode == 0
+    assert "before the first run" in text
+    assert ", when 1 of its runs had begun. 6 of" in (exported / "report" / "report.md").read_text()
 
     before = {name: (suite.folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
     again = suite.here(rows, "suite.do=[train]")

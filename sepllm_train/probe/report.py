@@ -16,22 +16,19 @@ READING = (
     "Only what queries at the window's distance or more read of separators is changed; neighbours, keys, initial "
     "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - "
     f"loss), per seed; `{DECIDING}` decides: values of separators of the same class in another held-out text. Over 0.5 "
-    "supports summary, under 0.2 refutes it. The first separator of a class has no earlier segment and keeps its own "
-    "value in `another segment`. Far-recall tokens "
-    "repeat a bigram whose last occurrence is further back than all windows together reach. Intervals are Student's t "
-    "over seeds; ± is one standard error over samples."
+    "supports summary, under 0.2 refutes it; three seeds. The first separator of a class has no earlier segment and "
+    "keeps its own value in `another segment`. Far-recall tokens repeat a bigram whose last occurrence is further back "
+    "than all windows together reach. Intervals are Student's t over seeds; ± is one standard error over samples."
 )
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The whole result as Markdown."""
-    runs, verdict = result["runs"], result["verdict"]
-    share = verdict["share"]
-    found = "" if share is None else f" Share {_interval(share)} on far-recall tokens, {len(runs)} seeds."
+    runs = result["runs"]
     return "\n".join(
         [
             "# Summary or sink?\n",
-            f"**{verdict['answer'].capitalize()}.**{found}\n",
+            f"{headline(result['verdict'], len(runs))}\n",
             f"{len(runs)} runs of {result['parameters_without_embeddings'] / 1e6:.2f}M parameters without embeddings, "
             f"{result['layers']} layers of n = {result['window']}, sequences of {result['length']:,} tokens, sink: "
             f"{result['sink']}, no full layer. Stacked windows reach {result['reach']} tokens. {READING}\n",
@@ -39,6 +36,15 @@ def markdown(result: dict[str, Any]) -> str:
             *([_needles(result).markdown()] if runs[0]["needles"] else []),
         ]
     )
+
+
+def headline(verdict: dict[str, Any], seeds: int) -> str:
+    """The verdict and the shares that it and the other reading go by."""
+    beside = verdict["beside"]
+    own, other = ("" if one["share"] is None else f" Share {_interval(one['share'])}" for one in (verdict, beside))
+    found = own and f"{own} with `{verdict['by']}` on far-recall tokens, {seeds} seed{'s' * (seeds > 1)}."
+    told = other and f"{other} with `{beside['by']}` of the same text, which does not decide: {beside['answer']}."
+    return f"**{verdict['answer'].capitalize()}.**{found}{told}"
 
 
 def figures(result: dict[str, Any]) -> dict[str, Figure]:

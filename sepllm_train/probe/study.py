@@ -28,11 +28,13 @@ from sepllm_train.inference.source import open_source
 from sepllm_train.probe import report
 from sepllm_train.probe.facts import Vocabulary, sentences, vocabulary_of
 from sepllm_train.probe.interventions import (
+    BESIDE,
     CONDITIONS,
     DECIDING,
     MASKED,
     REFUTES,
     REPLACED,
+    SEEDS,
     SUPPORTS,
     Text,
     intervene,
@@ -122,7 +124,7 @@ def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
     source = open_source(folder)
     vocabulary = vocabulary_of(source.tokenizer)
     samples = samples_of(run, questions.samples)
-    hidden = _hidden(questions, source.tokenizer, vocabulary, reach, length)
+    hidden = _hidden(questions, source.tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
     text = text_of(run.validation, samples)
     masked = without_classes(run.pattern, classes_of(run.pattern))
 
@@ -156,7 +158,7 @@ def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
 
 
 def _hidden(
-    questions: Questions, tokenizer: Tokenizer, vocabulary: Vocabulary, reach: int, length: int
+    questions: Questions, tokenizer: Tokenizer, vocabulary: Vocabulary, reach: int, length: int, initial: int
 ) -> list[Needle]:
     """Needles at distances from just beyond the stacked windows to the whole length."""
     if not questions.text:
@@ -164,8 +166,8 @@ def _hidden(
     texts = sentences(document.text for document in Corpus(questions.text))
     filling = [ids for ids in tokenizer.encode_batch(list(islice(texts, _SENTENCES))) if len(ids) <= _LONGEST]
     require(bool(filling), f"{', '.join(map(str, questions.text))}: there is no sentence to hide a needle in.")
-    # A tail ends with a whole sentence, so it may be longer than asked for.
-    farthest = length - _LONGEST
+    # A tail ends with a whole sentence, so it may be longer than asked for; the fact comes after the initial tokens.
+    farthest = length - _LONGEST - 2 - initial
     require(
         farthest > reach,
         f"--text: no needle fits between the {reach} tokens that the windows reach and the {length} of a sequence.",
@@ -282,14 +284,30 @@ def _share_over_seeds(shares: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rule of `interventions.py`: by the mean share over seeds, on far-recall tokens beyond the stacked windows."""
-    found = _share_over_seeds([result["groups"][FAR]["shares"][DECIDING] for result in results])
-    if found is None:
-        answer = "none: masking far separators costs at least one of the models nothing that could be shared"
-    elif found["mean"] > SUPPORTS:
-        answer = "summary"
-    elif found["mean"] < REFUTES:
-        answer = "sink: summary is refuted"
-    else:
-        answer = "undecided"
-    return {"share": found, "answer": answer, "supports": SUPPORTS, "refutes": REFUTES, "by": DECIDING}
+    """The rule of `interventions.py`: by the mean share over seeds, on far-recall tokens beyond the stacked windows.
+
+    `answer` is by DECIDING; `beside` has what the rule would say by BESIDE.
+    """
+    by = {key: _share_over_seeds([result["groups"][FAR]["shares"][key] for result in results]) for key in REPLACED}
+    return {
+        "share": by[DECIDING],
+        "answer": _answer(by[DECIDING], len(results)),
+        "supports": SUPPORTS,
+        "refutes": REFUTES,
+        "by": DECIDING,
+        "beside": {"by": BESIDE, "share": by[BESIDE], "answer": _answer(by[BESIDE], len(results))},
+    }
+
+
+def _answer(share: dict[str, Any] | None, seeds: int) -> str:
+    """What the rule says of a share; with what its interval holds beyond the bound."""
+    if seeds < SEEDS:
+        return f"none: the rule takes {SEEDS} seeds, not {seeds}"
+    if share is None:
+        return "none: masking far separators costs at least one of the models nothing that could be shared"
+    if share["mean"] > SUPPORTS:
+        return "summary" + (", though the interval reaches below the bound" if share["low"] <= SUPPORTS else "")
+    if share["mean"] < REFUTES:
+        refuted = "sink: summary is refuted"
+        return refuted + (", though the interval reaches above the bound" if share["high"] >= REFUTES else "")
+    return "undecided"

@@ -17,7 +17,8 @@ from sepllm_train.analysis.statistics import Estimate
 from sepllm_train.analysis.variations import classes_of, without_classes
 from sepllm_train.model.sequence import SeparatorSequence
 from sepllm_train.probe.cli import main
-from sepllm_train.probe.interventions import CONDITIONS, DECIDING, MASKED, Text, far_separators, intervene
+from sepllm_train.probe.interventions import CONDITIONS, DECIDING, MASKED, REPLACED, Text, far_separators, intervene
+from sepllm_train.probe.report import headline
 from sepllm_train.probe.study import FAR, shared, verdict
 from sepllm_train.probe.values import donors_before, donors_elsewhere, recording, replacing, taken
 from tests.probe.conftest import Probed
@@ -107,16 +108,30 @@ def test_donors() -> None:
 @pytest.mark.parametrize(
     ("shares", "answer"),
     [
-        ((0.6, 0.55), "summary"),
-        ((0.1, 0.25), "sink: summary is refuted"),
-        ((0.1, 0.5), "undecided"),
-        ((0.9, None), "none"),
+        ((0.6, 0.61, 0.59), "summary"),
+        ((0.9, 0.9, 0.1), "summary, though the interval reaches below the bound"),
+        ((0.1, 0.11, 0.12), "sink: summary is refuted"),
+        ((0.1, 0.3, 0.1), "sink: summary is refuted, though the interval reaches above the bound"),
+        ((0.1, 0.5, 0.3), "undecided"),
+        (
+            (0.9, None, 0.9),
+            "none: masking far separators costs at least one of the models nothing that could be shared",
+        ),
+        ((0.9, 0.9), "none: the rule takes 3 seeds, not 2"),
     ],
 )
 def test_verdict(shares: tuple[float | None, ...], answer: str) -> None:
-    results = [{"groups": {FAR: {"shares": {DECIDING: share}}}} for share in shares]
+    results = [{"groups": {FAR: {"shares": dict.fromkeys(REPLACED, 0.3) | {DECIDING: share}}}} for share in shares]
     found = verdict(results)
-    assert found["answer"].split(":")[0] == answer.split(":")[0]
+    assert found["answer"] == answer
+    told = headline(found, len(shares))
+    assert told.startswith(f"**{answer[0].upper()}{answer[1:]}.**")
+    if len(shares) == 3:
+        assert found["beside"]["answer"] == "undecided"
+        share = (
+            "Share 0.300 (0.300 to 0.300) with `another segment` of the same text, which does not decide: undecided."
+        )
+        assert told.endswith(share)
 
 
 def test_nothing_is_shared_where_masking_costs_nothing() -> None:
@@ -139,7 +154,9 @@ def test_study(probed: Probed, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert groups["far recall, keys of facts"]["tokens"] > 0
         assert 0 < groups["far recall, real text"]["tokens"] < groups["far recall"]["tokens"]
         assert [row["needles"] for row in run["needles"]] == [2] * 4
-        assert min(row["distance"] for row in run["needles"]) > result["reach"]
+        # The whole needle is in the sequence, after the three initial tokens.
+        distances = [row["distance"] for row in run["needles"]]
+        assert result["reach"] < min(distances) and max(distances) <= 128 - 3 - 1
         assert sum(row["questions"] for row in run["associative"]) > 0
     for name in ("loss_by_intervention", "recall_by_distance", "needles"):
         assert (output / f"{name}.svg").stat().st_size > 1000

@@ -155,6 +155,11 @@ def _schedule(config: Config) -> Iterator[tuple[bool, str]]:
     steps = optim.schedule_steps or config.training.steps
     name = "training.steps" if optim.schedule_steps is None else "optim.schedule_steps"
     yield (
+        optim.schedule_start == 0 or config.init_from is not None,
+        f"optim.schedule_start={optim.schedule_start} goes on with another run's schedule: add init_from=RUN, the run "
+        "whose weights this one begins with.",
+    )
+    yield (
         optim.schedule_start == 0 or optim.schedule_start + config.training.steps <= steps,
         f"optim.schedule_start={optim.schedule_start} and training.steps={config.training.steps} go beyond the "
         f"schedule's {name}={steps}: give optim.schedule_steps, the length of the run that is continued.",

@@ -103,6 +103,7 @@ def test_weights_that_do_not_fit(trainer: Any, finished: Callable, overrides: li
 @pytest.mark.parametrize(
     ("settings", "steps", "words"),
     [
+        ({"schedule_start": 10}, 4, "schedule_start=10 goes on with another run's schedule: add init_from=RUN"),
         ({"schedule_start": 10}, 4, "optim.schedule_start=10 and training.steps=4 go beyond the schedule's training.s"),
         ({"schedule_start": 5, "schedule_steps": 8}, 4, "go beyond the schedule's optim.schedule_steps=8"),
         ({"schedule_start": -1}, 4, "optim.schedule_start=-1 must be 0 or more"),

@@ -159,11 +159,20 @@ def test_the_commands_that_must_be_there() -> None:
     }  # fmt: skip
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page: its headings in small letters, without punctuation, with - for spaces."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in links(page):
         if "://" not in target:
-            assert (page.parent / target.split("#")[0]).is_file(), f"{page.name} links to {target}"
+            file, _, anchor = target.partition("#")
+            path = page.parent / file if file else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name} links to {target}"
     top = {path.name for path in REPOSITORY.iterdir() if path.is_dir()} - {"runs", "demo", "data"}
     for span in spans(page):
         if re.fullmatch(r"[\w.]+(/[\w.*-]*)+", span) and span.split("/")[0] in top:

@@ -100,6 +100,7 @@ def _split(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": chunks if interleaved else None,
         # Of two stages each is the other's next and previous one: batched messages between them would be mixed up.
         "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved and parallel.overlap,
         "sequence_parallel": parallel.sequence,
     }
 

@@ -43,7 +43,7 @@ def build_training(config: Config, vocabulary: int, device: torch.device) -> Tra
     model_config = get_model_config(modules[0])
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.parallel.overlap,
         use_distributed_optimizer=config.parallel.sharded_optimizer,
     )
     wrapped = [Float16Module(model_config, module) if half else module for module in modules]

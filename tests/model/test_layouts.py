@@ -44,6 +44,9 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"parallel": {"context": 2}, "training": {"loss_chunk": 40}, **FEW},
         {"parallel": {"tensor": 2, "sequence": True}, "training": {**COMPILED, "recompute": "full"}, **ONE},
         {"parallel": {"pipeline": 2}, "training": {**COMPILED, "recompute": "selective"}, **ONE},
+        {"parallel": {"overlap": True}, **FEW},
+        {"parallel": {"context": 2, "overlap": True}, **ONE},
+        {"parallel": {**INTERLEAVED, "overlap": True}, **FEW},
     ],
     4: [
         {"parallel": {"tensor": 2, "pipeline": 2}, "patterns": UNTIED},
@@ -52,6 +55,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"parallel": {"context": 2, "tensor": 2, "sequence": True}, "training": {"recompute": "full"}, **FEW},
         {"parallel": {"context": 2, "pipeline": 2}, "patterns": UNTIED},
         {"parallel": {"context": 2, **INTERLEAVED}, **FEW},
+        {"parallel": {**INTERLEAVED, "overlap": True}, **ONE},
         {"parallel": {"context": 2}, "patterns": UNTIED},
     ],
 }

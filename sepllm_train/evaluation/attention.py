@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sep_attention import FOREVER
 
 from sepllm_train.errors import UserError
+from sepllm_train.evaluation.options import AttentionOptions
 from sepllm_train.hf import (
     PatternCache,
     SepCache,
@@ -25,49 +26,8 @@ from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.policy import CachePolicy
 from sepllm_train.streaming.model import Opened
 
-NAMES = ("pattern", "dense", "streaming", "fixed", "cache")
 # The paper's numbers for training-free use, where a model was trained with full attention.
 DEFAULT_WINDOW, DEFAULT_INITIAL = 256, 3
-_NUMBERS = ("initial", "window", "separators", "capacity", "interval")
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """An attention by name and its numbers in tokens; None takes those of training, or the paper's.
-
-    separators and capacity: of the cache. interval: of `fixed`. classes: separator classes, None for those of training.
-    label: what results call it.
-    """
-
-    name: str = "pattern"
-    initial: int | None = None
-    window: int | None = None
-    separators: int = 64
-    capacity: int | None = None
-    interval: int | None = None
-    positions: str | None = None
-    classes: str | None = None
-    label: str = ""
-
-    def baseline(self, text: str) -> AttentionOptions:
-        """Another attention from NAME or NAME:KEY=VALUE:..., such as streaming:window=380; what it does not name is
-        as here. Raises UserError."""
-        name, *settings = text.split(":")
-        if name not in NAMES:
-            raise UserError(f"the baseline {name!r} is unknown: choose from {', '.join(NAMES)}.")
-        given: dict[str, Any] = {}
-        for setting in settings:
-            key, _, value = setting.partition("=")
-            if key in _NUMBERS and value.isdigit():
-                given[key] = int(value)
-            elif key in ("positions", "classes") and value:
-                given[key] = value
-            else:
-                raise UserError(
-                    f"{setting!r} in the baseline {text} is not KEY=VALUE with a whole number for one of "
-                    f"{', '.join(_NUMBERS)}."
-                )
-        return replace(self, name=name, label=text, **given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +70,7 @@ class Attention:
     def __str__(self) -> str:
         if self.pattern is None:
             return f"{self.label}: every token sees all before it"
-        windows = sorted({window for window in self.pattern.windows if window < FOREVER})
+        windows = _finite(self.pattern)
         full = sum(window >= FOREVER for window in self.pattern.windows)
         parts = [f"initial {self.pattern.initial}", f"window {'/'.join(map(str, windows))}"]
         if self.pattern.interval is not None:
@@ -146,9 +106,11 @@ def _bind(opened: Opened, options: AttentionOptions) -> Attention:
     if options.name == "dense":
         told = () if trained is None or trained.dense else ("full attention where training had a pattern",)
         return Attention(options, None, None, None, told)
+    # Where no layer had a window, documents may have been apart: a separator pattern it was not.
+    windowed = trained if trained is not None and _finite(trained) else None
     if options.name == "cache":
-        return _with_cache(opened, options, trained)
-    pattern = _pattern(opened, options, trained)
+        return _with_cache(opened, options, windowed)
+    pattern = _pattern(opened, options, windowed)
     # Generation drops the keys that the pattern will not show again; its tokens are those of the mask.
     policies = [pattern.policy(layer) for layer in range(len(pattern.windows))]
     # apply_pattern raises what does not suit the model.
@@ -158,22 +120,25 @@ def _bind(opened: Opened, options: AttentionOptions) -> Attention:
 
 
 def _pattern(opened: Opened, options: AttentionOptions, trained: TokenPattern | None) -> TokenPattern:
-    """The pattern of `pattern`, `streaming` and `fixed`. Layers that training had full stay full."""
-    model = opened.model
-    window, initial = _window(options, trained), _initial(options, trained)
+    """The pattern of `pattern`, `streaming` and `fixed`. Layers have the windows of training unless another is asked
+    for, and those that training had full stay full."""
+    model, initial = opened.model, _initial(options, trained)
+    window = DEFAULT_WINDOW if options.window is None else options.window
     if options.name == "fixed" and options.interval is None:
         raise UserError("fixed needs --interval D: every D-th token stands for a separator.")
     if options.name in ("streaming", "fixed"):
         interval = options.interval if options.name == "fixed" else None
         pattern = no_separators(model, window=window, initial=initial, interval=interval)
-    elif trained is not None and not trained.dense and options.classes is None:
-        windows = trained.windows if options.window is None else _full_kept(trained, options.window)
-        return replace(trained, windows=windows, initial=initial)
+    elif trained is not None and options.classes is None:
+        pattern = replace(trained, initial=initial)
     else:
         pattern = make_pattern(
             model, window=window, initial=initial, tokenizer=opened.tokenizer, selection=options.classes or "paper"
         )
-    return pattern if trained is None or trained.dense else replace(pattern, windows=_full_kept(trained, window))
+    if trained is None:
+        return pattern
+    own = options.window
+    return replace(pattern, windows=tuple(was if own is None or was >= FOREVER else own for was in trained.windows))
 
 
 def _with_cache(opened: Opened, options: AttentionOptions, trained: TokenPattern | None) -> Attention:
@@ -182,15 +147,21 @@ def _with_cache(opened: Opened, options: AttentionOptions, trained: TokenPattern
         raise UserError(
             "cache needs --capacity, the keys it holds at most: above initial, separators and window together."
         )
+    windows = [DEFAULT_WINDOW] if trained is None else _finite(trained)
+    window = min(windows) if options.window is None else options.window
     own = trained is not None and trained.separators and options.classes is None
-    separators: dict[str, Any] = {} if own else {"tokenizer": opened.tokenizer, "selection": options.classes or "paper"}
-    numbers = (_initial(options, trained), options.separators, _window(options, trained), options.capacity)
+    separators = {} if own else {"tokenizer": opened.tokenizer, "selection": options.classes or "paper"}
+    numbers = (_initial(options, trained), options.separators, window, options.capacity)
+    settings: dict[str, Any] = {"positions": options.positions, "full_layers": _full_layers(trained), **separators}
 
-    made = partial(_quietly, lambda: SepCache(opened.model, *numbers, positions=options.positions, **separators))
+    made = partial(_quietly, lambda: SepCache(opened.model, *numbers, **settings))
     cache = made()
     policies = tuple(cache.policies[group] for group in cache.group_of_layer)
     settled = replace(options, positions=cache.positions)
-    return Attention(settled, cache.pattern, policies, made, cache.differences)
+    told: tuple[str, ...] = cache.differences
+    if options.window is None and len(windows) > 1:
+        told += (f"the cache has one window for all layers, {window}, the least of {'/'.join(map(str, windows))}",)
+    return Attention(settled, cache.pattern, policies, made, told)
 
 
 def _quietly(make: Callable[[], Any]) -> Any:
@@ -200,22 +171,16 @@ def _quietly(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def _window(options: AttentionOptions, trained: TokenPattern | None) -> int:
-    if options.window is not None:
-        return options.window
-    finite = _finite(trained)
-    return min(finite) if finite else DEFAULT_WINDOW
-
-
 def _initial(options: AttentionOptions, trained: TokenPattern | None) -> int:
     if options.initial is not None:
         return options.initial
-    return DEFAULT_INITIAL if trained is None or not _finite(trained) else trained.initial
+    return DEFAULT_INITIAL if trained is None else trained.initial
 
 
-def _finite(trained: TokenPattern | None) -> Sequence[int]:
-    return () if trained is None else [window for window in trained.windows if window < FOREVER]
+def _finite(trained: TokenPattern) -> list[int]:
+    """The windows that layers have, ascending, without those of full layers."""
+    return sorted({window for window in trained.windows if window < FOREVER})
 
 
-def _full_kept(trained: TokenPattern, window: int) -> tuple[int, ...]:
-    return tuple(FOREVER if own >= FOREVER else window for own in trained.windows)
+def _full_layers(trained: TokenPattern | None) -> list[int]:
+    return [] if trained is None else [layer for layer, window in enumerate(trained.windows) if window >= FOREVER]

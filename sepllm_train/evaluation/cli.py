@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.evaluation.options import PAPER_INTERVAL, USES, AttentionOptions, check_used, with_baselines
 
 # What the extra `eval` brings, by the names under which it is imported.
 _NEEDED = {"lm_eval": "eval", "datasets": "eval", "accelerate": "eval", "transformers": "hf", "safetensors": "hf"}
-_ATTENTIONS = ("pattern", "dense", "streaming", "fixed", "cache")
+_SETTINGS = ("initial", "window", "classes", "interval", "separators", "capacity", "positions")
 _POSITIONS = ("cache", "training", "absolute")
 
 
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
                       " number, 5 for mmlu)")  # fmt: skip
     made.add_argument("--truncate", action="store_true", help="cut prompts that do not fit the model on the left")
     made.add_argument("--output", type=Path, metavar="DIR", help="write a result for each task and attention")
+    made.add_argument("--overwrite", action="store_true", help="replace results in --output that are of another model,"
+                      " attention or other conditions")  # fmt: skip
     made.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model (default: the model's own)")
     made.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu); under torchrun cuda is each rank's")
@@ -59,15 +62,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_attention(made: argparse.ArgumentParser) -> None:
     how = made.add_argument_group("attention")
-    how.add_argument("--attention", choices=_ATTENTIONS, default="pattern", help="what tokens see (pattern: that of"
+    how.add_argument("--attention", choices=tuple(USES), default="pattern", help="what tokens see (pattern: that of"
                      " training, or the paper's for a model with full attention)")  # fmt: skip
-    how.add_argument("--baselines", type=_names, default=[], metavar="LIST", help="others beside it, such as"
-                     " dense,streaming,streaming:window=380,fixed:interval=4")  # fmt: skip
+    how.add_argument("--baselines", type=_names, default=[], metavar="LIST", help="others to evaluate,"
+                     " each at the same cost: paper (dense, streaming, and fixed of --interval or of"
+                     f" {PAPER_INTERVAL}), or such as dense,streaming:window=380,fixed:interval=4,"
+                     "pattern:classes=comma+period")  # fmt: skip
     how.add_argument("--initial", type=int, metavar="A", help="first tokens (default: of training, or 3)")
     how.add_argument("--window", type=int, metavar="N", help="neighbours, the token included (of training, or 256)")
     how.add_argument("--classes", metavar="NAMES", help="separator classes (of training, or paper)")
     how.add_argument("--interval", type=int, metavar="D", help="fixed: every D-th token in place of separators")
-    how.add_argument("--separators", type=int, default=64, metavar="S", help="cache: separators that stay (64)")
+    how.add_argument("--separators", type=int, metavar="S", help="cache: separators that stay (64)")
     how.add_argument("--capacity", type=int, metavar="C", help="cache: keys at which others are dropped")
     how.add_argument("--positions", choices=_POSITIONS, help="cache: places in it (default), or in the text")
 
@@ -96,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
 
-    from sepllm_train.evaluation.attention import AttentionOptions, bind
+    from sepllm_train.evaluation.attention import bind
     from sepllm_train.evaluation.report import table
     from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
     from sepllm_train.streaming.model import open_model
@@ -110,23 +115,15 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.truncate,
     )
     options.check()
-    asked = AttentionOptions(
-        arguments.attention,
-        arguments.initial,
-        arguments.window,
-        arguments.separators,
-        arguments.capacity,
-        arguments.interval,
-        arguments.positions,
-        arguments.classes,
-    )
+    given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
+    every = with_baselines(AttentionOptions(arguments.attention, **given), arguments.baselines)
+    check_used(every, given)
     if arguments.data_dir is not None:
         for name in arguments.tasks:
             local_files(name, arguments.data_dir)
-    every = [asked, *(asked.baseline(text) for text in arguments.baselines)]
     opened = open_model(arguments.model, arguments.tokenizer, arguments.dtype, device)
     attentions = [bind(opened, one) for one in every]
     tokenizer = tokenizer_for(opened, arguments.tokenizer)
-    results = evaluate(opened, tokenizer, attentions, options, arguments.output)
+    results = evaluate(opened, tokenizer, attentions, options, arguments.output, arguments.overwrite)
     if results:
         print("\n" + table(results), end="")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -57,6 +59,16 @@ class SeparatorLM(HFLM):
         cached = attention.policies is not None and attention.generation_cache is not None
         self._cache = attention.generation_cache() if cached and attention.generation_cache else None
 
+    def check(self, task: str, requests: Iterable[Instance]) -> None:
+        """Raise a UserError, or a RankError under torchrun, for a request of `task` that does not fit the model's
+        context. The windows of whole texts always do."""
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                # The last token is never given to the model.
+                self._fits(len(self.tok_encode("".join(request.args))) - 1, f"of {task} ")
+            elif request.request_type == "generate_until":
+                self._fits(self._with_answer(request), f"of {task} with its answer ")
+
     def gathered(self) -> tuple[Shares, int]:
         """The counts and the number of truncated prompts of all ranks together; on rank 0. Every rank calls it."""
         found: dict[bytes, Any] = {}
@@ -77,8 +89,7 @@ class SeparatorLM(HFLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuation of each prompt up to its stop strings."""
         for request in requests:
-            prompt, how = request.args
-            self._fits(len(self.tok_encode(prompt)) + how.get("max_gen_toks", self.max_gen_toks), "with its answer ")
+            self._fits(self._with_answer(request), "with its answer ")
         return super().generate_until(requests, disable_tqdm=disable_tqdm or self.quiet)
 
     def _loglikelihood_tokens(
@@ -128,6 +139,11 @@ class SeparatorLM(HFLM):
             return any(string in text for string in stop)
 
         return min(len(answer), bisect_left(range(len(answer) + 1), True, key=stopped))
+
+    def _with_answer(self, request: Instance) -> int:
+        """Tokens of a prompt and the longest answer that it may have."""
+        prompt, how = request.args
+        return len(self.tok_encode(prompt)) + how.get("max_gen_toks", self.max_gen_toks)
 
     def _fits(self, tokens: int, what: str) -> None:
         if tokens <= self.max_length:

@@ -76,8 +76,8 @@ def gsm8k_prompts(data_dir: Path) -> list[str]:
     examples = test.with_name("cot_8shot.jsonl")
     if not examples.is_file():
         raise UserError(f"gsm8k_cot needs {examples}, and it is not there.")
-    shots = read_records(examples, ("question", "target"), same)
-    questions = read_records(test, ("question",), same)
+    shots = read_records(examples, {"question": str, "target": str}, same)
+    questions = read_records(test, {"question": str}, same)
     before = "".join(f"Q: {shot['question']}\nA: {shot['target']}\n\n" for shot in shots)
     return [f"{before}Q: {record['question']}\nA:" for record in questions]
 

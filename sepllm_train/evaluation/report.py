@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from data_prep.files import write_whole
 from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.evaluation.results import attention_of, conditions, model_of, read_result
 
 # Heading, task, metric, factor: those of the paper's table for models trained from scratch.
 _COLUMNS = (
@@ -51,15 +51,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder, which is named in each. Raises UserError when there is none or one cannot be read."""
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf8"))
-            if result["format"] == 1 and result["metrics"]:
-                results.append({**result, "folder": str(folder)})
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a result of evaluate.py.") from None
+    """The results in a folder. Raises UserError when there is none, or a file is not a whole result."""
+    results = [read_result(path) for path in sorted(folder.glob("*.json"))]
     if not results:
         raise UserError(f"{folder} holds no results: make them with evaluate.py ... --output {folder}.")
     return results
@@ -67,7 +60,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row for each model and attention, a column for each metric that was measured, then the shares, and
-    notes below. Raises UserError when results of a column are not of the same documents and prompts."""
+    notes below. Raises UserError when results of a column are not of the same documents and prompts, or those of a row
+    not of the same model and attention."""
     rows = _rows(results)
     measured = {result["task"] for result in results}
     _check(results)
@@ -94,20 +88,39 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _rows(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """By (name of the folder or the model, attention) the results by task. Raises UserError when one is there twice."""
+    """By (name of the folder or the model, attention) the results by task. Raises UserError when one is there twice,
+    and for a folder of several models or a row of several attentions."""
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    first_of_folder: dict[str, dict[str, Any]] = {}
     for result in results:
-        name = result.get("folder") or result["model"]["name"]
-        row = rows.setdefault((name, result["attention"]["label"]), {})
+        name, label = _source(result), result["attention"]["label"]
+        row = rows.setdefault((name, label), {})
         if result["task"] in row:
-            raise UserError(f"{name} has two results of {result['task']} under {result['attention']['label']}.")
+            raise UserError(f"{name} has two results of {result['task']} under {label}.")
+        _check_same(first_of_folder.setdefault(name, result), result, model_of)
+        _check_same(next(iter(row.values()), result), result, attention_of)
         row[result["task"]] = result
-    models = list(dict.fromkeys(name for name, _ in rows))
-    return dict(sorted(rows.items(), key=lambda row: (models.index(row[0][0]), _place(row[0][1]))))
+    models = list(first_of_folder)
+    return dict(sorted(rows.items(), key=lambda row: (models.index(row[0][0]), _place(row[1]))))
 
 
-def _place(label: str) -> int:
-    return _ORDER.index(label.split(":")[0])
+def _source(result: dict[str, Any]) -> str:
+    """The folder of a result, or its model's name where it is not from a file."""
+    return str(Path(result["file"]).parent) if "file" in result else result["model"]["name"]
+
+
+def _check_same(one: dict[str, Any], other: dict[str, Any], facts: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Raise UserError when two results of a folder differ in their `facts`."""
+    for key, value in facts(one).items():
+        if value != facts(other)[key]:
+            raise UserError(
+                f"{one.get('file')} and {other.get('file')} are in one folder and differ in the {key}: give each a "
+                "folder of its own."
+            )
+
+
+def _place(row: dict[str, dict[str, Any]]) -> int:
+    return _ORDER.index(next(iter(row.values()))["attention"]["name"])
 
 
 def _check(results: Sequence[dict[str, Any]]) -> None:
@@ -125,16 +138,10 @@ def _check(results: Sequence[dict[str, Any]]) -> None:
 
 def _basis(result: dict[str, Any]) -> dict[str, Any]:
     """What results of a task must have in common to be compared."""
-    files = result["data"].get("files", {})
     return {
-        "limit": result["limit"],
+        **conditions(result),
         "number of documents": result["documents"],
-        "split": result["split"],
-        "number of examples": result["num_fewshot"],
         "number of truncated prompts": result["truncated_prompts"],
-        # Examples are drawn by each rank for its documents.
-        "number of ranks": result["ranks"] if result["num_fewshot"] else 1,
-        "data": {split: file["sha256"][:8] for split, file in files.items()} or result["data"]["source"],
     }
 
 
@@ -146,7 +153,9 @@ def _cell(result: dict[str, Any] | None, metric: str, factor: int) -> str:
 
 
 def _mean(row: dict[str, dict[str, Any]], tasks: Sequence[str], key: str) -> str:
-    return f"{100 * fmean(row[task][key] for task in tasks):.2f}" if tasks else "-"
+    """The mean of a share over tasks, in %; "-" where one was not counted."""
+    shares = [row[task][key] for task in tasks]
+    return "-" if not shares or None in shares else f"{100 * fmean(shares):.2f}"
 
 
 def _scope(task: str, results: Sequence[dict[str, Any]]) -> str:

@@ -8,16 +8,18 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 
 from data_prep.files import write_whole
 from data_prep.tokenizers import Tokenizer
@@ -25,12 +27,12 @@ from sepllm_train.console import duration, say
 from sepllm_train.errors import UserError
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
 from sepllm_train.evaluation.tasks import TASKS, Loaded, load_tasks
 from sepllm_train.hf.tokenizer import to_transformers
 from sepllm_train.streaming.model import Opened
 from sepllm_train.training.run_folder import environment
 
-FORMAT = 1
 # The harness's seeds: the same examples for every attention, and for every user.
 SEED, EXAMPLES_SEED = 1234, 1234
 # Resamples behind the standard errors that have no formula.
@@ -80,10 +82,13 @@ def evaluate(
     attentions: Sequence[Attention],
     options: EvaluationOptions,
     output: Path | None = None,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate and say the results; gives them on rank 0, and writes each to `output` as it is there.
+    """Evaluate and say the results; gives them on rank 0, and writes each to the folder `output` as it is there.
 
-    Raises UserError for unknown tasks, bad task files, and prompts that do not fit the model's context.
+    overwrite: also where `output` has a result of the same name and another model, attention, or other conditions.
+    Raises UserError, before the first forward, for unknown tasks, bad task files, prompts that do not fit the model's
+    context, and results that would be overwritten.
     """
     options.check()
     calm()
@@ -100,19 +105,28 @@ def evaluate(
     results = []
     for attention in attentions:
         say(str(attention) + "".join(f" | training-free: {told}" for told in attention.differences))
+    identity = _identity(opened, opened.tokenizer)
     with load_tasks(list(options.tasks), options.data_dir, options.shots) as loaded:
-        for task in loaded:
-            for attention in attentions:
-                result = evaluate_task(lm, task, attention, options)
-                if result is None:
-                    continue
-                result |= _identity(opened, opened.tokenizer)
-                say(line(result))
-                results.append(result)
-                if output is not None:
-                    output.mkdir(parents=True, exist_ok=True)
-                    path = output / f"{task.name}.{attention.label.replace(':', '_')}.json"
-                    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+        if output is not None and not overwrite:
+            for task, attention in product(loaded, attentions):
+                planned = identity | _planned(task, attention, options, lm.world_size)
+                refuse_other(result_path(output, task.name, attention.label), planned)
+        if not options.truncate:
+            # The first task's own evaluation begins with this check; to make requests twice takes time.
+            for task in loaded[1:]:
+                lm.check(task.name, _requests(lm, task, options))
+        if output is not None:
+            _make_folder(output)
+        for task, attention in product(loaded, attentions):
+            result = evaluate_task(lm, task, attention, options)
+            if result is None:
+                continue
+            result |= identity
+            say(line(result))
+            results.append(result)
+            if output is not None:
+                path = result_path(output, task.name, attention.label)
+                write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return results
 
 
@@ -123,11 +137,7 @@ def evaluate_task(
     from lm_eval.evaluator import evaluate as harness_evaluate
 
     lm.attend(attention)
-    random.seed(0)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    for one in task.tasks["tasks"].values():
-        one.set_fewshot_seed(seed=EXAMPLES_SEED)
+    _seed(task)
     begun = time.monotonic()
     with redirect_stdout(StringIO()):  # it tells there that it resamples
         found = harness_evaluate(
@@ -147,17 +157,47 @@ def evaluate_task(
         "subtasks": {name: _metrics(values) for name, values in found["results"].items() if name != harness},
         "documents": sum(counts["effective"] for counts in found["n-samples"].values()),
         "documents_there": sum(counts["original"] for counts in found["n-samples"].values()),
+        "truncated_prompts": truncated,
+        **_planned(task, attention, options, lm.world_size),
+        **shares.summary(),
+        "batch_size": options.batch_size,
+        "seconds": seconds,
+    }
+
+
+def _planned(task: Loaded, attention: Attention, options: EvaluationOptions, ranks: int) -> dict[str, Any]:
+    """What a result says of how it was measured that is settled before."""
+    return {
         "limit": options.limit,
         "num_fewshot": task.shots,
         "split": task.split,
         "data": task.data,
-        "truncated_prompts": truncated,
         "attention": attention.describe(),
-        **shares.summary(),
-        "batch_size": options.batch_size,
-        "ranks": lm.world_size,
-        "seconds": seconds,
+        "ranks": ranks,
     }
+
+
+def _requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
+    """The requests of this rank, as the harness will make them."""
+    _seed(task)
+    for one in task.tasks["tasks"].values():
+        one.build_all_requests(limit=options.limit, rank=lm.rank, world_size=lm.world_size)
+        yield from one.instances
+
+
+def _seed(task: Loaded) -> None:
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for one in task.tasks["tasks"].values():
+        one.set_fewshot_seed(seed=EXAMPLES_SEED)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be made: {error.strerror}.") from None
 
 
 def line(result: dict[str, Any]) -> str:
@@ -168,8 +208,8 @@ def line(result: dict[str, Any]) -> str:
     )
     part = "" if result["limit"] is None else f" of {result['documents_there']:,}"
     return (
-        f"{result['task']} | {result['attention']['label']} | {metrics} | attended {result['attended_share']:.2%} | "
-        f"KV kept {result['kv_share_prompt']:.2%} at the prompt's end, {result['kv_share']:.2%} mean | "
+        f"{result['task']} | {result['attention']['label']} | {metrics} | attended {_percent(result['attended_share'])}"
+        f" | KV kept {_percent(result['kv_share_prompt'])} at the prompt's end, {_percent(result['kv_share'])} mean | "
         f"{result['documents']:,}{part} documents, {result['num_fewshot']} examples each, "
         f"{duration(result['seconds'])}"
     )
@@ -202,6 +242,10 @@ def _identity(opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "environment": environment(),
     }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def _rounded(value: float) -> str:

@@ -54,18 +54,17 @@ class Shares:
             for (key, one), row in zip(batch, kept, strict=True):
                 self.found[key] = _sums(row[: len(one.ids)], one)
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | None]:
         """attended_share: keys seen over all keys, over all tokens. kv_share_prompt: the same at the last tokens of the
         prompts. kv_share: the same over the tokens whose successors were scored or generated: the paper's runtime KV.
-        Each is a ratio of sums over all sequences and layers."""
-        total = np.sum(list(self.found.values()), axis=0) if self.found else np.ones(6)
-        share = total[0::2] / total[1::2]
-        return {
-            "sequences": len(self.found),
-            "attended_share": float(share[0]),
-            "kv_share_prompt": float(share[1]),
-            "kv_share": float(share[2]),
+        Each is a ratio of sums over all sequences and layers, None where nothing was counted."""
+        total = np.sum(list(self.found.values()), axis=0) if self.found else np.zeros(6)
+        names = ("attended_share", "kv_share_prompt", "kv_share")
+        shares = {
+            name: float(seen / every) if every else None
+            for name, seen, every in zip(names, total[0::2], total[1::2], strict=True)
         }
+        return {"sequences": len(self.found), **shares}
 
 
 def keys_seen(attention: Attention, rows: Sequence[Sequence[int]]) -> np.ndarray:

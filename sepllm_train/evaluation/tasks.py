@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from data_prep.files import hash_file
 from sepllm_train.errors import UserError, first_line
 
 Record = dict[str, Any]
+# What each field of a record must be; `list` stands for a list of strings.
+Fields = Mapping[str, type]
+_KINDS = {str: "a string", int: "an integer", list: "a list of strings"}
 # In the order in which the harness looks for one to evaluate on.
 EVALUATED = ("test", "validation")
 
@@ -34,7 +38,7 @@ class EvalTask:
         harness: its name in lm-evaluation-harness.
         definition: its YAML file, or the folder of a group's, below lm_eval/tasks.
         convert: from a record of a local file to the harness's fields; None where there is no local form.
-        fields: what a record of a local file must have.
+        fields: what a record of a local file must have, and of what type.
         files: path below the data folder, by split.
         shots: examples in a prompt unless others are asked for; None for the harness's choice.
     """
@@ -42,38 +46,46 @@ class EvalTask:
     harness: str
     definition: str
     convert: Callable[[Record], Record] | None = None
-    fields: tuple[str, ...] = ()
+    fields: Fields = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     shots: int | None = None
 
 
 def _arc(record: Record) -> Record:
-    choices, labels = record["choices"], "ABCDEFGH"
+    labels = "ABCDEFGH"
+    choices, answer = _choices(record, 2, len(labels))
     return {
         "question": record["question"],
         "choices": {"text": choices, "label": list(labels[: len(choices)])},
-        "answerKey": labels[_answer(record)],
+        "answerKey": labels[answer],
     }
 
 
 def _piqa(record: Record) -> Record:
-    first, second = record["choices"]
-    return {"goal": record["question"], "sol1": first, "sol2": second, "label": _answer(record)}
+    (first, second), answer = _choices(record, 2, 2)
+    return {"goal": record["question"], "sol1": first, "sol2": second, "label": answer}
 
 
 def _logiqa(record: Record) -> Record:
+    labels = "abcd"
+    choices, answer = _choices(record, 2, len(labels))
     return {
         "context": record["context"],
         "question": record["question"],
-        "options": record["choices"],
-        "label": "abcd"[_answer(record)],
+        "options": choices,
+        "label": labels[answer],
     }
 
 
-def _answer(record: Record) -> int:
-    if record["answer"] not in range(len(record["choices"])):
-        raise ValueError(f"answer {record['answer']!r} is not the number of one of the choices, from 0")
-    return int(record["answer"])
+def _choices(record: Record, least: int, most: int) -> tuple[list[str], int]:
+    """The choices and the number of the right one. Raises ValueError."""
+    choices, answer = record["choices"], record["answer"]
+    if not least <= len(choices) <= most:
+        wanted = most if least == most else f"{least} to {most}"
+        raise ValueError(f"it has {len(choices)} choices and needs {wanted}")
+    if answer not in range(len(choices)):
+        raise ValueError(f"answer {answer} is not the number of one of the choices, from 0")
+    return choices, answer
 
 
 def same(record: Record) -> Record:
@@ -81,7 +93,7 @@ def same(record: Record) -> Record:
     return record
 
 
-_CHOICE = ("question", "choices", "answer")
+_CHOICE: Fields = {"question": str, "choices": list, "answer": int}
 TASKS = {
     "arc_challenge": EvalTask(
         "arc_challenge", "arc/arc_challenge.yaml", _arc, _CHOICE,
@@ -92,10 +104,10 @@ TASKS = {
         {"train": "arc/arc_easy_train.jsonl", "test": "arc/arc_easy_test.jsonl"},
     ),
     "lambada": EvalTask(
-        "lambada_openai", "lambada/lambada_openai.yaml", same, ("text",), {"test": "lambada_openai_test.jsonl"}
+        "lambada_openai", "lambada/lambada_openai.yaml", same, {"text": str}, {"test": "lambada_openai_test.jsonl"}
     ),
     "logiqa": EvalTask(
-        "logiqa", "logiqa/logiqa.yaml", _logiqa, ("context", *_CHOICE),
+        "logiqa", "logiqa/logiqa.yaml", _logiqa, {"context": str, **_CHOICE},
         {"train": "logiqa/train.jsonl", "validation": "logiqa/eval.jsonl", "test": "logiqa/test.jsonl"},
     ),
     "piqa": EvalTask(
@@ -103,11 +115,11 @@ TASKS = {
     ),
     "sciq": EvalTask("sciq", "sciq/sciq.yaml"),
     "wikitext": EvalTask(
-        "wikitext", "wikitext/wikitext.yaml", same, ("page",),
+        "wikitext", "wikitext/wikitext.yaml", same, {"page": str},
         {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"},
     ),
     "gsm8k_cot": EvalTask(
-        "gsm8k_cot", "gsm8k/gsm8k-cot.yaml", same, ("question", "answer"), {"test": "gsm8k/test.jsonl"}
+        "gsm8k_cot", "gsm8k/gsm8k-cot.yaml", same, {"question": str, "answer": str}, {"test": "gsm8k/test.jsonl"}
     ),
     "mmlu": EvalTask("mmlu", "mmlu/default", shots=5),
 }  # fmt: skip
@@ -232,7 +244,7 @@ def local_files(name: str, data_dir: Path) -> dict[str, Path]:
     return found
 
 
-def read_records(path: Path, fields: Sequence[str], convert: Callable[[Record], Record]) -> list[Record]:
+def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]) -> list[Record]:
     """The records of a local file, which must have `fields`, converted. Raises UserError for a line that is not so."""
     try:
         text = path.read_text(encoding="utf8")
@@ -241,22 +253,33 @@ def read_records(path: Path, fields: Sequence[str], convert: Callable[[Record], 
     if path.suffix == ".txt":
         return [{"page": page} for page in articles(text)]
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(), which also splits at characters that a JSON string may hold as they are, such as U+2028.
+    for number, line in enumerate(StringIO(text), 1):
         try:
             record = json.loads(line)
-            missing = [key for key in fields if key not in record]
-            if missing:
-                raise ValueError(f"it has no {missing[0]!r} and needs {', '.join(fields)}")
+            _check_fields(record, fields)
             records.append(convert(record))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"line {number} of {path} is not a record of its task: {first_line(error)}.") from None
     if not records:
         raise UserError(f"{path} is empty.")
     return records
 
 
+def _check_fields(record: Any, fields: Fields) -> None:
+    """Raise ValueError unless a record has `fields`, each of its type."""
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    for key, kind in fields.items():
+        if key not in record:
+            raise ValueError(f"it has no {key!r} and needs {', '.join(fields)}")
+        # type() since a bool is an int to isinstance().
+        if type(record[key]) is not kind or (kind is list and not all(isinstance(one, str) for one in record[key])):
+            raise ValueError(f"its {key!r} must be {_KINDS[kind]}")
+
+
 def articles(text: str) -> list[str]:
     """The articles of a WikiText file, each from its title (` = Title = `) on; the whole text where there is none."""
-    starts = [match.start() for match in re.finditer(r"^ = [^=].*[^=] = $", text, re.MULTILINE)]
+    starts = [match.start() for match in re.finditer(r"^ = [^=](?:.*[^=])? = $", text, re.MULTILINE)]
     bounds = [0, *starts[1:], len(text)] if starts else [0, len(text)]
     return [text[start:end] for start, end in pairwise(bounds)]

@@ -1,4 +1,5 @@
-"""A tiny model with a pattern, one without, their tokenizer, and small local files of the tasks."""
+"""Tiny models with a pattern and without, a trained run and what was exported of it, and small local files of the
+tasks."""
 
 from __future__ import annotations
 
@@ -55,6 +56,31 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wikitext2").mkdir()
     (folder / "wikitext2/valid.txt").write_text(f" \n{pages}", encoding="utf8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Path:
+    """A run of two steps on the sample corpus, with three initial tokens and a window of eight. A page of `data_dir`
+    is longer than its context, prompts without examples are not."""
+    from tests.training.resume_worker import train_alone
+
+    return train_alone(
+        tmp_path_factory.mktemp("runs"),
+        sample_cache,
+        "books_sep",
+        data={"sequence_length": 256},
+        training={"steps": 2, "checkpoint_interval": 2},
+    )
+
+
+@pytest.fixture(scope="session")
+def exported_run(trained_run: Path) -> Path:
+    """The trained run as scripts/export_hf.py writes it."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from sepllm_train.hf.export import export_run
+
+    export_run(trained_run, trained_run.parent / "exported")
+    return trained_run.parent / "exported"
 
 
 @pytest.fixture(scope="session")

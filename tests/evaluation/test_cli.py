@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from sepllm_train.evaluation import cli, kv_share
 from tests.conftest import REPOSITORY
-from tests.evaluation.conftest import write_lines
+from tests.evaluation.conftest import choice, words, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -132,6 +133,10 @@ MISTAKES = {
     "--tasks piqa --baselines h2o": "the baseline 'h2o' is unknown: choose from pattern, dense, streaming",
     "--tasks piqa --baselines fixed": "fixed needs --interval D",
     "--tasks piqa --baselines streaming:window=x": "'window=x' in the baseline streaming:window=x is not KEY=VALUE",
+    "--tasks piqa --baselines dense:window=5": "'window=5' in the baseline dense:window=5 says nothing to dense",
+    "--tasks piqa --interval 4": "--interval says nothing to pattern: it is for fixed",
+    "--tasks piqa --separators 64 --baselines dense": "--separators says nothing to pattern, dense: it is for cache",
+    "--tasks piqa --baselines pattern:classes=comma,period": "classes of a baseline are joined by +, not by commas",
     "--tasks piqa --baselines dense,dense": "the attentions pattern, dense, dense name one twice",
     "--tasks piqa --attention cache": "cache needs --capacity",
     "--tasks piqa --attention cache --capacity 60": "capacity=60 must be larger: at least 74",
@@ -174,6 +179,100 @@ def test_prompts_longer_than_the_context(
     run(models["sep"], "--tasks", "lambada", "--data-dir", tmp_path, "--truncate", "--output", tmp_path / "made")
     assert results(tmp_path / "made")["lambada.pattern"]["truncated_prompts"] == 1
     assert "lambada: 0-shot, 1 prompts cut on the left" in capsys.readouterr().out
+
+
+def test_all_prompts_are_checked_before_the_first_forward(
+    needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A prompt of the last task, and one that does not fit with its answer."""
+    from sepllm_train.evaluation.harness import SeparatorLM
+
+    monkeypatch.setattr(SeparatorLM, "_model_call", lambda *_, **__: pytest.fail("a forward ran"))
+    write_lines(tmp_path / "lambada_openai_test.jsonl", [{"text": words(0, 20)}])
+    write_lines(tmp_path / "piqa_validation.jsonl", [choice(0, 2), {**choice(1, 2), "question": "the cat " * 2400}])
+    write_lines(tmp_path / "gsm8k/test.jsonl", [{"question": "the cat " * 1000, "answer": "#### 1"}])
+    for last, sentence in (("piqa", "of piqa has"), ("gsm8k_cot", "of gsm8k_cot with its answer has")):
+        with pytest.raises(SystemExit) as ended:
+            run(models["sep"], "--tasks", f"lambada,{last}", "--data-dir", tmp_path, "--output", tmp_path / "made")
+        assert ended.value.code == 2 and f"error: a prompt {sentence} " in capsys.readouterr().err
+        assert not (tmp_path / "made").exists()
+
+
+def test_results_of_other_settings_are_not_overwritten(
+    needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from sepllm_train.evaluation.harness import SeparatorLM
+
+    common = ("--tasks", "piqa", "--data-dir", data_dir, "--output", tmp_path, "--limit", 2)
+    run(models["sep"], *common, "--baselines", "cache:capacity=80")
+    run(models["sep"], *common, "--baselines", "cache:capacity=80", "--batch-size", 1)
+    path = tmp_path / "piqa.pattern.json"
+    before = path.read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(SeparatorLM, "_model_call", lambda *_, **__: pytest.fail("a forward ran"))
+        for model, others, what in (
+            ("dense", ("--window", 6), "model"),
+            ("sep", ("--window", 9), "attention"),
+            ("sep", ("--limit", 3), "limit"),
+            ("sep", ("--num-fewshot", 1), "number of examples"),
+            ("sep", ("--dtype", "bf16"), "model"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                run(models[model], *common, *others)
+            told = capsys.readouterr().err
+            assert ended.value.code == 2 and f"{path} holds a result with a different {what}: choose another" in told
+    assert path.read_bytes() == before
+    run(models["sep"], *common, "--window", 9, "--overwrite")
+    assert results(tmp_path)["piqa.pattern"]["attention"]["pattern"]["windows"] == [9, 9]
+
+
+def test_an_output_that_cannot_be_a_folder(
+    needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        run(models["sep"], "--tasks", "piqa", "--data-dir", data_dir, "--output", tmp_path / "file")
+    assert ended.value.code == 2 and f"error: --output {tmp_path}/file cannot be made" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_as_what_is_exported_of_it(
+    needs_harness: None, trained_run: Path, exported_run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """With the pattern of training, and the paper's baselines beside it."""
+    for name, folder in (("run", trained_run), ("exported", exported_run)):
+        run(folder, "--tasks", "lambada,wikitext", "--data-dir", data_dir, "--output", tmp_path / name, "--limit", 2,
+            "--baselines", "paper")  # fmt: skip
+    own, other = results(tmp_path / "run"), results(tmp_path / "exported")
+    labels = ("pattern", "dense", "streaming", "fixed_interval=5")
+    assert own.keys() == other.keys() == {f"{task}.{label}" for task in ("lambada", "wikitext") for label in labels}
+    for name, result in own.items():
+        assert result["metrics"].keys() == other[name]["metrics"].keys()
+        for metric, entry in result["metrics"].items():
+            assert other[name]["metrics"][metric]["value"] == pytest.approx(entry["value"], rel=1e-5)
+        for key in ("attended_share", "kv_share", "sequences", "attention"):
+            assert result[key] == other[name][key]
+        assert result["model"]["fingerprint"] == other[name]["model"]["fingerprint"]
+    attention = own["lambada.pattern"]["attention"]
+    assert attention["differences"] == [] and attention["pattern"]["windows"] == [8] * 4
+    assert attention["pattern"]["initial_tokens"] == 3
+    # A page has several windows of the model's context.
+    assert own["wikitext.pattern"]["sequences"] > own["wikitext.pattern"]["documents"] == 2
+
+
+def test_a_run_with_a_learned_sink_is_refused(
+    needs_harness: None, trained_run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert text.count("  sink: none\n") == 1
+    config.write_text(text.replace("  sink: none\n", "  sink: learned\n"))
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "run", "--tasks", "piqa", "--data-dir", data_dir)
+    assert ended.value.code == 2 and "attention.sink=learned cannot be exported" in capsys.readouterr().err
 
 
 def test_without_the_harness(

@@ -18,7 +18,7 @@ from torch import Tensor
 from sepllm_train.errors import UserError
 from sepllm_train.evaluation.attention import Attention, AttentionOptions, bind
 from sepllm_train.evaluation.harness import SeparatorLM
-from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
+from sepllm_train.evaluation.run import EvaluationOptions, evaluate, line, tokenizer_for
 from sepllm_train.evaluation.tasks import load_tasks
 from sepllm_train.hf import apply_pattern, load_model
 from sepllm_train.streaming.model import Opened, open_model
@@ -57,13 +57,13 @@ STOP = " then"
 PAIRS = [(words(n, 3 + 11 * n), " " + words(n + 2, 1 + n)) for n in range(5)] + [("", words(3, 4))]
 
 
-def test_dense_results_are_those_of_plain_hflm(models: dict[str, Path], data_dir: Path) -> None:
-    """An exported dense model, loaded by the harness itself from its folder."""
-    model = opened(models["dense"])
+def test_dense_results_are_those_of_plain_hflm(exported_run: Path, data_dir: Path) -> None:
+    """An exported run, loaded with full attention by the harness itself from its folder."""
+    model = opened(exported_run)
     results = evaluate(
         model, tokenizer_for(model, None), [bind(model, AttentionOptions("dense"))], EvaluationOptions(ALL, data_dir)
     )
-    plain = HFLM(pretrained=str(models["dense"]), device="cpu", dtype="float32", batch_size=3)
+    plain = HFLM(pretrained=str(exported_run), device="cpu", dtype="float32", batch_size=3, attn_implementation="sdpa")
     with load_tasks(list(ALL), data_dir, None) as loaded:
         for task, result in zip(loaded, results, strict=True):
             found = harness_evaluate(lm=plain, task_dict=task.tasks, bootstrap_iters=0, log_samples=False)
@@ -161,6 +161,13 @@ def test_generation(models: dict[str, Path], options: AttentionOptions, batch_si
     assert 0 < ended < 4 and found["sequences"] == 4 and found["kv_share"] < found["attended_share"] < 1
     if attention.policies is not None:
         assert found["attended_share"] == pytest.approx(held / tokens)
+
+
+def test_shares_that_were_not_counted_are_a_dash() -> None:
+    none = dict.fromkeys(("attended_share", "kv_share", "kv_share_prompt"))
+    common = {"task": "piqa", "attention": {"label": "dense"}, "metrics": {}, "limit": None, "documents": 2}
+    told = line({**common, **none, "num_fewshot": 0, "seconds": 1})
+    assert "attended - | KV kept - at the prompt's end, - mean" in told
 
 
 def stopped(text: str) -> bool:

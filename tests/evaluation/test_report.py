@@ -24,8 +24,8 @@ def result(task: str, label: str, metrics: dict[str, float], **others: Any) -> d
         "truncated_prompts": 0,
         "ranks": 1,
         "data": {"source": "hub"},
-        "attention": {"label": label},
-        "model": {"name": "m"},
+        "attention": {"name": label.split(":")[0], "label": label},
+        "model": {"name": "m", "fingerprint": "ab", "dtype": "float32", "tokenizer_sha256": "cd"},
         "attended_share": 0.25,
         "kv_share": 0.125,
         **others,
@@ -94,6 +94,68 @@ def test_ranks_matter_where_examples_are_drawn(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main([one, write(tmp_path / "b", result("piqa", "dense", {"acc": 0.5}, num_fewshot=5))])
     assert "a different number of ranks (2 and 1)" in capsys.readouterr().err
+
+
+def other_attention(label: str, window: int) -> dict[str, Any]:
+    return {"name": label, "label": label, "pattern": {"windows": [window]}}
+
+
+def test_a_row_is_of_one_model_and_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = result("piqa", "dense", {})["model"]
+    cases = [
+        ("model", {"model": {**model, "fingerprint": "ef"}}),
+        ("dtype", {"model": {**model, "dtype": "bfloat16"}}),
+        ("tokenizer", {"model": {**model, "tokenizer_sha256": "ef"}}),
+        ("attention", {"attention": other_attention("pattern", 9)}),
+    ]
+    for what, other in cases:
+        folder = tmp_path / what
+        write(
+            folder,
+            result("arc_easy", "pattern", {"acc": 0.5}, attention=other_attention("pattern", 6)),
+            result("piqa", "pattern", {"acc": 0.5}, **{"attention": other_attention("pattern", 6), **other}),
+        )
+        with pytest.raises(SystemExit) as ended:
+            main([str(folder)])
+        told = capsys.readouterr().err
+        files = f"{folder}/arc_easy.pattern.json and {folder}/piqa.pattern.json"
+        assert ended.value.code == 2 and f"{files} are in one folder and differ in the {what}: give" in told
+    # Two rows of a folder are of one model as well, and may attend otherwise.
+    write(tmp_path / "rows", result("piqa", "dense", {"acc": 0.5}), result("piqa", "pattern", {"acc": 0.5}))
+    main([str(tmp_path / "rows")])
+    write(tmp_path / "rows", result("piqa", "dense", {"acc": 0.5}, model={**model, "fingerprint": "ef"}))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "rows")])
+    assert "differ in the model" in capsys.readouterr().err
+
+
+def test_shares_that_were_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([write(tmp_path, result("piqa", "dense", {"acc": 0.5}, attended_share=None, kv_share=None))])
+    assert "| dense | 50.00 | - | - |" in capsys.readouterr().out
+
+
+WHOLE = result("piqa", "dense", {"acc": 0.5})
+NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no attention": (
+        {key: value for key, value in WHOLE.items() if key != "attention"},
+        "x.json is not a whole result of evaluate.py: its attention is missing or of another type",
+    ),
+    "no fingerprint": ({**WHOLE, "model": {"name": "m"}}, "its model.fingerprint is missing or of another type"),
+    "documents": ({**WHOLE, "documents": "ten"}, "its documents is missing or of another type"),
+    "format": ({**WHOLE, "format": 2}, "x.json is in format 2 and this version reads format 1"),
+    "metrics": ({**WHOLE, "metrics": {}}, "x.json holds no metrics: evaluate piqa again"),
+    "task": ({**WHOLE, "task": "hellaswag"}, "x.json is of a task or an attention that this version does not know"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_files_that_are_not_whole_results(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, sentence = NOT_WHOLE[case]
+    write(tmp_path, WHOLE)
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from sep_attention import FOREVER, visible_mask
 
-from sepllm_train.evaluation.attention import AttentionOptions, bind
+from sepllm_train.evaluation.attention import Attention, bind
+from sepllm_train.evaluation.options import AttentionOptions
 from sepllm_train.evaluation.shares import Scored, Shares, keys_seen
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.streaming.model import Opened, open_model
@@ -87,25 +88,49 @@ def test_sums_are_over_distinct_sequences(opened: Opened) -> None:
     assert found["attended_share"] == pytest.approx((21 + 6 * 6) / 78)
     assert found["kv_share_prompt"] == pytest.approx(6 / 8)
     assert found["kv_share"] == pytest.approx(5 * 6 / (8 + 9 + 10 + 11 + 12))
-    assert Shares().summary()["attended_share"] == 1
+    nothing = {"sequences": 0, "attended_share": None, "kv_share_prompt": None, "kv_share": None}
+    assert Shares().summary() == nothing
 
 
 def test_full_attention_sees_all(opened: Opened) -> None:
     assert np.array_equal(keys_seen(bind(opened, AttentionOptions("dense")), ROWS)[1], np.arange(1, 62))
 
 
-def test_full_layers_of_training_stay_full(opened: Opened) -> None:
-    config = opened.model.config
-    trained = getattr(config, CONFIG_KEY)
-    try:
-        setattr(config, CONFIG_KEY, trained | {"windows": [None, 6]})
-        for options in (*PATTERNS.values(), AttentionOptions("cache", capacity=80)):
-            attention = bind(opened, options)
-            assert attention.pattern is not None
-            window = options.window or 6
-            if attention.policies is None:
-                assert attention.pattern.windows == (FOREVER, window)
-            else:
-                assert [policy.window for policy in attention.policies] == [FOREVER, window]
-    finally:
-        setattr(config, CONFIG_KEY, trained)
+EVERY = (*PATTERNS.values(), AttentionOptions("cache", capacity=400))
+
+
+def windows_of(attention: Attention) -> list[int]:
+    assert attention.pattern is not None
+    if attention.policies is not None:
+        return [policy.window for policy in attention.policies]
+    return list(attention.pattern.windows)
+
+
+def test_full_layers_of_training_stay_full(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_with(opened, monkeypatch, windows=[None, 6])
+    for options in EVERY:
+        assert windows_of(bind(opened, options)) == [FOREVER, options.window or 6]
+
+
+def test_layers_keep_their_windows(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache has one for all, and says which."""
+    trained_with(opened, monkeypatch, windows=[9, 6])
+    for options in EVERY:
+        attention = bind(opened, options)
+        one = 6 if options.name == "cache" else options.window
+        assert windows_of(attention) == ([9, 6] if one is None else [one] * 2)
+        told = "the cache has one window for all layers, 6, the least of 6/9" in attention.differences
+        assert told == (options.name == "cache")
+
+
+def test_documents_apart_alone_are_full_attention(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's numbers are taken then, and no layer stays full."""
+    trained_with(opened, monkeypatch, windows=[None, None], end_of_document=0)
+    for options in EVERY:
+        assert windows_of(bind(opened, options)) == [options.window or 256] * 2
+
+
+def trained_with(opened: Opened, monkeypatch: pytest.MonkeyPatch, **pattern: Any) -> None:
+    """Let the model have been trained with another pattern."""
+    trained = getattr(opened.model.config, CONFIG_KEY)
+    monkeypatch.setattr(opened.model.config, CONFIG_KEY, trained | pattern)

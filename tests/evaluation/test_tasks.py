@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 from sepllm_train.errors import UserError
 from sepllm_train.evaluation.attention import AttentionOptions, bind
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
-from sepllm_train.evaluation.tasks import TASKS, Loaded, articles, load_tasks
+from sepllm_train.evaluation.tasks import EVALUATED, TASKS, Loaded, articles, load_tasks
 from sepllm_train.streaming.model import open_model
 from tests.evaluation.conftest import choice, words
 
@@ -164,6 +164,20 @@ def test_articles() -> None:
     text = " \n = One = \n \n a b . \n = = Part = = \n c \n = Two = \n d\n"
     assert articles(text) == [" \n = One = \n \n a b . \n = = Part = = \n c \n", " = Two = \n d\n"]
     assert articles("no titles\nat all") == ["no titles\nat all"]
+    assert articles(" = A = \n a\n = = B = = \n b\n = C = \n c\n") == [
+        " = A = \n a\n = = B = = \n b\n",
+        " = C = \n c\n",
+    ]
+
+
+def test_only_line_feeds_end_a_record(tmp_path: Path) -> None:
+    """JSON strings may hold U+2028 and U+0085 as they are."""
+    texts = ["one\u2028two home", "three\u0085four home"]
+    path = tmp_path / "lambada_openai_test.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf8")
+    with load_tasks(["lambada"], tmp_path, None) as (task,):
+        (own,) = task.tasks["tasks"].values()
+        assert [request[0] + request[1] for _, request in requests(own)] == texts
 
 
 def test_definitions_are_removed(data_dir: Path) -> None:
@@ -175,13 +189,29 @@ def test_definitions_are_removed(data_dir: Path) -> None:
 
 
 CUT = '{"question": "a", "choices": ["b", "c"]}'
-WRONG = '{"question": "a", "choices": ["b", "c"], "answer": 2}'
+
+
+def record(**changes: Any) -> str:
+    return json.dumps({"question": "a", "choices": ["b", "c"], "answer": 1, **changes})
+
+
 MISTAKES: dict[str, tuple[str, str | None, str]] = {
     "no file": ("arc_easy", None, r"arc_easy needs .*arc/arc_easy_test.jsonl, and it is not there"),
     "no field": ("arc_easy", CUT, r"line 1 of .* is not a record .* no 'answer' and needs question, choices, answer"),
-    "wrong answer": ("arc_easy", WRONG, r"line 1 of .*: answer 2 is not the number of one of the choices"),
+    "wrong answer": ("arc_easy", record(answer=2), r"line 1 of .*: answer 2 is not the number of one of the choices"),
     "not JSON": ("arc_easy", "{", r"line 1 of .*arc_easy_test.jsonl is not a record of its task"),
-    "not a record": ("arc_easy", "7", r"line 1 of .*arc_easy_test.jsonl is not a record of its task"),
+    "not a record": ("arc_easy", "7", r"line 1 of .*arc_easy_test.jsonl is not a record of its task: it is not a JSON"),
+    "null": ("arc_easy", record(question=None), r"line 1 of .*: its 'question' must be a string"),
+    "bool": ("arc_easy", record(answer=True), r"line 1 of .*: its 'answer' must be an integer"),
+    "numbers": ("arc_easy", record(choices=["b", 3]), r"line 1 of .*: its 'choices' must be a list of strings"),
+    "nine choices": ("arc_easy", record(choices=list("abcdefghi")), r"line 1 of .*: it has 9 choices and needs 2 to 8"),
+    "null text": ("lambada", '{"text": "a b"}\n{"text": null}', r"line 2 of .*: its 'text' must be a string"),
+    "five choices": (
+        "logiqa",
+        record(context="d", choices=list("abcde"), answer=4),
+        r"it has 5 choices and needs 2 to",
+    ),
+    "three choices": ("piqa", record(choices=list("abc")), r"line 1 of .*: it has 3 choices and needs 2\."),
     "empty": ("arc_easy", "", r"arc_easy_test.jsonl is empty"),
     "no local form": ("mmlu", None, r"mmlu has no form for local files: leave --data-dir out"),
     "unknown": ("hellaswag", None, r"the task 'hellaswag' is unknown: choose from arc_challenge, "),
@@ -192,8 +222,9 @@ MISTAKES: dict[str, tuple[str, str | None, str]] = {
 def test_mistakes(tmp_path: Path, mistake: str) -> None:
     name, content, sentence = MISTAKES[mistake]
     if content is not None:
-        (tmp_path / "arc").mkdir()
-        (tmp_path / "arc/arc_easy_test.jsonl").write_text(content)
+        path = tmp_path / next(TASKS[name].files[split] for split in EVALUATED if split in TASKS[name].files)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
     with pytest.raises(UserError, match=sentence), load_tasks([name], tmp_path, None):
         pass
 

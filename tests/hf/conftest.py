@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.analysis.runs import ALONE
-from sepllm_train.distributed.launch import process_grid
-from sepllm_train.training.run import train
-from tests.training.resume_worker import small_run
+from tests.training.resume_worker import train_alone
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +37,14 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Callabl
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Path:
     """A run of two steps on the sample corpus: GPT-NeoX in bf16, first and last layer full, documents separated."""
-    config = small_run(
-        str(tmp_path_factory.mktemp("runs")),
-        str(sample_cache),
+    return train_alone(
+        tmp_path_factory.mktemp("runs"),
+        sample_cache,
         "books_sep",
         attention={"full_layers": "first_last", "separate_documents": True},
         data={"validation_fraction": 0.05},
         training={"steps": 2, "precision": "bf16", "checkpoint_interval": 2},
     )
-    with process_grid(config, ALONE) as device:
-        train(config, ALONE, device)
-    return Path(config.run_root) / config.name
 
 
 @pytest.fixture(scope="session")

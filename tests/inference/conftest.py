@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sepllm_train.analysis.runs import ALONE, alone
-from sepllm_train.distributed.launch import process_grid
-from sepllm_train.training.run import train
-from tests.training.resume_worker import small_run
+from sepllm_train.analysis.runs import alone
+from tests.training.resume_worker import train_alone
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,4 @@ def grid() -> Iterator[torch.device]:
 def trained_run(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Path:
     """A run of two steps on the sample corpus with a checkpoint of each."""
     training = {"steps": 2, "checkpoint_interval": 1}
-    config = small_run(str(tmp_path_factory.mktemp("runs")), str(sample_cache), "small", training=training)
-    with process_grid(config, ALONE) as device:
-        train(config, ALONE, device)
-    return Path(config.run_root) / config.name
+    return train_alone(tmp_path_factory.mktemp("runs"), sample_cache, "small", training=training)

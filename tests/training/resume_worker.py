@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sepllm_train.analysis.runs import ALONE
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -19,7 +20,13 @@ from sepllm_train.config.schema import (
     TrainingConfig,
 )
 from sepllm_train.config.validate import validate
-from sepllm_train.distributed.launch import device_of, launch_from_environment, model_parallel, reading_group
+from sepllm_train.distributed.launch import (
+    device_of,
+    launch_from_environment,
+    model_parallel,
+    process_grid,
+    reading_group,
+)
 from sepllm_train.training.checkpoint import digests
 from sepllm_train.training.run import train
 
@@ -51,6 +58,14 @@ def small_run(root: str, cache: str, name: str, resume: str = "auto", **groups: 
         training=TrainingConfig(**(training | groups.get("training", {}))),
         logging=LoggingConfig(interval=1),
     )
+
+
+def train_alone(root: Path, cache: Path, name: str, **groups: dict[str, Any]) -> Path:
+    """Train a `small_run` in this process; gives its folder."""
+    config = small_run(str(root), str(cache), name, **groups)
+    with process_grid(config, ALONE) as device:
+        train(config, ALONE, device)
+    return Path(config.run_root) / config.name
 
 
 def train_all(root: str, cache: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -241,8 +241,8 @@ class ParallelConfig:
     sequence: bool = False
     # Each data-parallel replica keeps and updates its share of Adam's state (ZeRO-1) in place of all of it.
     sharded_optimizer: bool = False
-    # Communicate while computing: sum gradients over replicas, a bucket at a time, as the backward pass goes on, and let
-    # the stages of an interleaved pipeline exchange activations while they compute.
+    # Communicate while computing: sum gradients over replicas, a bucket at a time, as the backward pass goes on, and
+    # let the stages of an interleaved pipeline exchange activations while they compute.
     overlap: bool = False
     # Seconds that a process waits for another one, at the start and in every exchange.
     timeout_seconds: float = 1800.0

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -541,6 +542,17 @@ def test_run_goes_on_without_a_checkpoint_and_fails_without_the_last(trainer: An
     assert "the last checkpoint" in outcome.sentence and "File too large" in outcome.sentence
     assert [r["step"] for r in trainer.records("full_disk") if "train/loss" in r] == [1, 2, 3, 4]
     assert json.loads((trainer.root / "full_disk" / "run.json").read_text())["status"] != "finished"
+
+
+def test_waiting_for_other_ranks_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store also serves the steps: a long write of another rank must not be asked for all the time."""
+    answers = iter([False] * 8 + [True])
+    waits: list[float] = []
+    job = object.__new__(save._Job)
+    job.store = SimpleNamespace(check=lambda _: next(answers), get=lambda key: key.encode())
+    monkeypatch.setattr(save.time, "sleep", waits.append)
+    assert job._read("1") == b"1"
+    assert waits == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5]
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -23,7 +23,6 @@ from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch, device_of, parallel_state, process_grid
 from sepllm_train.errors import UserError
-from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, damage, newest, step_folder, step_of
@@ -121,9 +120,7 @@ def load_run(
     corpus = open_corpus(config.data)
     _check_data(folder, config, corpus, state["identity"], own=data is None)
     validation = held_out_samples(config, corpus)
-    model = build_model(config, state["identity"]["model.vocabulary"]).to(device_of(ALONE))
-    checkpoints.load_weights(path, [model])
-    model.eval()
+    model = checkpoints.load_model(path, config, state["identity"]["model.vocabulary"], device_of(ALONE))
     manifest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
     return Run(
         folder,

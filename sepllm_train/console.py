@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def say(text: str) -> None:
     """Print on rank 0, at once."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Print on rank 0's stderr what is no part of a program's result."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

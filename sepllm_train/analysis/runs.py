@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.load import one_sentence, to_config
 from sepllm_train.config.schema import Config, DataConfig, ParallelConfig, require
+from sepllm_train.console import note
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch, device_of, parallel_state, process_grid
 from sepllm_train.errors import UserError
-from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, damage, newest, step_folder, step_of
@@ -120,9 +120,7 @@ def load_run(
     corpus = open_corpus(config.data)
     _check_data(folder, config, corpus, state["identity"], own=data is None)
     validation = held_out_samples(config, corpus)
-    model = build_model(config, state["identity"]["model.vocabulary"]).to(device_of(ALONE))
-    checkpoints.load_weights(path, [model])
-    model.eval()
+    model = checkpoints.load_model(path, config, state["identity"]["model.vocabulary"], device_of(ALONE))
     manifest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
     return Run(
         folder,
@@ -165,13 +163,18 @@ def read_config(folder: Path) -> Config:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, or the newest whole one. Raises UserError when there is none, or it is damaged."""
+    """The checkpoint of `step`, or the newest whole one, with a note on stderr of newer ones that are damaged.
+
+    Raises UserError when there is none, or it is damaged.
+    """
     reasons: dict[Path, str] = {}
     if step is None:
         path = newest(folder, reasons)
         if path is None:
             damaged = next((f" (the newest: {reason})" for reason in reasons.values()), "")
             raise UserError(f"{folder} has no whole checkpoint{damaged}: train it to its first one.")
+        for skipped, why in reasons.items():
+            note(f"skipped the damaged checkpoint {skipped} ({why})")
     else:
         path = step_folder(folder / checkpoints.FOLDER, step)
         if not path.is_dir():

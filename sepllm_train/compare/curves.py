@@ -36,7 +36,7 @@ def check_length(run: Run) -> None:
     if found < 2:
         raise UserError(
             f"{run.metrics_file} has {found} validation point{'' if found == 1 else 's'} with a finite val/loss "
-            "and a curve needs two: train longer or lower training.validation_interval."
+            f"and a curve needs two: {run.gap or 'train longer or lower training.validation_interval'}."
         )
 
 

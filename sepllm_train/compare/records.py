@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,24 @@ from data_prep.errors import UserError
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
 
 
 @dataclass
 class Run:
-    """A run as its folder tells it; `label` is its name, made unique among the runs compared."""
+    """A run as its folder tells it; `label` is its name, made unique among the runs compared.
+
+    `gap` tells in words why records before its own first one are missing, and is empty where none are.
+    """
 
     folder: Path
     label: str
     info: Record
     training: list[Record] = field(default_factory=list)
     validation: list[Record] = field(default_factory=list)
+    gap: str = ""
 
     @property
     def metrics_file(self) -> Path:
@@ -70,10 +77,23 @@ def tell_apart(runs: Sequence[Run]) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder.
+    """Read one run folder, with the records of the run that it went on from up to there.
 
     Raises UserError when the folder, its run.json or its metrics.jsonl is missing or unreadable.
     """
+    info = _read_info(folder)
+    records, gap = _history(folder, info, [])
+    run = Run(folder, str(info.get("name") or folder.name), info, gap=gap)
+    for record in records:
+        if LOSS in record:
+            run.validation.append(record)
+        if "train/loss" in record:
+            run.training.append(record)
+    return run
+
+
+def _read_info(folder: Path) -> Record:
+    """run.json. Raises UserError when it is missing, or lacks what a comparison needs."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
@@ -83,13 +103,52 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
     if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
-    run = Run(folder, str(info.get("name") or folder.name), info)
-    for record in _latest(_records(run.metrics_file)):
-        if LOSS in record:
-            run.validation.append(record)
-        if "train/loss" in record:
-            run.training.append(record)
-    return run
+    return info
+
+
+def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
+    """Records of a run and, up to where it went on from another, of that one; and `gap` of Run.
+
+    `later`: the runs that go on from this one. Raises UserError when the run's own records cannot be read.
+    """
+    own = _latest(_records(folder / "metrics.jsonl"))
+    later = [*later, folder.resolve()]
+    if not own or not isinstance(info.get("origin"), str):
+        return own, ""
+    origin = Path(info["origin"])
+    parent = origin.parent.parent if _CHECKPOINT.fullmatch(origin.name) else origin
+    # A run that was continued in its own folder may name itself.
+    if parent.resolve() in later:
+        return own, ""
+    try:
+        before = _read_info(parent)
+        if not _same_model(before.get("identity"), info.get("identity")):
+            raise UserError(f"{parent} is another run by now.")
+        earlier, gap = _history(parent, before, later)
+    except UserError as error:
+        reason = str(error).rstrip(".") if parent.exists() else f"{parent} is not there"
+        return own, f"the records before step {own[0]['step']}, of the run that it went on from, are missing ({reason})"
+    last = _went_on_at(origin, own[0])
+    return _latest(chain((record for record in earlier if record["step"] <= last), own)), gap
+
+
+def _same_model(ours: Any, theirs: Any) -> bool:
+    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return True
+    return all(ours.get(key, value) == value for key, value in theirs.items())
+
+
+def _went_on_at(origin: Path, first: Record) -> int:
+    """The step at which a run went on from `origin`, a checkpoint or the folder of a run; `first`: its first record."""
+    if match := _CHECKPOINT.fullmatch(origin.name):
+        return int(match[1])
+    # A run that begins with a validation is where it went on; any other record comes steps later.
+    if LOSS in first:
+        return int(first["step"])
+    found = (_CHECKPOINT.fullmatch(path.name) for path in (origin / "checkpoints").glob("step_*"))
+    steps = [int(match[1]) for match in found if match]
+    return max((step for step in steps if step < first["step"]), default=int(first["step"]) - 1)
 
 
 def _read(path: Path, hint: str) -> str:
@@ -137,7 +196,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _latest(records: Iterator[Record]) -> list[Record]:
+def _latest(records: Iterable[Record]) -> list[Record]:
     """Records in the order of their steps, without those that a resumed run has written again.
 
     A step lower than the one before it is a resume: everything later is of the abandoned part of the run.

@@ -51,9 +51,10 @@ def read_rows(
     Runs whose config.yaml differs in FREE_KEYS alone form one row, unless `groups` is false; a run without a readable
     config.yaml is a row of its own, and so is one that repeats the seed of another. A run that cannot be compared
     (nothing logged, fewer than two validation points, broken records, mixed conventions) is left out, and `tell` gets
-    a sentence that names it. Raises UserError for such a run when `strict`, when the reference has no run left or no
-    two rows are left; and always for a folder that is not there or given twice, and for runs of different data,
-    tokenizers or the like, or without tokens in common.
+    a sentence that names it; another names a run that went on from one whose records are missing. Raises UserError for
+    a run that would be left out when `strict`, when the reference has no run left or no two rows are left; and always
+    for a folder that is not there or given twice, and for runs of different data, tokenizers or the like, or without
+    tokens in common.
     """
     if len(folders) < 2:
         raise UserError("A comparison needs at least two run folders, and one was given.")
@@ -75,6 +76,9 @@ def read_rows(
     rows = [Row(label, row) for label, row in zip(_labels(gathered, groups), gathered, strict=True)]
     for sentence in left_out:
         tell(f"Left out: {sentence}")
+    for run in runs.values():
+        if run.gap:
+            tell(f"{run.label}: {run.gap}.")
     return rows
 
 

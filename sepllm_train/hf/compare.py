@@ -23,7 +23,6 @@ from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig
 from sepllm_train.distributed.launch import device_of
 from sepllm_train.errors import UserError
 from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.model.build import build_model
 from sepllm_train.training import checkpoint as checkpoints
 
 # Largest difference of two logits: absolute, and as a share of the largest logit where that is more.
@@ -127,11 +126,9 @@ def _our_logits(sides: Sides, patterns: Sequence[AttentionPattern], ids: Tensor)
         training=replace(sides.config.training, precision="fp32", recompute="none", compile=False, loss_chunk=0),
     )
     with alone(config) as device:
-        model = build_model(config, sides.vocabulary).to(device)
-        checkpoints.load_weights(sides.checkpoint, [model])
+        model = checkpoints.load_model(sides.checkpoint, config, sides.vocabulary, device)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(sides.dtype))
-        model.eval()
         classes = torch.from_numpy(sides.classes)[ids]
         start = _document_start(ids, sides.end_of_document)
         position = torch.arange(ids.shape[1])[None]

@@ -32,6 +32,7 @@ from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.source import Source, open_source
 from sepllm_train.model.build import PRECISIONS
+from sepllm_train.training.checkpoint.files import newest, step_of
 from sepllm_train.training.checkpoint.load import SafeReader
 
 # What a checkpoint holds besides weights.
@@ -90,8 +91,8 @@ def export_run(
     """Write a run to the folder `output`, which appears when its logits were found equal to those of the run.
 
     dtype: fp32, bf16 or fp16, None for the run's precision. Other arguments as for `in_memory`. Raises UserError as
-    `open_source` and `model_type` do, for an `output` that is there, and when the logits differ. overwrite: replace an
-    `output` that is still what an export wrote, byte by byte.
+    `open_source` and `model_type` do, for an `output` that is there, when the logits differ, and without a `step` when
+    the newest checkpoint is damaged. overwrite: replace an `output` that is still what an export wrote, byte by byte.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -99,6 +100,8 @@ def export_run(
     logging.disable_progress_bar()
     output = Path(output)
     refuse_existing(output, altered_export, overwrite=overwrite)
+    if step is None:
+        _refuse_older(Path(run_folder))
     source = open_source(run_folder, step, tokenizer)
     precision = dtype or source.config.training.precision
     one_of("--dtype", precision, tuple(PRECISIONS))
@@ -128,6 +131,18 @@ def export_run(
         f"{output}: {architecture} of {parameters:,} parameters in {precision}, from step "
         f"{source.state['state']['step']}; largest difference of logits {largest}"
     )
+
+
+def _refuse_older(run_folder: Path) -> None:
+    """Raise UserError when the newest checkpoint is damaged: older weights must not be given on unnoticed."""
+    damaged: dict[Path, str] = {}
+    whole = newest(run_folder, damaged)
+    if whole is not None and damaged:
+        checkpoint, reason = next(iter(damaged.items()))
+        raise UserError(
+            f"the newest checkpoint {checkpoint} is damaged ({reason}): give --checkpoint {step_of(whole)} to export "
+            "the newest whole one."
+        )
 
 
 def _check_filled(model: Any, info: dict[str, Any]) -> None:

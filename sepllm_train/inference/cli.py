@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sepllm_train.console import note
 from sepllm_train.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def _generate(
         raise UserError(str(error)) from None
     # What a text goes on from, for want of a prompt, is the end of another document.
     prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
-    _note(chosen.line)
+    note(chosen.line)
     _warn(chosen, max(map(len, prompts)) + arguments.tokens, config.data.sequence_length)
     model = load_run(opened, config, device)
     cache = NativeCache(model, chosen.pattern, chosen.policies, len(prompts), positions=chosen.positions)
@@ -192,7 +191,7 @@ def _generate(
             print(record if arguments.json else f"--- {number} of {len(texts)}\n{text}{more}", flush=True)
     total, seconds = sum(len(one.tokens) for one in found), max(one.seconds for one in found)
     mean = sum(one.cache_length for one in found) / len(found)
-    _note(f"{total:,} tokens in {seconds:.1f}s ({total / seconds:,.1f}/s), {mean:,.1f} keys in the cache on average")
+    note(f"{total:,} tokens in {seconds:.1f}s ({total / seconds:,.1f}/s), {mean:,.1f} keys in the cache on average")
 
 
 def _warn(chosen: ResolvedCache, longest: int, trained: int) -> None:
@@ -202,7 +201,7 @@ def _warn(chosen: ResolvedCache, longest: int, trained: int) -> None:
     else:
         reach, what = max(policy.capacity or 0 for policy in chosen.policies), "the cache holds up to"
     if reach > trained:
-        _note(f"warning: {what} {reach:,} tokens, beyond the {trained:,} that the model was trained on.")
+        note(f"warning: {what} {reach:,} tokens, beyond the {trained:,} that the model was trained on.")
 
 
 def _record(text: str, prompt_tokens: int, new: str, one: Continuation) -> dict[str, Any]:
@@ -216,9 +215,3 @@ def _record(text: str, prompt_tokens: int, new: str, one: Continuation) -> dict[
         "mean_cache_length": round(one.cache_length, 3),
         "tokens_per_second": round(len(one.tokens) / one.seconds, 3),
     }
-
-
-def _note(text: str) -> None:
-    """Tell what is no part of the text, on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)

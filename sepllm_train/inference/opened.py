@@ -9,9 +9,9 @@ import torch
 from sepllm_train.config.schema import Config, LoggingConfig, ParallelConfig, require
 from sepllm_train.config.validate import validate
 from sepllm_train.inference.source import Source
-from sepllm_train.model.build import build_model, check_model
+from sepllm_train.model.build import check_model
 from sepllm_train.model.gpt import SepGPTModel
-from sepllm_train.training.checkpoint import load_weights
+from sepllm_train.training.checkpoint import load_model
 
 
 def config_for(config: Config, tensor: int, world_size: int) -> Config:
@@ -42,6 +42,4 @@ def load_run(source: Source, config: Config, device: torch.device) -> SepGPTMode
 
     Raises UserError when the checkpoint cannot be loaded.
     """
-    model = build_model(config, source.vocabulary).to(device)
-    load_weights(source.checkpoint, [model])
-    return model.eval()
+    return load_model(source.checkpoint, config, source.vocabulary, device)

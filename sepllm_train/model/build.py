@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
 from sepllm_train.model.gpt import SepGPTModel
-from sepllm_train.model.initialization import initialize
+from sepllm_train.model.initialization import initialize, mark_split
 from sepllm_train.model.layers import layer_spec, norm_class
 from sepllm_train.model.pointwise import Pointwise
 
@@ -122,12 +122,14 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    draw: bool = True,
 ) -> SepGPTModel:
-    """Build one chunk of the model on the CPU with its initial weights; megatron-core's groups must exist.
+    """Build one chunk of the model on the CPU; megatron-core's groups must exist.
 
     vocabulary: entries before padding. pre_process and post_process: whether this chunk holds the embedding and the
-    output layer. vp_stage: number of the chunk under the interleaved schedule. The caller moves the model to its
-    device. Raises UserError for an attention pattern that does not fit the model.
+    output layer. vp_stage: number of the chunk under the interleaved schedule. draw: whether to give it its initial
+    weights; without, the caller fills every parameter. The caller moves the model to its device. Raises UserError for
+    an attention pattern that does not fit the model.
     """
     model = config.model
     settings = transformer_config(config)
@@ -153,5 +155,7 @@ def build_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    initialize(gpt, model, config.seed)
+    mark_split(gpt, gated=model.activation == "swiglu")
+    if draw:
+        initialize(gpt, model, config.seed)
     return gpt

@@ -38,14 +38,13 @@ def standard_deviations(model: ModelConfig) -> tuple[float, float]:
 
 @torch.no_grad()
 def initialize(model: SepGPTModel, config: ModelConfig, seed: int) -> None:
-    """Fill the parameters of a model chunk in place and mark how they are split, which megatron-core reads.
+    """Fill the parameters of a model chunk in place, once `mark_split` has marked how they are split.
 
     Biases are zero; norms and sinks have their values already. Each whole matrix is drawn from a generator of its own,
     seeded by `seed` and the matrix's name with the layer counted over the whole model, and this rank takes its part:
     any tensor, pipeline or vocabulary padding layout starts from the same weights. Rows of padding are zero.
     """
     usual, projection = standard_deviations(config)
-    _mark_split(model, gated=config.activation == "swiglu")
     for name, parameter in _global_names(model):
         if parameter.dim() < 2:
             if name.endswith(".bias"):
@@ -63,8 +62,9 @@ def initialize(model: SepGPTModel, config: ModelConfig, seed: int) -> None:
         parameter.copy_(_shard(whole, parameter, model))
 
 
-def _mark_split(model: SepGPTModel, gated: bool) -> None:
-    """Tell along which dimension each matrix is split over the tensor-parallel ranks, and in how many parts.
+def mark_split(model: SepGPTModel, gated: bool) -> None:
+    """Mark, for megatron-core too, along which dimension each matrix is split over the tensor-parallel ranks, and in
+    how many parts.
 
     The gate and up projections share a matrix (linear_fc1) and are each split on their own.
     """

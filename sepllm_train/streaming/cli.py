@@ -152,11 +152,13 @@ def _check_device(name: str) -> None:
 
 def _run_score(arguments: argparse.Namespace) -> None:
     from sepllm_train.streaming.score import ScoreOptions, check_output, score
-    from sepllm_train.streaming.text import TokenStream
+    from sepllm_train.streaming.text import TokenStream, check_text
 
     how = ScoreOptions(arguments.tokens, arguments.chunk, arguments.every, arguments.save_every)
     how.check()
     check_output(arguments.output)
+    # Before the model, which takes long to load.
+    check_text(arguments.text)
     opened, cache, options = _open(arguments)
     text = TokenStream(arguments.text, opened.tokenizer, unwrap=arguments.unwrap, repeat=arguments.repeat)
     score(opened, cache, options, text, how, arguments.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ WORKING_FILES = (TOKENS, _ABOUT)
 _TYPE = np.dtype("<u4")
 
 
+def check_text(paths: Iterable[Path | str]) -> None:
+    """Raise UserError for files that are not there, or neither .txt nor .jsonl."""
+    Corpus([Path(path) for path in paths])
+
+
 class TokenStream:
     """Documents of .txt and .jsonl files as tokens, each document followed by the end-of-document token.
 
@@ -36,7 +41,7 @@ class TokenStream:
         self.tokenizer = tokenizer
         self.unwrap = unwrap
         self.repeat = repeat
-        Corpus(self.paths)
+        check_text(self.paths)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a stream to be continued."""

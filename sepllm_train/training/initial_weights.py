@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep.files import hash_file
 from sepllm_train.config.schema import Config
+from sepllm_train.console import note
 from sepllm_train.errors import UserError
 from sepllm_train.training import checkpoint
 from sepllm_train.training.checkpoint.files import MANIFEST
@@ -29,7 +30,10 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
             f"init_from={config.init_from} is a transformers model: make a run of it with python "
             f"scripts/import_hf.py {config.init_from} OUTPUT, and give init_from=OUTPUT."
         )
-    found = checkpoint.find(config.init_from, key="init_from")
+    damaged: dict[Path, str] = {}
+    found = checkpoint.find(config.init_from, damaged, key="init_from")
+    for skipped, reason in damaged.items():
+        note(f"skipped the damaged checkpoint {skipped} ({reason})")
     stored = checkpoint.read_state(found)["identity"]
     for key, value in identity.items():
         weights = key.startswith("model.") and not key.startswith("model.init")

@@ -6,11 +6,12 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sepllm_train.compare.curves import at_tokens, common_loss, first_reach
-from sepllm_train.compare.records import read_run, read_runs
+from sepllm_train.compare.records import Run, read_run, read_runs
 from sepllm_train.compare_runs import main
 from tests.compare.run_records import training, validation
 
@@ -92,6 +93,62 @@ def test_a_resumed_run_keeps_the_later_records(make_run: Callable[..., Path]) ->
     run = read_run(make_run("resumed", [*first_life, *second_life]))
     assert [(r["step"], r["val/loss"]) for r in run.validation] == [(0, 6), (10, 5), (20, 4), (40, 3)]
     assert [(r["step"], r["train/loss"]) for r in run.training] == [(10, 5.0), (20, 4.0), (25, 3.6)]
+
+
+CURVE = [(0, 6), (10, 5), (20, 4), (30, 3.5), (40, 3)]
+
+
+def steps_of(run: Run) -> list[tuple[int, float]]:
+    return [(record["step"], record["val/loss"]) for record in run.validation]
+
+
+@pytest.mark.parametrize(
+    ("origin", "kept", "second"),
+    [
+        ("", [], [validation(20, 4), training(25, 3.8), validation(30, 3.5)]),
+        ("", [20], [training(25, 3.8), validation(30, 3.5)]),
+        ("", [10, 20, 40], [training(25, 3.8), validation(30, 3.5)]),
+        ("checkpoints/step_00000020", [], [training(25, 3.8), validation(30, 3.5)]),
+    ],
+    ids=["validated where it began", "from its newest checkpoint", "trained on meanwhile", "from a checkpoint"],
+)
+def test_a_run_has_the_records_of_the_one_it_went_on_from(
+    make_run: Callable[..., Path], origin: str, kept: list[int], second: list[Any]
+) -> None:
+    """The first run was killed beyond step 20, from which the second went on; the third went on from the second."""
+    first = make_run("first", [*(validation(*point) for point in CURVE[:3]), training(21, 9), validation(24, 9)])
+    for step in kept:
+        (first / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    second_run = make_run("second", second, origin=str(first / origin))
+    (second_run / "checkpoints" / "step_00000030").mkdir(parents=True)
+    third = make_run("third", [training(35, 3.2), validation(40, 3)], origin=str(second_run))
+    run = read_run(third)
+    assert steps_of(run) == CURVE and run.gap == ""
+    assert [record["step"] for record in run.training] == [25, 35]
+    assert [record["tokens"] for record in run.validation] == [0, 10_000, 20_000, 30_000, 40_000]
+    assert steps_of(read_run(second_run)) == CURVE[:4]
+
+
+def test_a_run_continued_in_its_own_folder_names_itself(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = read_run(make_run("own", [validation(*point) for point in CURVE], origin=str(tmp_path / "own")))
+    assert steps_of(run) == CURVE and run.gap == ""
+
+
+def test_records_that_are_missing_are_told(
+    dense: Path, make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late, gone = [validation(30, 3.5), validation(40, 3)], tmp_path / "gone"
+    run = make_run("late", late, origin=str(gone))
+    assert main([str(dense), str(run), "--output", str(tmp_path / "out")]) == 0
+    words = f"the records before step 30, of the run that it went on from, are missing ({gone} is not there)."
+    assert f"late: {words}" in capsys.readouterr().out
+    short = make_run("short", late[1:], origin=str(gone))
+    assert main([str(dense), str(short), "--output", str(tmp_path / "out")]) == 2
+    assert "a curve needs two: the records before step 40, of the run that it went" in capsys.readouterr().err
+    make_run("gone", [validation(*point) for point in CURVE[:3]], identity={"model.layers": 2, "seed": 1})
+    other = make_run("other", late, origin=str(gone), identity={"model.layers": 3, "init_from": None})
+    assert read_run(other).gap.endswith(f"are missing ({gone} is another run by now)")
+    assert steps_of(read_run(run)) == CURVE
 
 
 def test_a_running_run_loses_its_unfinished_line(

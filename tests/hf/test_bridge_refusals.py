@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,20 @@ def test_separators_by_place_and_foreign_tokenizers_are_refused(
         in_memory(trained, tokenizer=tmp_path / "other.model")
     with pytest.raises(UserError, match="has no checkpoint of step 7"):
         in_memory(trained, step=7)
+
+
+def test_older_weights_are_exported_only_by_their_step(trained: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(trained, run)
+    newest = run / "checkpoints" / "step_00000003"
+    shutil.copytree(run / "checkpoints" / "step_00000002", newest)
+    (newest / "common.pt").unlink()
+    words = f"the newest checkpoint {newest} is damaged ({newest / 'common.pt'} is missing): give --checkpoint 2 to"
+    with pytest.raises(UserError, match=re.escape(words)):
+        export_run(run, out)
+    assert not out.exists()
+    export_run(run, out, step=2)
+    assert (out / "config.json").is_file()
 
 
 def test_weights_beyond_the_type_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:

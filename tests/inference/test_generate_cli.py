@@ -151,6 +151,23 @@ def test_only_the_tokenizer_of_the_data_is_needed(
     assert sentence.startswith(f"error: {other} is not the tokenizer that {moved} was trained with")
 
 
+def test_a_damaged_checkpoint_that_is_skipped_is_told(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], records: Records
+) -> None:
+    expected = without_time(records("--prompt", "The", "--tokens", "5", "--checkpoint", "1"))
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    shard = run / "checkpoints" / "step_00000002" / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size - 5)
+    main([str(run), "--json", "--prompt", "The", "--tokens", "5"])
+    shown = capsys.readouterr()
+    assert without_time([json.loads(shown.out)]) == expected
+    first = shown.err.splitlines()[0]
+    assert first.startswith(f"skipped the damaged checkpoint {shard.parent} ({shard} has ")
+    main([str(run), "--json", "--prompt", "The", "--tokens", "5", "--checkpoint", "1"])
+    assert "skipped" not in capsys.readouterr().err
+
+
 def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The sentence with which a command ends."""
     capsys.readouterr()

@@ -174,3 +174,12 @@ def test_mistakes(
 def test_what_is_no_model(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(tmp_path), "--text", str(text_file), "--output", str(tmp_path / "out")]) == 2
     assert "is neither a run (config.yaml) nor a transformers model (config.json)" in capsys.readouterr().err
+
+
+def test_the_text_is_checked_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("A page.")
+    output = ["--output", str(tmp_path / "out")]
+    for text, words in ((page, f"{page} is neither .txt nor .jsonl"), (tmp_path / "none.txt", "There is no file ")):
+        assert main(["score", str(tmp_path / "no_model"), "--text", str(text), *output]) == 2
+        assert words in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +28,9 @@ from data_prep.files import PartialFile, _tell_no_locks, hash_file
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.errors import UserError
+from sepllm_train.model import initialization
 from sepllm_train.training import run_folder
-from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, newest, save
+from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_model, newest, save
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
@@ -96,6 +100,46 @@ def test_load_gives_back_what_was_saved(tmp_path: Path, training: Training, back
     again.save(state)
     again.finish()
     assert dict(digests(tmp_path / "again" / "run")) == dict(digests(saved))
+
+
+@pytest.fixture
+def unfilled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No initial weights can be drawn, and memory that nothing was written to is nan."""
+
+    def drawn(*_: Any) -> None:
+        pytest.fail("initial weights were drawn")
+
+    monkeypatch.setattr(initialization, "_draw", drawn)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_an_opened_model_is_filled_by_the_checkpoint_alone(
+    tmp_path: Path, training: Training, grid: torch.device, unfilled: None
+) -> None:
+    (saved,) = save_steps(tmp_path, training, 7)
+    assert torch.empty(3).isnan().all()
+    generators = torch.get_rng_state()
+    opened = dict(load_model(saved, config_of(tmp_path), VOCABULARY, grid).named_parameters())
+    assert torch.equal(torch.get_rng_state(), generators)
+    trained = dict(training.modules[0].named_parameters())
+    assert opened.keys() == trained.keys()
+    assert all(torch.equal(opened[name], trained[name]) for name in trained)
+
+
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(
+    tmp_path: Path, training: Training, grid: torch.device, unfilled: None
+) -> None:
+    (saved,) = save_steps(tmp_path, training, 7)
+    whole = pickle.loads((saved / ".metadata").read_bytes())
+    for name in dict(training.modules[0].named_parameters()):
+        metadata = copy.deepcopy(whole)
+        # Layers of a kind are one tensor in a checkpoint.
+        del metadata.state_dict_metadata[re.sub(r"layers\.\d+\.", "layers.", name)]
+        (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_model(saved, config_of(tmp_path), VOCABULARY, grid)
 
 
 def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, training: Training) -> None:
@@ -541,6 +585,17 @@ def test_run_goes_on_without_a_checkpoint_and_fails_without_the_last(trainer: An
     assert "the last checkpoint" in outcome.sentence and "File too large" in outcome.sentence
     assert [r["step"] for r in trainer.records("full_disk") if "train/loss" in r] == [1, 2, 3, 4]
     assert json.loads((trainer.root / "full_disk" / "run.json").read_text())["status"] != "finished"
+
+
+def test_waiting_for_other_ranks_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store also serves the steps: a long write of another rank must not be asked for all the time."""
+    answers = iter([False] * 8 + [True])
+    waits: list[float] = []
+    job = object.__new__(save._Job)
+    job.store = SimpleNamespace(check=lambda _: next(answers), get=lambda key: key.encode())
+    monkeypatch.setattr(save.time, "sleep", waits.append)
+    assert job._read("1") == b"1"
+    assert waits == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5]
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

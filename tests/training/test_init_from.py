@@ -40,6 +40,15 @@ def test_weights_are_the_other_runs(trainer: Any, source: Path) -> None:
     assert trainer.values("init_dense_again", "val/loss")[0] == dense[-1]
 
 
+def test_a_damaged_checkpoint_that_is_skipped_is_told(trainer: Any, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    damaged = tmp_path / "source" / "checkpoints" / "step_00000004"
+    (damaged / "common.pt").unlink()
+    done = trainer.here("name=init_older", "attention=dense", f"init_from={tmp_path / 'source'}", "dry_run=true")
+    assert done.code == 0, done.errors
+    assert f"skipped the damaged checkpoint {damaged} ({damaged / 'common.pt'} is missing)" in done.errors
+
+
 @pytest.mark.distributed
 def test_in_another_layout(trainer: Any, finished: Callable) -> None:
     """The optimizer's copy of the weights is theirs too: half precision has one."""

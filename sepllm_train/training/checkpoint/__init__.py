@@ -19,7 +19,7 @@ from sepllm_train.training.checkpoint.files import (
 )
 from sepllm_train.training.checkpoint.fingerprint import digest, digests
 from sepllm_train.training.checkpoint.identity import check_identity, identity, schedule_identity
-from sepllm_train.training.checkpoint.load import altered_together, load, load_weights
+from sepllm_train.training.checkpoint.load import altered_together, load, load_model, load_weights
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "find",
     "identity",
     "load",
+    "load_model",
     "load_weights",
     "newest",
     "read_state",

@@ -27,8 +27,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from sepllm_train.config.schema import Config
 from sepllm_train.distributed.together import together
 from sepllm_train.errors import UserError
+from sepllm_train.model.build import build_model
+from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training.checkpoint.files import altered, read_state
 from sepllm_train.training.checkpoint.shards import (
     Shards,
@@ -76,6 +79,17 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     state = TrainState.from_dict(content["state"])
     set_schedule(training, state.step)
     return state
+
+
+def load_model(checkpoint: Path, config: Config, vocabulary: int, device: torch.device) -> SepGPTModel:
+    """The model of `config`, without pipeline stages, with the weights of a checkpoint of any layout, for evaluation.
+
+    `vocabulary` counts entries before padding. Every rank calls it. Raises UserError when the files cannot be read as
+    what the model needs: each of its parameters must be there, no others are drawn.
+    """
+    model = build_model(config, vocabulary, draw=False).to(device)
+    load_weights(checkpoint, [model])
+    return model.eval()
 
 
 def load_weights(checkpoint: Path, modules: Sequence[Any]) -> None:

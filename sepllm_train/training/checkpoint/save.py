@@ -55,8 +55,8 @@ from sepllm_train.training.checkpoint.shards import (
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
 
-# Seconds between looks at what other ranks have reported.
-_POLL = 0.02
+# Seconds between the first looks at what other ranks have reported; the wait doubles up to the last.
+_FIRST_POLL, _LAST_POLL = 0.02, 0.5
 # Seconds that a run which ends in an error leaves a checkpoint in flight to be completed.
 _GRACE = 30.0
 # Saves of this process: the same number on every rank names the same save in the store.
@@ -244,8 +244,10 @@ class _Job:
 
     def _read(self, key: str) -> bytes:
         """Value of `key` once it is there. Blocking reads would keep the store from the training thread."""
+        wait = _FIRST_POLL
         while not self.store.check([key]):
-            time.sleep(_POLL)
+            time.sleep(wait)
+            wait = min(2 * wait, _LAST_POLL)
         return self.store.get(key)
 
     def _write_part(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ def _open_source(entry: Any) -> Source:
     if not isinstance(fields.get("path"), str) or set(fields) - {"path", "weight"}:
         raise UserError(f"data.prefixes entry {entry} must be a prefix or {{path: PREFIX, weight: NUMBER}}.")
     weight = fields.get("weight")
-    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
-        raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a number above 0.")
+    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a finite number above 0.")
     prefix = fields["path"]
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]

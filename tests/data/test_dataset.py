@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def test_mistakes(prefixes: tuple[str, str], tmp_path: Path) -> None:
     fails([str(tmp_path / "none")], "no dataset at .*none")
     fails([one], "hold [0-9,]+ tokens, fewer than one sequence of data.sequence_length=900000", length=900000)
     fails([{"path": one, "weight": 1}, two], "a weight to some datasets only")
-    fails([{"path": one, "weight": -1}], "weight -1 must be a number above 0")
+    fails([{"path": one, "weight": -1}], "weight -1 must be a finite number above 0")
+    fails([{"path": one, "weight": math.inf}], "weight inf must be a finite number above 0")
     fails([{"paths": one}], "must be a prefix or")
     fails([one, one], "two datasets called prose")
 

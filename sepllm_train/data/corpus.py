@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sample import prepare_sample
+from data_prep import sample
 from data_prep.sidecar import SidecarHeader, read_header
 from sepllm_train.config.schema import DataConfig
 from sepllm_train.console import say
@@ -61,8 +61,7 @@ class Corpus:
 
 def cache_folder(data: DataConfig) -> Path:
     """Where the sample corpus and the indices of datasets are kept."""
-    default = os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train"
-    return Path(data.cache or default).expanduser()
+    return sample.cache_folder(data.cache)
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -76,7 +75,7 @@ def open_corpus(data: DataConfig) -> Corpus:
             "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
         )
         # Processes that ask at once wait for the first one to make it.
-        prefix = prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
+        prefix = sample.prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)
         entries: list[Any] = [str(prefix)]
     else:
         entries = data.prefixes

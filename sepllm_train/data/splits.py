@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,6 +16,8 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from data_prep.files import lock_waiting
+from data_prep.sample import cache_remedy
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
@@ -39,7 +40,7 @@ def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, D
 
 def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
     """Make the index folder whole or not at all, one process at a time."""
-    with _locked(folder):
+    with _locked(folder, cache_remedy(config.data.cache)):
         if folder.exists():
             return
         partial = folder.with_name(folder.name + ".partial")
@@ -140,13 +141,13 @@ def _index_folder(config: Config, corpus: Corpus) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, remedy: str) -> Iterator[None]:
     """Hold `folder`.lock, waiting for another job that does."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115  closed below
     except OSError as error:
-        raise UserError(f"data.cache: cannot write to {folder.parent} ({error.strerror}); choose another.") from None
+        raise UserError(f"cannot write the index to {folder.parent} ({error.strerror}): {remedy}.") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_waiting(lock)
         yield

@@ -207,7 +207,9 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     if config.attention.separators != AUTO:
         # A mistake is told before the sample corpus is made.
         schedule_of(config)
-    corpus = together(lambda: open_corpus(config.data))
+    # Rank 0 makes the sample corpus, the others find it made: on a filesystem without locks none waits for another.
+    first = together(lambda: open_corpus(config.data) if dist.get_rank() == 0 else None)
+    corpus = together(lambda: first or open_corpus(config.data))
     config, choice = settle_separators(config, corpus)
     steps = schedule_of(config)
     files = DataFiles(corpus)

@@ -117,6 +117,15 @@ def test_order_does_not_depend_on_the_number_of_steps(prefixes: tuple[str, str],
     assert all(torch.equal(short[n]["tokens"], long[n]["tokens"]) for n in range(0, 3000, 100))
 
 
+@pytest.mark.usefixtures("without_locks")
+def test_index_is_made_on_a_filesystem_without_locks(
+    prefixes: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    assert len(build_datasets(config, open_corpus(config.data))[0][0]["tokens"]) == 64
+    assert capsys.readouterr().err.count("warning: files cannot be locked on this filesystem") == 1
+
+
 def test_interrupted_index_is_made_again(prefixes: tuple[str, str], tmp_path: Path) -> None:
     config = config_for([prefixes[0]], tmp_path)
     before = build_datasets(config, open_corpus(config.data))[0][3]["tokens"]

@@ -54,7 +54,7 @@ def told_and_nothing_written(trainer: Any, outcome: Any, words: str) -> None:
         (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),
         (["attention.backend=dense"], "attention.backend=dense: "),
         (["dry_run=true", "model.rotary_fraction=0.2"], "model.rotary_fraction=0.2"),
-        (["data.cache=/proc/none"], "Cannot"),
+        (["data.cache=/proc/none"], "choose another data.cache"),
     ],
 )
 def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:

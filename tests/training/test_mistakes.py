@@ -22,6 +22,8 @@ from sepllm_train.pretrain import main
         (["training.stepss=3"], "did you mean training.steps"),
         (["training.steps=many"], "training.steps: Value 'many'"),
         (["attention.pattern=[1]"], "attention.pattern"),
+        (["data=prefixes", "data.prefixes=/tmp/text"], "write it in brackets, 'data.prefixes=[PREFIX,...]'"),
+        (["logging.tags={a: 1}"], "logging.tags is a list"),
         (["attention.window=0"], "attention.window=0"),
         (["model.layers=11", "parallel.pipeline=2", "dry_run=true"], "model.layers=11 must be a multiple of"),
         (["parallel.context=3", "dry_run=true"], "data.sequence_length=2048 must be a multiple of 6"),

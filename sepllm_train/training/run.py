@@ -153,13 +153,24 @@ def _train(
         record("interrupted")
         # A launcher ends the other ranks as soon as one has ended with a code of its own.
         dist.barrier()
-        return Interrupted(
-            f"{guards.stop.name or 'a signal to another process'} stopped the run after step {state.step} of "
-            f"{config.training.steps}, which is saved in {folder}; the same command continues from there."
-        )
+        return _interrupted(guards.stop.name, state.step, loop.first_step, config.training.steps, folder)
     record("finished")
     say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
     return None
+
+
+def _interrupted(signal: str | None, step: int, first_step: int, steps: int, folder: Path) -> Interrupted:
+    """Why the run ends after `step` of `steps`; this process began after `first_step`. No `signal`: it went to another
+    process."""
+    stopped = f"{signal or 'a signal to another process'} stopped the run"
+    if step == first_step:
+        return Interrupted(
+            f"{stopped} before step {step + 1} of {steps}, so there was nothing to save; the same command starts it "
+            "again."
+        )
+    return Interrupted(
+        f"{stopped} after step {step} of {steps}, which is saved in {folder}; the same command continues from there."
+    )
 
 
 def run_record(config: Config, prepared: Prepared, world_size: int, device: torch.device) -> dict[str, Any]:

@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from sepllm_train.config.load import configuration_of
+from sepllm_train.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
+from sepllm_train.training.loop import Loop
 from sepllm_train.training.setup import build_scheduler, learning_rate
 from tests.small_run import SMALL_RUN
 
@@ -111,6 +113,28 @@ def test_resume_auto_continues_a_killed_run(trainer: Any, finished: Callable) ->
     assert outcome.code == 0 and "resumed from" in outcome.output
     assert [r["step"] for r in trainer.records("killed")] == [r["step"] for r in trainer.records("one")]
     assert trainer.values("killed", "train/loss") == trainer.values("one", "train/loss")
+
+
+def test_stopped_before_its_first_step(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved, and nothing is said to be; the same command starts the run."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_agree_to_stop", lambda loop: setattr(loop, "stopping", True))
+        outcome = trainer.here("name=early", "training.steps=1")
+    assert outcome.code == EXIT_INTERRUPTED
+    assert "stopped the run before step 1 of 1, so there was nothing to save" in outcome.sentence
+    assert json.loads((trainer.root / "early" / "run.json").read_text())["status"] == "interrupted"
+    assert not list((trainer.root / "early").glob("checkpoints/*"))
+    assert trainer.here("name=early", "training.steps=1").code == 0
+
+
+def test_run_that_came_to_nothing_is_not_finished(trainer: Any) -> None:
+    """Its one step is used, and leaves weights that no loss can be computed from."""
+    spoiling = ("optim.lr=1e30", "optim.min_lr=0", "optim.warmup_steps=0")
+    outcome = trainer.here("name=spoiled", "training.steps=1", "training.validation_interval=0", *spoiling)
+    assert outcome.code == EXIT_BAD_STEPS
+    assert outcome.sentence.startswith("error: the validation loss after the last step is nan")
+    assert json.loads((trainer.root / "spoiled" / "run.json").read_text())["status"] == "failed"
+    assert not list((trainer.root / "spoiled").glob("checkpoints/step_????????"))
 
 
 def rates_of(*overrides: str) -> list[float]:

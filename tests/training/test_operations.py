@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from sepllm_train.training import run_folder
 from sepllm_train.training.clock import PARTS, StepClock
 from tests.distributed_runner import run_ranks
 
@@ -32,6 +33,21 @@ def test_profiled_steps_and_no_others(trainer: Any, finished: Callable) -> None:
     assert "aten::mm" in (folder / files[1]).read_text()
     assert not (trainer.root / plain / "profile").exists()
     assert trainer.values(name, "train/loss") == trainer.values(plain, "train/loss")
+
+
+def test_files_that_git_does_not_know_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.py"
+    source.touch()
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init",), ("add", "."), (*identity, "commit", "-m", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
+    monkeypatch.setattr(run_folder, "__file__", str(source))
+    (tmp_path / "notes.txt").touch()
+    state = run_folder.git_state()
+    assert state is not None and not state["changed"]
+    source.write_text("changed")
+    state = run_folder.git_state()
+    assert state is not None and state["changed"]
 
 
 def test_parts_of_a_step_add_up(trainer: Any, finished: Callable) -> None:

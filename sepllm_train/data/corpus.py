@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from data_prep import sample
 from data_prep.sidecar import SidecarHeader, read_header
 from sepllm_train.config.schema import DataConfig
 from sepllm_train.console import say
+from sepllm_train.distributed.together import together
 from sepllm_train.errors import UserError
 
 
@@ -82,6 +85,15 @@ def open_corpus(data: DataConfig) -> Corpus:
     sources = tuple(_open_source(entry) for entry in entries)
     _check_blend(sources)
     return Corpus(sources)
+
+
+def open_corpus_together(data: DataConfig) -> Corpus:
+    """`open_corpus` on every rank of the process grid; every rank calls it.
+
+    Rank 0 makes the sample corpus and the others find it: on a filesystem without locks none could wait for another.
+    """
+    first = together(lambda: open_corpus(data) if dist.get_rank() == 0 else None)
+    return together(lambda: first or open_corpus(data))
 
 
 def _open_source(entry: Any) -> Source:

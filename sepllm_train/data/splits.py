@@ -7,8 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -36,6 +38,32 @@ def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, D
     folder = _index_folder(config, corpus)
     together(lambda: _write_indices(config, corpus, folder) if dist.get_rank() == 0 else None)
     return together(lambda: _read_datasets(config, corpus, folder))
+
+
+@dataclass(frozen=True)
+class SourceSplit:
+    """What of a source is trained on and what is held out: tokens of the documents, and samples of one pass over the
+    training documents."""
+
+    training_tokens: int
+    held_out_tokens: int
+    training_samples: int
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the tokens that is held out."""
+        return self.held_out_tokens / (self.training_tokens + self.held_out_tokens)
+
+
+def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> list[SourceSplit]:
+    """How each source of the corpus is split; `dataset` and `validation` are what `build_datasets` gave."""
+    parts = dataset.datasets if isinstance(dataset, Blend) else [dataset]
+    splits = []
+    for source, endless in zip(corpus.sources, parts, strict=True):
+        held_out = validation.get(source.name)
+        train = endless.dataset
+        splits.append(SourceSplit(train.all_tokens, 0 if held_out is None else held_out.all_tokens, len(train)))
+    return splits
 
 
 def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:

@@ -16,8 +16,8 @@ from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
-from sepllm_train.data.corpus import Corpus, open_corpus
-from sepllm_train.data.splits import build_datasets
+from sepllm_train.data.corpus import Corpus, open_corpus_together
+from sepllm_train.data.splits import build_datasets, source_splits
 from sepllm_train.data.unchanged import DataFiles
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.distributed.optional import optional_packages
@@ -218,9 +218,7 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     if config.attention.separators != AUTO:
         # A mistake is told before the sample corpus is made.
         schedule_of(config)
-    # Rank 0 makes the sample corpus, the others find it made: on a filesystem without locks none waits for another.
-    first = together(lambda: open_corpus(config.data) if dist.get_rank() == 0 else None)
-    corpus = together(lambda: first or open_corpus(config.data))
+    corpus = open_corpus_together(config.data)
     config, choice = settle_separators(config, corpus)
     steps = schedule_of(config)
     files = DataFiles(corpus)
@@ -238,7 +236,8 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     dataset, validation = build_datasets(config, corpus)
     facts = derive(config, steps, corpus, dataset, world_size, device)
     say(optional_packages())
-    for line in start_lines(config, corpus, facts, world_size, device):
+    splits = source_splits(corpus, dataset, validation)
+    for line in start_lines(config, corpus, splits, facts, world_size, device):
         say(line)
     if choice is not None:
         say(str(choice))

@@ -213,6 +213,15 @@ def test_llama_family_trains(trainer: Any, finished: Callable) -> None:
 def test_dry_run_trains_nothing(trainer: Any) -> None:
     outcome = trainer.here("name=dry", "dry_run=true", "parallel.tensor=2")
     assert outcome.code == 0
-    for words in ("parameters", "FLOPs per token", "memory per process", "backend", "tokens a step", "dry run"):
+    for words in (
+        "parameters",
+        "FLOPs per token",
+        "memory per process",
+        "backend",
+        "tokens a step",
+        "dry run",
+        "held out",
+        "passes over",
+    ):
         assert words in outcome.output
     assert not (trainer.root / "dry").exists()

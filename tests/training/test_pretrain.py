@@ -119,12 +119,12 @@ def test_stopped_before_its_first_step(trainer: Any, monkeypatch: pytest.MonkeyP
     """Nothing is saved, and nothing is said to be; the same command starts the run."""
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_agree_to_stop", lambda loop: setattr(loop, "stopping", True))
-        outcome = trainer.here("name=early", "training.steps=1")
+        outcome = trainer.here("name=stopped_early", "training.steps=1")
     assert outcome.code == EXIT_INTERRUPTED
     assert "stopped the run before step 1 of 1, so there was nothing to save" in outcome.sentence
-    assert json.loads((trainer.root / "early" / "run.json").read_text())["status"] == "interrupted"
-    assert not list((trainer.root / "early").glob("checkpoints/*"))
-    assert trainer.here("name=early", "training.steps=1").code == 0
+    assert json.loads((trainer.root / "stopped_early" / "run.json").read_text())["status"] == "interrupted"
+    assert not list((trainer.root / "stopped_early").glob("checkpoints/*"))
+    assert trainer.here("name=stopped_early", "training.steps=1").code == 0
 
 
 def test_run_that_came_to_nothing_is_not_finished(trainer: Any) -> None:

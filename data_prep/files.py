@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from data_prep.errors import UserError
 from data_prep.sidecar import FileInfo
@@ -93,6 +93,17 @@ def locked(attempt: Callable[[], None], path: Path) -> bool:
             return False
         _tell_no_locks(error.strerror)
     return True
+
+
+def lock_waiting(stream: IO[Any]) -> None:
+    """Lock an open file, waiting for another process that holds it.
+
+    Where the filesystem has no locks that is told once on stderr, and nothing is waited for.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        _tell_no_locks(error.strerror)
 
 
 @functools.cache

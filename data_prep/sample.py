@@ -7,7 +7,6 @@ corpus is made on first use into a cache folder, with a small SentencePiece toke
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import os
 import random
@@ -20,6 +19,7 @@ from inspect import cleandoc
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.files import lock_waiting
 from data_prep.readers import Document
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenize import tokenize_documents, usable_cores
@@ -48,19 +48,29 @@ def prepare_sample(cache: str | Path | None = None, *, vocab_size: int = 4096, s
     if source not in SOURCES:
         raise UserError(f"There is no sample source {source!r}: choose {', '.join(SOURCES)}.")
     modules = _library_modules()
-    cache = Path(cache or os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train")
-    folder = cache / f"sample-{source}-{_content_key(modules)}-v{vocab_size}-f{_FORMAT}"
+    parent = cache_folder(cache)
+    folder = parent / f"sample-{source}-{_content_key(modules)}-v{vocab_size}-f{_FORMAT}"
     prefix = folder / source
     if not _complete(prefix):
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
             with open(f"{folder}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock_waiting(lock)
                 if not _complete(prefix):
                     _make(folder, modules, source, vocab_size)
         except OSError as error:
-            raise UserError(f"Cannot write the sample corpus to {cache} ({error}): set SEPLLM_CACHE.") from None
+            raise UserError(f"Cannot write the sample corpus to {parent} ({error}): {cache_remedy(cache)}.") from None
     return prefix
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """`cache`, or where none is given $SEPLLM_CACHE or ~/.cache/sepllm-train."""
+    return Path(cache or os.environ.get("SEPLLM_CACHE") or "~/.cache/sepllm-train").expanduser()
+
+
+def cache_remedy(cache: str | Path | None) -> str:
+    """What to do about a cache folder that cannot be used; `cache` is data.cache of the run."""
+    return "choose another data.cache" if cache else "set SEPLLM_CACHE"
 
 
 def sample_documents(source: str = "docs") -> list[Document]:

@@ -24,11 +24,12 @@ __all__ = [
 ]
 
 EXIT_USER_ERROR = 2
-# Loss or gradients were unusable too many steps in a row.
+# Loss or gradients were unusable too many steps in a row or in all steps, or the last validation loss is not finite.
 EXIT_BAD_STEPS = 3
 # A process of the run hangs, never arrived, or is gone.
 EXIT_LOST_RANK = 4
-# A signal stopped the run after it had saved: start it again. EX_TEMPFAIL of sysexits.h.
+# A signal stopped the run, after it had saved or before there was a step to save: start it again. EX_TEMPFAIL of
+# sysexits.h.
 EXIT_INTERRUPTED = 75
 
 
@@ -50,13 +51,13 @@ class RunStopped(Exception):
 
 
 class BadSteps(RunStopped):
-    """Too many steps in a row were skipped. Raised on all ranks."""
+    """Too many steps in a row were skipped, or all of the run, or its last loss is not finite. Raised on all ranks."""
 
     code = EXIT_BAD_STEPS
 
 
 class Interrupted(RunStopped):
-    """A signal stopped the run after it had saved. Raised on all ranks."""
+    """A signal stopped the run, after it had saved or before there was a step to save. Raised on all ranks."""
 
     code = EXIT_INTERRUPTED
     title = "interrupted"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_prep import files
 from data_prep.sample import prepare_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -46,6 +49,17 @@ def sample_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample_prefix(sample_cache: Path) -> Path:
     """Prefix of the sample corpus."""
     return prepare_sample(sample_cache)
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a filesystem that has no locks, which has not been told yet."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    files._tell_no_locks.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import Dataset
+from yaml import YAMLError
 
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.load import one_sentence, to_config
@@ -22,7 +23,7 @@ from sepllm_train.console import note
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch, device_of, parallel_state, process_grid
-from sepllm_train.errors import UserError
+from sepllm_train.errors import UserError, first_line
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, damage, newest, step_folder, step_of
@@ -158,8 +159,8 @@ def read_config(folder: Path) -> Config:
         return to_config(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {one_sentence(error)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from None
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}).") from None
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:

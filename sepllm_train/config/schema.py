@@ -6,7 +6,8 @@ Errors name the key as it is typed on the command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from data_prep.errors import UserError
@@ -32,6 +33,16 @@ def positive(group: str, values: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(values, key)
         require(value is None or value >= 1, f"{group}.{key}={value} must be at least 1.")
+
+
+def finite(group: str, values: Any) -> None:
+    """Raise UserError for an attribute that is infinite or not a number."""
+    for entry in fields(values):
+        value = getattr(values, entry.name)
+        require(
+            not isinstance(value, float) or math.isfinite(value),
+            f"{group}.{entry.name}={value} must be a finite number.",
+        )
 
 
 def _number_or_share(value: Any) -> bool:
@@ -68,7 +79,8 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        positive("model", self, "layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary")
+        finite("model", self)
+        positive("model", self, "layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary", "rotary_base")
         one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
         one_of("model.activation", self.activation, ("gelu", "swiglu"))
         one_of("model.init", self.init, ("pythia", "normal"))
@@ -84,7 +96,9 @@ class ModelConfig:
             0 <= self.rotary_fraction <= 1,
             f"model.rotary_fraction={self.rotary_fraction} must lie between 0 and 1.",
         )
-        require(self.init_std > 0, f"model.init_std={self.init_std} must be above 0.")
+        for key in ("init_std", "norm_epsilon"):
+            value = getattr(self, key)
+            require(value > 0, f"model.{key}={value} must be above 0.")
 
     @property
     def head_dim(self) -> int:
@@ -248,6 +262,7 @@ class ParallelConfig:
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
+        finite("parallel", self)
         positive("parallel", self, "tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds")
         require(
             not self.sequence or self.tensor > 1,
@@ -287,6 +302,7 @@ class OptimConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
+        finite("optim", self)
         one_of("optim.schedule", self.schedule, ("cosine", "wsd", "linear", "constant"))
         require(
             0 <= self.min_lr <= self.lr and self.lr > 0,
@@ -304,6 +320,8 @@ class OptimConfig:
             require(0 <= value < 1, f"optim.{key}={value} must be at least 0 and below 1.")
         require(self.schedule_start >= 0, f"optim.schedule_start={self.schedule_start} must be 0 or more.")
         positive("optim", self, "schedule_steps")
+        # 0 would divide a gradient of 0, such as that of a token that does not occur, by 0.
+        require(self.epsilon > 0, f"optim.epsilon={self.epsilon} must be above 0.")
         require(self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad} must be 0 (off) or more.")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be 0 or more.")
 
@@ -346,6 +364,7 @@ class TrainingConfig:
     hang_seconds: float = 1200.0
 
     def __post_init__(self) -> None:
+        finite("training", self)
         positive("training", self, "steps", "global_batch", "micro_batch", "keep_checkpoints")
         one_of("training.precision", self.precision, ("fp32", "bf16", "fp16"))
         one_of("training.recompute", self.recompute, ("none", "selective", "full"))
@@ -395,6 +414,7 @@ class LoggingConfig:
     mode: str = "auto"
 
     def __post_init__(self) -> None:
+        finite("logging", self)
         positive("logging", self, "interval")
         one_of("logging.tracker", self.tracker, ("none", "wandb", "tensorboard"))
         one_of("logging.mode", self.mode, ("auto", "online", "offline"))
@@ -444,6 +464,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and below 2**32 = {2**32}.")
         require(
             bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
             f"name={self.name!r} must be a plain folder name: the run is written to {self.run_root}/NAME.",

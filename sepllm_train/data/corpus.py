@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sample import prepare_sample
+import torch.distributed as dist
+
+from data_prep import sample
 from data_prep.sidecar import SidecarHeader, read_header
 from sepllm_train.config.schema import DataConfig
 from sepllm_train.console import say
+from sepllm_train.distributed.together import together
 from sepllm_train.errors import UserError
 
 
@@ -60,8 +64,7 @@ class Corpus:
 
 def cache_folder(data: DataConfig) -> Path:
     """Where the sample corpus and the indices of datasets are kept."""
-    default = os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train"
-    return Path(data.cache or default).expanduser()
+    return sample.cache_folder(data.cache)
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -75,7 +78,7 @@ def open_corpus(data: DataConfig) -> Corpus:
             "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
         )
         # Processes that ask at once wait for the first one to make it.
-        prefix = prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
+        prefix = sample.prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)
         entries: list[Any] = [str(prefix)]
     else:
         entries = data.prefixes
@@ -84,14 +87,23 @@ def open_corpus(data: DataConfig) -> Corpus:
     return Corpus(sources)
 
 
+def open_corpus_together(data: DataConfig) -> Corpus:
+    """`open_corpus` on every rank of the process grid; every rank calls it.
+
+    Rank 0 makes the sample corpus and the others find it: on a filesystem without locks none could wait for another.
+    """
+    first = together(lambda: open_corpus(data) if dist.get_rank() == 0 else None)
+    return together(lambda: first or open_corpus(data))
+
+
 def _open_source(entry: Any) -> Source:
     """A source from `PREFIX` or `{path: PREFIX, weight: W}`."""
     fields = entry if isinstance(entry, dict) else {"path": entry}
     if not isinstance(fields.get("path"), str) or set(fields) - {"path", "weight"}:
         raise UserError(f"data.prefixes entry {entry} must be a prefix or {{path: PREFIX, weight: NUMBER}}.")
     weight = fields.get("weight")
-    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
-        raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a number above 0.")
+    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a finite number above 0.")
     prefix = fields["path"]
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]

@@ -36,6 +36,11 @@ class SeparatorDataset(GPTDataset):
         """Open PREFIX.bin, PREFIX.idx and PREFIX.sep.bin."""
         return TokenStore(dataset_path)
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of its documents, all of them."""
+        return int(self.dataset.sequence_lengths[self.indices].sum(dtype=np.int64))
+
     def documents(self, idx: int) -> tuple[str, list[int]]:
         """(prefix of the dataset, numbers of the documents in its .idx) that sample `idx` is cut from."""
         sample = self.shuffle_index[idx]

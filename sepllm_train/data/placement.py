@@ -98,6 +98,11 @@ class PlacedDataset(Dataset):
         placed = self.placement.place(sample["separator_class"].numpy(), f"{self.name} {number}")
         return {**sample, "separator_class": torch.from_numpy(placed)}
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of its documents, all of them."""
+        return self.dataset.all_tokens
+
     def documents(self, number: int) -> tuple[str, list[int]]:
         """(prefix of the dataset, numbers of the documents) that sample `number` is cut from."""
         return self.dataset.documents(number)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from data_prep.files import lock_waiting
+from data_prep.sample import cache_remedy
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
@@ -37,9 +40,35 @@ def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, D
     return together(lambda: _read_datasets(config, corpus, folder))
 
 
+@dataclass(frozen=True)
+class SourceSplit:
+    """What of a source is trained on and what is held out: tokens of the documents, and samples of one pass over the
+    training documents."""
+
+    training_tokens: int
+    held_out_tokens: int
+    training_samples: int
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the tokens that is held out."""
+        return self.held_out_tokens / (self.training_tokens + self.held_out_tokens)
+
+
+def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> list[SourceSplit]:
+    """How each source of the corpus is split; `dataset` and `validation` are what `build_datasets` gave."""
+    parts = dataset.datasets if isinstance(dataset, Blend) else [dataset]
+    splits = []
+    for source, endless in zip(corpus.sources, parts, strict=True):
+        held_out = validation.get(source.name)
+        train = endless.dataset
+        splits.append(SourceSplit(train.all_tokens, 0 if held_out is None else held_out.all_tokens, len(train)))
+    return splits
+
+
 def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
     """Make the index folder whole or not at all, one process at a time."""
-    with _locked(folder):
+    with _locked(folder, cache_remedy(config.data.cache)):
         if folder.exists():
             return
         partial = folder.with_name(folder.name + ".partial")
@@ -140,13 +169,13 @@ def _index_folder(config: Config, corpus: Corpus) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, remedy: str) -> Iterator[None]:
     """Hold `folder`.lock, waiting for another job that does."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115  closed below
     except OSError as error:
-        raise UserError(f"data.cache: cannot write to {folder.parent} ({error.strerror}); choose another.") from None
+        raise UserError(f"cannot write the index to {folder.parent} ({error.strerror}): {remedy}.") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_waiting(lock)
         yield

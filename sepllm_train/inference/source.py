@@ -16,7 +16,6 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.analysis.runs import find_checkpoint, read_config
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, DataConfig, require
-from sepllm_train.data.corpus import cache_folder
 from sepllm_train.errors import UserError
 from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.training.checkpoint import read_state
@@ -107,7 +106,7 @@ def header_classes(header: dict[str, Any]) -> np.ndarray:
 def _headers(data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
     """(prefix, header) of each dataset of a run whose header is there; the other files may be gone."""
     if data.source == "sample":
-        made = prepare_sample(cache_folder(data), vocab_size=data.sample_vocabulary, source=data.sample_text)
+        made = prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)
         prefixes = [str(made)]
     else:
         paths = [entry["path"] if isinstance(entry, dict) else str(entry) for entry in data.prefixes]

@@ -78,6 +78,24 @@ class BadStepDetector:
             "many may be. Checkpoints from before are kept."
         )
 
+    def failure_of_run(self, reason: str | None, validation_loss: float | None) -> BadSteps | None:
+        """Why a run is of no use after its last step, or None.
+
+        reason: why the last step was bad, if it was; validation_loss: after it, in nats per token, None without one.
+        """
+        steps = self.config.steps
+        if self.state.bad_steps >= steps:
+            return BadSteps(
+                f"all {steps} steps of the run were skipped, the last one because {reason}: the weights are those it "
+                "began with. Lower optim.lr, or look at the documents in bad_steps.jsonl."
+            )
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            return BadSteps(
+                f"the validation loss after the last step is {validation_loss}: lower optim.lr under another name=. "
+                "The last step is not saved; checkpoints from before are kept."
+            )
+        return None
+
 
 def documents_of(dataset: Any, samples: range) -> dict[str, list[int]]:
     """Documents that the samples of a training dataset are cut from: prefix -> their numbers in its .idx, sorted."""

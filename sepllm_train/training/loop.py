@@ -86,6 +86,8 @@ class Loop:
         self.first_step = state.step
         self.began = time.perf_counter()
         self.last: StepResult
+        # Of the last validation, mean of the datasets, nats per token.
+        self.validation_loss: float | None = None
         self._new_interval()
 
     def run(self, dataset: Dataset, validation: dict[str, Dataset]) -> None:
@@ -93,7 +95,8 @@ class Loop:
 
         When any rank is asked to stop, the step is finished and saved, and that is the end: `stopping` is true.
         Raises UserError when a file of the data changes; nothing that was trained since the last look is saved then.
-        Raises BadSteps after training.max_bad_steps bad steps in a row.
+        Raises BadSteps after training.max_bad_steps bad steps in a row, and in place of the last save when every step
+        was bad or the last validation loss is not finite.
         """
         training = self.config.training
         iterators = [self._training_batches(dataset) for _ in self.training.chunks]
@@ -122,6 +125,10 @@ class Loop:
                 self._log()
             if validate:
                 self._validate(validation)
+            if step == training.steps:
+                failure = self.detector.failure_of_run(self.last.bad, self.validation_loss)
+                if failure is not None:
+                    raise failure
             if save:
                 self._save()
             self._report_checkpoints(self.saver.poll())
@@ -329,6 +336,7 @@ class Loop:
             record |= {f"val/{name}/loss": nats, f"val/{name}/bits_per_byte": per_byte}
         for key in ("loss", "bits_per_byte"):
             record[f"val/{key}"] = sum(record[f"val/{name}/{key}"] for name in datasets) / len(datasets)
+        self.validation_loss = record["val/loss"]
         record["val/seconds"] = time.perf_counter() - begin
         self._write(record)
         say(

@@ -16,6 +16,7 @@ from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.console import duration, quantity
 from sepllm_train.data.corpus import Corpus
+from sepllm_train.data.splits import SourceSplit
 from sepllm_train.distributed.context import mean_keys_sent, ring_keys
 from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.errors import UserError
@@ -26,6 +27,8 @@ from sepllm_train.training.schedules import StepSchedule, cut
 
 # Training samples behind the figures that are printed before the first step.
 PROBED_SAMPLES = 8
+# Passes over the sample corpus above which a run was probably meant for other data.
+MANY_PASSES = 100
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,14 @@ def chosen_backends(config: Config, schedule: StepSchedule, device: torch.device
     return {choice.name: choice.reason for choice in choices}
 
 
-def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, device: torch.device) -> list[str]:
+def start_lines(
+    config: Config,
+    corpus: Corpus,
+    splits: Sequence[SourceSplit],
+    facts: Facts,
+    world_size: int,
+    device: torch.device,
+) -> list[str]:
     """What is printed before the first step."""
     model, training, parallel = config.model, config.training, config.parallel
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -177,7 +187,7 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         f"pipeline {parallel.pipeline} x "
         + (f"context {parallel.context} x " if parallel.context > 1 else "")
         + f"data {facts.replicas} | {name} | {training.precision}",
-        *_data_lines(corpus, facts),
+        *_data_lines(config, corpus, splits),
         f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
         _attention_line(config, facts),
@@ -185,12 +195,14 @@ def start_lines(config: Config, corpus: Corpus, facts: Facts, world_size: int, d
         *_compute_lines(config, cuda=device.type == "cuda"),
         f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
         f"a step, as {micro_batches} micro-batches of {training.micro_batch} on each replica | "
-        f"{training.steps:,} steps = {quantity(total)} tokens",
+        f"{training.steps:,} steps = {quantity(total)} tokens, {quantity(_passes(config, splits))} passes over the "
+        "training data",
         *_phase_lines(config, facts),
         f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
         f"({saving:.1%} saved), LM head included{mean} | whole run {quantity(flops['flops/model'] * total)}FLOPs",
         "memory per process, estimated: "
         + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
+        *data_warnings(config, corpus, splits),
     ]
 
 
@@ -199,15 +211,41 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "es")
 
 
-def _data_lines(corpus: Corpus, facts: Facts) -> list[str]:
+def _data_lines(config: Config, corpus: Corpus, splits: Sequence[SourceSplit]) -> list[str]:
     """One line per source."""
     lines = []
-    for source, weight in zip(corpus.sources, corpus.weights(), strict=True):
+    for source, weight, split in zip(corpus.sources, corpus.weights(), splits, strict=True):
         header = source.header
         density = sum(entry.density for entry in header.classes)
+        passes = f", {quantity(_passes(config, [split], weight))} passes" if len(splits) > 1 else ""
         lines.append(
-            f"data: {source.prefix} | weight {weight:.3g} | {header.tokens:,} tokens in {header.documents:,} documents "
-            f"| separators of every class {density:.1%} | {header.tokenizer.file}"
+            f"data: {source.prefix} | weight {weight:.3g}{passes} | {split.training_tokens:,} tokens to train on and "
+            f"{split.held_out_tokens:,} held out, in {header.documents:,} documents | separators of every class "
+            f"{density:.1%} | {header.tokenizer.file}"
+        )
+    return lines
+
+
+def _passes(config: Config, splits: Sequence[SourceSplit], weight: float = 1.0) -> float:
+    """How often a run that takes `weight` of its samples from these sources reads their training documents."""
+    read = weight * config.training.steps * config.training.global_batch
+    return read / sum(split.training_samples for split in splits)
+
+
+def data_warnings(config: Config, corpus: Corpus, splits: Sequence[SourceSplit]) -> list[str]:
+    """What of the data is probably not meant so."""
+    fraction, passes = config.data.validation_fraction, _passes(config, splits)
+    lines = [
+        f"warning: {split.held_out_share:.1%} of the tokens of {source.prefix} are held out, not "
+        f"data.validation_fraction={fraction}: the last documents are long, and held out whole. Prepare it from more, "
+        "shorter documents to train on more of it."
+        for source, split in zip(corpus.sources, splits, strict=True)
+        if split.held_out_share > 2 * fraction
+    ]
+    if config.data.source == "sample" and passes > MANY_PASSES:
+        lines.append(
+            f"warning: the run passes {quantity(passes)} times over the small sample corpus: "
+            "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
         )
     return lines
 

@@ -16,8 +16,8 @@ from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
-from sepllm_train.data.corpus import Corpus, open_corpus
-from sepllm_train.data.splits import build_datasets
+from sepllm_train.data.corpus import Corpus, open_corpus_together
+from sepllm_train.data.splits import build_datasets, source_splits
 from sepllm_train.data.unchanged import DataFiles
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.distributed.optional import optional_packages
@@ -153,13 +153,24 @@ def _train(
         record("interrupted")
         # A launcher ends the other ranks as soon as one has ended with a code of its own.
         dist.barrier()
-        return Interrupted(
-            f"{guards.stop.name or 'a signal to another process'} stopped the run after step {state.step} of "
-            f"{config.training.steps}, which is saved in {folder}; the same command continues from there."
-        )
+        return _interrupted(guards.stop.name, state.step, loop.first_step, config.training.steps, folder)
     record("finished")
     say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
     return None
+
+
+def _interrupted(signal: str | None, step: int, first_step: int, steps: int, folder: Path) -> Interrupted:
+    """Why the run ends after `step` of `steps`; this process began after `first_step`. No `signal`: it went to another
+    process."""
+    stopped = f"{signal or 'a signal to another process'} stopped the run"
+    if step == first_step:
+        return Interrupted(
+            f"{stopped} before step {step + 1} of {steps}, so there was nothing to save; the same command starts it "
+            "again."
+        )
+    return Interrupted(
+        f"{stopped} after step {step} of {steps}, which is saved in {folder}; the same command continues from there."
+    )
 
 
 def run_record(config: Config, prepared: Prepared, world_size: int, device: torch.device) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     if config.attention.separators != AUTO:
         # A mistake is told before the sample corpus is made.
         schedule_of(config)
-    corpus = together(lambda: open_corpus(config.data))
+    corpus = open_corpus_together(config.data)
     config, choice = settle_separators(config, corpus)
     steps = schedule_of(config)
     files = DataFiles(corpus)
@@ -225,7 +236,8 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     dataset, validation = build_datasets(config, corpus)
     facts = derive(config, steps, corpus, dataset, world_size, device)
     say(optional_packages())
-    for line in start_lines(config, corpus, facts, world_size, device):
+    splits = source_splits(corpus, dataset, validation)
+    for line in start_lines(config, corpus, splits, facts, world_size, device):
         say(line)
     if choice is not None:
         say(str(choice))

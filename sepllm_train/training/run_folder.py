@@ -274,7 +274,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this code runs from and whether it has changes; None outside a checkout."""
+    """Commit of the checkout that this code runs from and whether its tracked files have changes.
+
+    None outside a checkout.
+    """
     source = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -283,6 +286,7 @@ def git_state() -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None

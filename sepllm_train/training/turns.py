@@ -14,10 +14,9 @@ from megatron.core import parallel_state
 from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import settle_separators
-from sepllm_train.data.corpus import open_corpus
+from sepllm_train.data.corpus import open_corpus_together
 from sepllm_train.data.loader import MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
-from sepllm_train.distributed.together import together
 from sepllm_train.training.clock import PARTS
 from sepllm_train.training.report import Facts, derive
 from sepllm_train.training.schedules import StepSchedule, schedule_of
@@ -86,7 +85,7 @@ def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
 
     A rival that takes more steps than its run has reads the same data again.
     """
-    corpus = together(lambda: open_corpus(config.data))
+    corpus = open_corpus_together(config.data)
     config, _ = settle_separators(config, corpus)
     dataset, _ = build_datasets(config, corpus)
     schedule = schedule_of(config)

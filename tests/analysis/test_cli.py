@@ -138,6 +138,8 @@ def test_run_without_a_checkpoint(trained: Trained, tmp_path: Path, capsys: Any)
     refused(["attention", str(tmp_path / "damaged"), *output], "is damaged, the content of", capsys)
     (bare / "config.yaml").write_text("model: {depth: 3}\n")
     refused(["loss", str(bare), *output], f"{bare / 'config.yaml'}: ", capsys)
+    (bare / "config.yaml").write_text("model: {depth: 3\n")
+    refused(["loss", str(bare), *output], f"{bare / 'config.yaml'} cannot be read (while parsing", capsys)
     assert not (tmp_path / "out").exists()
 
 

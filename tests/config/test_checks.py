@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from sepllm_train.attention_pattern import resolve_pattern
@@ -29,6 +31,9 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: ModelConfig(heads=12, kv_heads=5), "model.heads=12.*model.kv_heads=5"),
         (lambda: ModelConfig(norm="batchnorm"), "model.norm=batchnorm.*layernorm"),
         (lambda: ModelConfig(rotary_fraction=1.5), "model.rotary_fraction=1.5"),
+        (lambda: ModelConfig(rotary_base=0), "model.rotary_base=0 must be at least 1"),
+        (lambda: ModelConfig(norm_epsilon=-1.0), "model.norm_epsilon=-1.0 must be above 0"),
+        (lambda: ModelConfig(init_std=math.inf), "model.init_std=inf must be a finite number"),
         (lambda: AttentionConfig(window=0), "attention.window=0"),
         (lambda: AttentionConfig(window=[4, 0]), "attention.window"),
         (lambda: AttentionConfig(window=True), "attention.window"),
@@ -64,11 +69,18 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: OptimConfig(lr=1e-4, min_lr=1e-3), "optim.lr=0.0001.*optim.min_lr=0.001"),
         (lambda: OptimConfig(schedule="step"), "optim.schedule=step"),
         (lambda: OptimConfig(beta2=1.0), "optim.beta2=1.0"),
+        (lambda: OptimConfig(epsilon=-1.0), "optim.epsilon=-1.0 must be above 0"),
+        (lambda: OptimConfig(lr=math.inf), "optim.lr=inf must be a finite number"),
+        (lambda: TrainingConfig(spike_factor=math.inf), "training.spike_factor=inf must be a finite number"),
         (lambda: TrainingConfig(steps=0), "training.steps=0"),
         (lambda: TrainingConfig(precision="fp8"), "training.precision=fp8"),
         (lambda: TrainingConfig(recompute="some"), "training.recompute=some"),
         (lambda: LoggingConfig(interval=0), "logging.interval=0"),
         (lambda: LoggingConfig(peak_tflops=0.0), "logging.peak_tflops=0.0"),
+        (lambda: LoggingConfig(peak_tflops=math.inf), "logging.peak_tflops=inf must be a finite number"),
+        (lambda: ParallelConfig(timeout_seconds=math.inf), "parallel.timeout_seconds=inf must be a finite number"),
+        (lambda: Config(seed=-1), "seed=-1 must be at least 0 and below"),
+        (lambda: Config(seed=2**32), f"seed={2**32} must be"),
         (lambda: Config(name="a/b"), "name='a/b'"),
         (lambda: Config(name=""), "name=''"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.dataset import TokenStore
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
 from sepllm_train.data.order import Blend
-from sepllm_train.data.splits import build_datasets, held_out_from
+from sepllm_train.data.splits import SourceSplit, build_datasets, held_out_from, source_splits
 from sepllm_train.errors import UserError
 
 
@@ -73,6 +74,8 @@ def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], t
     config = config_for([prefixes[0]], tmp_path, steps=(tokens - 1) // 64 // 4)
     dataset, validation = build_datasets(config, open_corpus(config.data))
     samples = len(dataset.dataset)
+    (split,) = source_splits(open_corpus(config.data), dataset, validation)
+    assert split == SourceSplit(tokens, int(store.sequence_lengths[held:].sum()), samples)
     seen = np.bincount(np.concatenate([dataset[n]["tokens"].numpy() for n in range(samples)]), minlength=4096)
     there = np.bincount(np.concatenate([store[d] for d in range(held)]), minlength=4096)
     assert (seen <= there).all() and there.sum() - seen.sum() <= 64 + 1
@@ -89,6 +92,8 @@ def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], t
 def test_blend_follows_the_weights(prefixes: tuple[str, str], tmp_path: Path) -> None:
     config = config_for([{"path": prefixes[0], "weight": 3}, {"path": prefixes[1], "weight": 1}], tmp_path, steps=100)
     dataset, validation = build_datasets(config, open_corpus(config.data))
+    splits = source_splits(open_corpus(config.data), dataset, validation)
+    assert [split.training_samples for split in splits] == [len(source.dataset) for source in dataset.datasets]
     alone = [build_datasets(c, open_corpus(c.data))[0] for c in (config_for([p], tmp_path) for p in prefixes)]
     taken = [0, 0]
     for number in range(400):
@@ -114,6 +119,15 @@ def test_order_does_not_depend_on_the_number_of_steps(prefixes: tuple[str, str],
         for c in (config_for([prefixes[0]], tmp_path, steps=steps) for steps in (10, 100_000))
     )
     assert all(torch.equal(short[n]["tokens"], long[n]["tokens"]) for n in range(0, 3000, 100))
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_index_is_made_on_a_filesystem_without_locks(
+    prefixes: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    assert len(build_datasets(config, open_corpus(config.data))[0][0]["tokens"]) == 64
+    assert capsys.readouterr().err.count("warning: files cannot be locked on this filesystem") == 1
 
 
 def test_interrupted_index_is_made_again(prefixes: tuple[str, str], tmp_path: Path) -> None:
@@ -187,7 +201,8 @@ def test_mistakes(prefixes: tuple[str, str], tmp_path: Path) -> None:
     fails([str(tmp_path / "none")], "no dataset at .*none")
     fails([one], "hold [0-9,]+ tokens, fewer than one sequence of data.sequence_length=900000", length=900000)
     fails([{"path": one, "weight": 1}, two], "a weight to some datasets only")
-    fails([{"path": one, "weight": -1}], "weight -1 must be a number above 0")
+    fails([{"path": one, "weight": -1}], "weight -1 must be a finite number above 0")
+    fails([{"path": one, "weight": math.inf}], "weight inf must be a finite number above 0")
     fails([{"paths": one}], "must be a prefix or")
     fails([one, one], "two datasets called prose")
 

@@ -64,9 +64,21 @@ def test_a_stale_partial_folder_is_replaced(
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
-def test_mistakes(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_locks")
+def test_filesystem_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "_make", lambda folder, *_: folder.mkdir())
+    assert prepare_sample(tmp_path).parent.is_dir()
+    assert capsys.readouterr().err.count("warning: files cannot be locked on this filesystem") == 1
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="There is no sample source 'wiki': choose docs, code, both"):
         prepare_sample(tmp_path, source="wiki")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"Cannot write the sample corpus to .*file.*: set SEPLLM_CACHE"):
+    with pytest.raises(UserError, match=r"Cannot write the sample corpus to .*file.*: choose another data.cache"):
         prepare_sample(tmp_path / "file")
+    monkeypatch.setenv("SEPLLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"Cannot write the sample corpus to .*file.*: set SEPLLM_CACHE"):
+        prepare_sample()

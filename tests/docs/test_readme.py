@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,20 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def ignored_folders() -> set[str]:
+    """Folders at the top of the checkout that git ignores."""
+    lines = (REPOSITORY / ".gitignore").read_text().splitlines()
+    return {line.strip("/") for line in lines if line.startswith("/") and line.endswith("/")}
+
+
+def test_what_commands_write_is_ignored_by_git() -> None:
+    """Otherwise a checkout in use never looks clean."""
+    written = {value for one in commands() for flag, value in pairwise(one.words) if flag == "--output"}
+    written |= {one.words[-1] for one in commands() if one.words[:2] == ("python", "scripts/export_hf.py")}
+    folders = {path.split("/")[0] for path in written if "/" in path}
+    assert {"models", "data", "runs"} <= folders <= ignored_folders()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in links(page):
@@ -173,7 +187,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
             path = page.parent / file if file else page
             assert path.exists(), f"{page.name} links to {target}"
             assert not anchor or anchor in anchors(path), f"{page.name} links to {target}"
-    top = {path.name for path in REPOSITORY.iterdir() if path.is_dir()} - {"runs", "demo", "data"}
+    top = {path.name for path in REPOSITORY.iterdir() if path.is_dir()} - ignored_folders()
     for span in spans(page):
         if re.fullmatch(r"[\w.]+(/[\w.*-]*)+", span) and span.split("/")[0] in top:
             assert list(REPOSITORY.glob(span.rstrip("/"))), f"{page.name} names {span}"

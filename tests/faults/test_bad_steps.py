@@ -116,6 +116,19 @@ def test_diverged_run_says_so(launcher: Launcher) -> None:
         assert run.status() == "failed" and not run.steps_saved()
 
 
+def test_a_run_without_a_good_step_or_a_finite_validation_loss_has_failed() -> None:
+    state = TrainState()
+    detector = BadStepDetector(TrainingConfig(steps=2), state)
+    detector.judge(math.nan, 1.0)
+    reason = detector.judge(5.0, math.inf)
+    failure = detector.failure_of_run(reason, 5.0)
+    assert failure is not None and failure.code == EXIT_BAD_STEPS
+    assert "all 2 steps of the run were skipped, the last one because the gradient norm is inf" in str(failure)
+    state.bad_steps = 1
+    assert "validation loss after the last step is nan" in str(detector.failure_of_run(reason, math.nan))
+    assert detector.failure_of_run(reason, 5.0) is None and detector.failure_of_run(None, None) is None
+
+
 def test_median_of_good_steps_decides() -> None:
     state = TrainState()
     detector = BadStepDetector(TrainingConfig(spike_factor=3.0), state)

@@ -22,6 +22,8 @@ from sepllm_train.pretrain import main
         (["training.stepss=3"], "did you mean training.steps"),
         (["training.steps=many"], "training.steps: Value 'many'"),
         (["attention.pattern=[1]"], "attention.pattern"),
+        (["data=prefixes", "data.prefixes=/tmp/text"], "write it in brackets, 'data.prefixes=[PREFIX,...]'"),
+        (["logging.tags={a: 1}"], "logging.tags is a list"),
         (["attention.window=0"], "attention.window=0"),
         (["model.layers=11", "parallel.pipeline=2", "dry_run=true"], "model.layers=11 must be a multiple of"),
         (["parallel.context=3", "dry_run=true"], "data.sequence_length=2048 must be a multiple of 6"),
@@ -54,7 +56,7 @@ def told_and_nothing_written(trainer: Any, outcome: Any, words: str) -> None:
         (["model.vocabulary=100"], "model.vocabulary=100 is smaller than the 4096 entries"),
         (["attention.backend=dense"], "attention.backend=dense: "),
         (["dry_run=true", "model.rotary_fraction=0.2"], "model.rotary_fraction=0.2"),
-        (["data.cache=/proc/none"], "Cannot"),
+        (["data.cache=/proc/none"], "choose another data.cache"),
     ],
 )
 def test_mistake(trainer: Any, overrides: list[str], words: str) -> None:

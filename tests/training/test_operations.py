@@ -10,13 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
+from sepllm_train.data.splits import SourceSplit
+from sepllm_train.training import run_folder
 from sepllm_train.training.clock import PARTS, StepClock
+from sepllm_train.training.report import data_warnings
 from tests.distributed_runner import run_ranks
 
 
@@ -32,6 +38,34 @@ def test_profiled_steps_and_no_others(trainer: Any, finished: Callable) -> None:
     assert "aten::mm" in (folder / files[1]).read_text()
     assert not (trainer.root / plain / "profile").exists()
     assert trainer.values(name, "train/loss") == trainer.values(plain, "train/loss")
+
+
+def test_files_that_git_does_not_know_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.py"
+    source.touch()
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init",), ("add", "."), (*identity, "commit", "-m", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
+    monkeypatch.setattr(run_folder, "__file__", str(source))
+    (tmp_path / "notes.txt").touch()
+    state = run_folder.git_state()
+    assert state is not None and not state["changed"]
+    source.write_text("changed")
+    state = run_folder.git_state()
+    assert state is not None and state["changed"]
+
+
+def test_what_of_the_data_is_probably_not_meant_so() -> None:
+    few, many = SourceSplit(600, 400, 10), SourceSplit(970, 30, 10)
+    corpus: Any = SimpleNamespace(sources=[SimpleNamespace(prefix="few"), SimpleNamespace(prefix="many")])
+    training = TrainingConfig(steps=10, global_batch=200)
+    own = DataConfig(source="prefixes", prefixes=["few", "many"])
+    (warning,) = data_warnings(Config(data=own, training=training), corpus, [few, many])
+    assert "40.0% of the tokens of few are held out, not data.validation_fraction=0.02" in warning
+    corpus.sources = corpus.sources[1:]
+    assert not data_warnings(Config(training=replace(training, steps=5)), corpus, [many])
+    (warning,) = data_warnings(Config(training=training), corpus, [many])
+    assert warning.startswith("warning: the run passes 200 times over the small sample corpus: data=prefixes ")
 
 
 def test_parts_of_a_step_add_up(trainer: Any, finished: Callable) -> None:

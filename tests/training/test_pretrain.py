@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from sepllm_train.config.load import configuration_of
+from sepllm_train.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
+from sepllm_train.training.loop import Loop
 from sepllm_train.training.setup import build_scheduler, learning_rate
 from tests.small_run import SMALL_RUN
 
@@ -113,6 +115,28 @@ def test_resume_auto_continues_a_killed_run(trainer: Any, finished: Callable) ->
     assert trainer.values("killed", "train/loss") == trainer.values("one", "train/loss")
 
 
+def test_stopped_before_its_first_step(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved, and nothing is said to be; the same command starts the run."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_agree_to_stop", lambda loop: setattr(loop, "stopping", True))
+        outcome = trainer.here("name=stopped_early", "training.steps=1")
+    assert outcome.code == EXIT_INTERRUPTED
+    assert "stopped the run before step 1 of 1, so there was nothing to save" in outcome.sentence
+    assert json.loads((trainer.root / "stopped_early" / "run.json").read_text())["status"] == "interrupted"
+    assert not list((trainer.root / "stopped_early").glob("checkpoints/*"))
+    assert trainer.here("name=stopped_early", "training.steps=1").code == 0
+
+
+def test_run_that_came_to_nothing_is_not_finished(trainer: Any) -> None:
+    """Its one step is used, and leaves weights that no loss can be computed from."""
+    spoiling = ("optim.lr=1e30", "optim.min_lr=0", "optim.warmup_steps=0")
+    outcome = trainer.here("name=spoiled", "training.steps=1", "training.validation_interval=0", *spoiling)
+    assert outcome.code == EXIT_BAD_STEPS
+    assert outcome.sentence.startswith("error: the validation loss after the last step is nan")
+    assert json.loads((trainer.root / "spoiled" / "run.json").read_text())["status"] == "failed"
+    assert not list((trainer.root / "spoiled").glob("checkpoints/step_????????"))
+
+
 def rates_of(*overrides: str) -> list[float]:
     """Learning rates of the steps of the small run, from its schedule alone."""
     config = configuration_of([*SMALL_RUN, *overrides])
@@ -189,6 +213,15 @@ def test_llama_family_trains(trainer: Any, finished: Callable) -> None:
 def test_dry_run_trains_nothing(trainer: Any) -> None:
     outcome = trainer.here("name=dry", "dry_run=true", "parallel.tensor=2")
     assert outcome.code == 0
-    for words in ("parameters", "FLOPs per token", "memory per process", "backend", "tokens a step", "dry run"):
+    for words in (
+        "parameters",
+        "FLOPs per token",
+        "memory per process",
+        "backend",
+        "tokens a step",
+        "dry run",
+        "held out",
+        "passes over",
+    ):
         assert words in outcome.output
     assert not (trainer.root / "dry").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from data_prep.separators import CLASSES, PAPER
 from data_prep.sidecar import read_header
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.errors import UserError
@@ -37,6 +38,38 @@ def test_another_placement_is_another_run(written: Any, wanted: Any, words: str)
     check_identity(identity_with(**written), identity_with(**written), "here", "no")
     with pytest.raises(UserError, match=words):
         check_identity(identity_with(**written), identity_with(**wanted), "here", "no")
+
+
+def test_names_of_a_set_are_the_set() -> None:
+    names = [entry.name for entry in CLASSES if entry.number in PAPER]
+    tiers = [{"classes": names, "horizon": "forever"}]
+    for written, wanted in (("paper", names), (names[::-1], "paper"), (tiers, names)):
+        check_identity(identity_with(separators=written), identity_with(separators=wanted), "here", "no")
+    unknown = {**identity_with(), "attention.separators": ["dot"]}
+    for other in (unknown, identity_with(separators=names[1:])):
+        with pytest.raises(UserError, match="attention.separators="):
+            check_identity(other, identity_with(), "here", "no")
+
+
+DATA = {"docs": {"sha256": "a" * 64, "weight": 0.25}, "notes": {"sha256": "b" * 64, "weight": 0.75}}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"docs": DATA["docs"]}, "the data sources docs, this run has docs, notes"),
+        (
+            {**DATA, "notes": {"sha256": "c" * 64, "weight": 0.5}},
+            "other tokens in the data source notes: their SHA-256 is cccccccccccc..., this run has bbbbbbbbbbbb...",
+        ),
+        ({**DATA, "docs": {**DATA["docs"], "weight": 0.5}}, "weight 0.5 of the data source docs, this run has 0.25"),
+    ],
+)
+def test_what_of_the_data_differs_is_told(found: dict[str, Any], words: str) -> None:
+    written, wanted = (identity(Config(), 4096, data, "hash") for data in (found, DATA))
+    with pytest.raises(UserError) as refused:
+        check_identity(written, wanted, "here", "no")
+    assert str(refused.value) == f"here was written with {words}: no."
 
 
 def test_checkpoints_of_before_are_natural() -> None:

@@ -6,10 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from sepllm_train.attention_pattern import tiers_of_classes
 from sepllm_train.config.curriculum import curriculum_of
-from sepllm_train.config.schema import Config
+from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.errors import UserError
 
+_DATA = "data (hash of the tokens)"
+_SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
@@ -30,7 +33,7 @@ def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: s
         **{f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("name", "vocabulary")},
         "model.vocabulary": vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
-        "data (hash of the tokens)": data,
+        _DATA: data,
         "data (hash of the tokenizer)": tokenizer,
         "data.sequence_length": config.data.sequence_length,
         "data.validation_fraction": config.data.validation_fraction,
@@ -52,5 +55,33 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: str, re
     """Raise UserError naming the first key whose value in the checkpoint at `where` is not the wanted one."""
     found = {**_BEFORE, **found}
     for key, value in json.loads(json.dumps(wanted)).items():
-        if found.get(key) != value:
-            raise UserError(f"{where} was written with {key}={found.get(key)}, this run has {value}: {remedy}.")
+        before = found.get(key)
+        if before == value or (key == _SEPARATORS and _same_separators(before, value)):
+            continue
+        difference = _data_difference(before or {}, value) if key == _DATA else f"{key}={before}, this run has {value}"
+        raise UserError(f"{where} was written with {difference}: {remedy}.")
+
+
+def _same_separators(one: Any, other: Any) -> bool:
+    """Whether two values of attention.separators give classes the same tiers: `paper` is the names it stands for."""
+    try:
+        (horizons, tiers), (other_horizons, other_tiers) = (
+            tiers_of_classes(AttentionConfig(pattern="sep", separators=value)) for value in (one, other)
+        )
+    except UserError:
+        # Names that are no longer known.
+        return False
+    return horizons == other_horizons and bool((tiers == other_tiers).all())
+
+
+def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """In what the data of a checkpoint and that of this run (`Corpus.identity`) differ, the first thing alone."""
+    if found.keys() != wanted.keys():
+        before, now = (", ".join(sources) or "none" for sources in (found, wanted))
+        return f"the data sources {before}, this run has {now}"
+    for name, source in found.items():
+        if source["sha256"] != wanted[name]["sha256"]:
+            before, now = (entry["sha256"][:12] for entry in (source, wanted[name]))
+            return f"other tokens in the data source {name}: their SHA-256 is {before}..., this run has {now}..."
+    name = next(name for name in found if found[name] != wanted[name])
+    return f"weight {found[name]['weight']:g} of the data source {name}, this run has {wanted[name]['weight']:g}"

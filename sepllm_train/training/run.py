@@ -92,7 +92,9 @@ def _train(
 ) -> Interrupted | None:
     """Train in a run folder that is ours, and record in run.json how it ended."""
     folder, facts = prepared.entry.folder, prepared.facts
-    training = build_training(config, facts.vocabulary, device)
+    # Drawing weights takes a large model minutes, and those of a checkpoint take their place.
+    drawn = prepared.entry.checkpoint is None and prepared.initial is None
+    training = build_training(config, facts.vocabulary, device, draw=drawn)
     stepper = Stepper(config, prepared.steps.base, training, device)
     state = TrainState()
     if prepared.entry.checkpoint is not None:

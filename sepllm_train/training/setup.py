@@ -36,9 +36,9 @@ class Training:
     schedule_start: int = 0
 
 
-def build_training(config: Config, vocabulary: int, device: torch.device) -> Training:
-    """Build this rank's part. `vocabulary` counts entries before padding."""
-    modules = [build_chunk(config, vocabulary, stage).to(device) for stage in _stages(config)]
+def build_training(config: Config, vocabulary: int, device: torch.device, *, draw: bool = True) -> Training:
+    """Build this rank's part. `vocabulary` counts entries before padding; draw: see `build_model`."""
+    modules = [build_chunk(config, vocabulary, stage, draw=draw).to(device) for stage in _stages(config)]
     half = config.training.precision in ("bf16", "fp16")
     model_config = get_model_config(modules[0])
     settings = DistributedDataParallelConfig(
@@ -62,7 +62,7 @@ def build_training(config: Config, vocabulary: int, device: torch.device) -> Tra
     return training
 
 
-def build_chunk(config: Config, vocabulary: int, stage: int | None) -> torch.nn.Module:
+def build_chunk(config: Config, vocabulary: int, stage: int | None, *, draw: bool = True) -> torch.nn.Module:
     """One model chunk of this pipeline stage."""
     return build_model(
         config,
@@ -70,6 +70,7 @@ def build_chunk(config: Config, vocabulary: int, stage: int | None) -> torch.nn.
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         vp_stage=stage,
+        draw=draw,
     )
 
 

@@ -23,6 +23,9 @@ from sepllm_train.errors import RunStopped, UserError
 
 C = TypeVar("C")
 
+# The last two are what Hydra raises for a group that is given a number or a list of numbers.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+
 
 def config_folder() -> Path:
     """Folder of the YAML files: configs/ of the checkout, or the copy inside the installed package."""
@@ -58,7 +61,7 @@ def configuration_of(overrides: list[str]) -> schema.Config:
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = compose("pretrain", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         raise UserError(one_sentence(error)) from None
     return to_config(composed)
 
@@ -93,9 +96,12 @@ def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: ty
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
     failures: list[UserError | RunStopped] = []
+    composed = False
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=primary)
     def decorated(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         # Raised through Hydra, the sentence would come with Hydra's own lines on every rank.
         try:
             task(to_dataclasses(config, kind))
@@ -104,8 +110,8 @@ def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: ty
 
     try:
         decorated()
-    except (HydraException, OmegaConfBaseException) as error:
-        if show_traceback:
+    except COMPOSITION_ERRORS as error:
+        if show_traceback or (composed and not isinstance(error, HydraException | OmegaConfBaseException)):
             raise
         raise UserError(one_sentence(error, kind)) from None
     finally:
@@ -120,9 +126,15 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     text = str(error.__cause__ or error) if isinstance(error, HydraException) else str(error)
     if missing := re.search(r"Could not find '([^']+)'", str(error)):
         return f"configuration: there is no {missing[1]}.yaml in configs/; {_known_files(missing[1])}."
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return "configuration: what a group takes is the name of a file in configs/, such as model=pythia160m."
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
         if unknown[1] == "experiment":
             return "configuration: experiments are added with a plus: +experiment=NAME."
+        if (config_folder() / unknown[1]).is_dir():
+            return (
+                f"configuration: {unknown[1]} takes the name of a file in configs/; {_known_files(unknown[1] + '/')}."
+            )
         return (
             f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1], kind)}; --cfg job prints every key."
         )

@@ -107,7 +107,7 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     for name in ("build_training", "Stepper"):
-        monkeypatch.setattr(run, name, lambda *args: None)
+        monkeypatch.setattr(run, name, lambda *args, **options: None)
     monkeypatch.setattr(run, "run_record", lambda *args: {})
     monkeypatch.setattr(run, "Loop", Failing)
     monkeypatch.setattr(run_folder, "describe", lambda *args: None)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from data_prep.density import class_names, missing_splits
 from data_prep.separators import class_numbers
 from sepllm_train.analysis import ablation_report
-from sepllm_train.analysis.evaluation import Asked, text_of, usual_window
+from sepllm_train.analysis.evaluation import AnalysisSource, text_of, usual_window
 from sepllm_train.analysis.losses import Job
 from sepllm_train.analysis.recall import recall_distance
 from sepllm_train.analysis.report import check_output, progress, write_report
@@ -274,7 +274,7 @@ def _gains(prefix: str, other: Row, subset: Row, masks: dict[str, Tensor | None]
     return {f"{prefix}{name}gain": token_mean(difference, mask) for name, mask in masks.items()}
 
 
-def ablation_command(asked: Asked, output: Path, options: AblationOptions) -> dict[str, Any]:
+def ablation_command(source: AnalysisSource, output: Path, options: AblationOptions) -> dict[str, Any]:
     """Try separator subsets on a run's checkpoint, write the report to `output` and give the result.
 
     Raises UserError for whatever cannot be answered, before anything is written.
@@ -282,7 +282,7 @@ def ablation_command(asked: Asked, output: Path, options: AblationOptions) -> di
     check_output(output)
     options.check()
     with alone():
-        run, samples = asked.open()
+        run, samples = source.open()
         ablation = Ablation(run, options, samples)
         with progress(sum(job.samples for job in ablation.jobs), "sequence") as bar:
             result = ablation.answer(lambda: bar.update())

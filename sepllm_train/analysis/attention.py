@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_prep.separators import PAPER, class_numbers
 from sepllm_train.analysis import attention_report
-from sepllm_train.analysis.evaluation import Asked, usual_window
+from sepllm_train.analysis.evaluation import AnalysisSource, usual_window
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.analysis.runs import Run, alone, describe
@@ -44,7 +44,7 @@ class AttentionOptions:
             class_numbers(self.separators)
 
 
-def attention_command(asked: Asked, output: Path, options: AttentionOptions) -> dict[str, Any]:
+def attention_command(source: AnalysisSource, output: Path, options: AttentionOptions) -> dict[str, Any]:
     """Measure the attention of a run's checkpoint, write the report to `output` and give the result.
 
     Raises UserError for a mistake, before anything is written.
@@ -52,7 +52,7 @@ def attention_command(asked: Asked, output: Path, options: AttentionOptions) -> 
     check_output(output)
     options.check()
     with alone():
-        result = measure(*asked.open(), options)
+        result = measure(*source.open(), options)
     write_report(output, "attention", result, attention_report.markdown(result), attention_report.figures(result))
     return result
 

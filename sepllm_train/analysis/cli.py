@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from sepllm_train.errors import exit_code
 
 if TYPE_CHECKING:
-    from sepllm_train.analysis.evaluation import Asked
+    from sepllm_train.analysis.evaluation import AnalysisSource
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "analyze_separators.py"
@@ -83,10 +83,10 @@ def _add_run(command: argparse.ArgumentParser, samples: int) -> None:
     )
 
 
-def _asked(arguments: argparse.Namespace) -> Asked:
-    from sepllm_train.analysis.evaluation import Asked
+def _source(arguments: argparse.Namespace) -> AnalysisSource:
+    from sepllm_train.analysis.evaluation import AnalysisSource
 
-    return Asked(
+    return AnalysisSource(
         arguments.run_folder,
         step=arguments.checkpoint,
         data=arguments.data,
@@ -128,7 +128,7 @@ def _run_attention(arguments: argparse.Namespace) -> None:
         layers=arguments.layers,
         heads=arguments.heads,
     )
-    attention_command(_asked(arguments), arguments.output, options)
+    attention_command(_source(arguments), arguments.output, options)
 
 
 def _add_loss(commands: _Commands) -> None:
@@ -163,7 +163,7 @@ def _run_loss(arguments: argparse.Namespace) -> None:
         far_recall=arguments.far_recall,
         attention=arguments.attention,
     )
-    loss_command(_asked(arguments), arguments.output, questions)
+    loss_command(_source(arguments), arguments.output, questions)
 
 
 def _add_ablate(commands: _Commands) -> None:
@@ -190,7 +190,7 @@ def _run_ablate(arguments: argparse.Namespace) -> None:
     from sepllm_train.analysis.ablation import AblationOptions, ablation_command
 
     options = AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets)
-    ablation_command(_asked(arguments), arguments.output, options)
+    ablation_command(_source(arguments), arguments.output, options)
 
 
 def _recovery_parser() -> argparse.ArgumentParser:

@@ -131,7 +131,9 @@ def evaluate_run(
     """
     require(recall_window is None or recall_window >= 1, f"recall_window={recall_window} must be at least 1.")
     with alone():
-        run, count = Asked(Path(folder), step=step, data=data_prefix, held_out=held_out, samples=samples).open()
+        run, count = AnalysisSource(
+            Path(folder), step=step, data=data_prefix, held_out=held_out, samples=samples
+        ).open()
         losses = evaluate(run.model, run.pattern, run.validation, count, advance)
         text = text_of(run.validation, count)
     window = recall_window or usual_window(run.pattern)
@@ -150,8 +152,8 @@ def evaluate_run(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a question is put to: a checkpoint of the run in `folder`, and held-out samples.
+class AnalysisSource:
+    """What is analysed: a checkpoint of the run in `folder`, on held-out samples.
 
     step, data, held_out: as in `load_run`; samples: as in `samples_of`.
     """

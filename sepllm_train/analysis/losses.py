@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sepllm_train.analysis import loss_report
-from sepllm_train.analysis.evaluation import Asked, Pieces, evaluate, text_of, usual_window
+from sepllm_train.analysis.evaluation import AnalysisSource, Pieces, evaluate, text_of, usual_window
 from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples
@@ -269,7 +269,7 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.mean * factor, estimate.error * factor)
 
 
-def loss_command(asked: Asked, output: Path, questions: Questions) -> dict[str, Any]:
+def loss_command(source: AnalysisSource, output: Path, questions: Questions) -> dict[str, Any]:
     """Ask `questions` of a run's checkpoint, write the report to `output` and give the result.
 
     Raises UserError for whatever cannot be answered, before anything is written.
@@ -277,7 +277,7 @@ def loss_command(asked: Asked, output: Path, questions: Questions) -> dict[str, 
     check_output(output)
     questions.check()
     with alone():
-        run, samples = asked.open()
+        run, samples = source.open()
         analysis = LossAnalysis(run, questions, samples)
         passes = sum(job.samples * job.parts for job in analysis.jobs)
         with progress(passes, "sequence") as bar:

@@ -24,7 +24,7 @@ from sepllm_train.errors import RunStopped, UserError
 C = TypeVar("C")
 
 # The last two are what Hydra raises for a group that is given a number or a list of numbers.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 
 
 def config_folder() -> Path:
@@ -61,7 +61,7 @@ def configuration_of(overrides: list[str]) -> schema.Config:
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = compose("pretrain", overrides=overrides)
-    except COMPOSITION_ERRORS as error:
+    except _COMPOSITION_ERRORS as error:
         raise UserError(one_sentence(error)) from None
     return to_config(composed)
 
@@ -110,7 +110,7 @@ def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: ty
 
     try:
         decorated()
-    except COMPOSITION_ERRORS as error:
+    except _COMPOSITION_ERRORS as error:
         if show_traceback or (composed and not isinstance(error, HydraException | OmegaConfBaseException)):
             raise
         raise UserError(one_sentence(error, kind)) from None

@@ -288,7 +288,10 @@ def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `answer` is by DECIDING; `beside` has what the rule would say by BESIDE.
     """
-    by = {key: _share_over_seeds([result["groups"][FAR]["shares"][key] for result in results]) for key in REPLACED}
+    by = {
+        key: _share_over_seeds([result["groups"][FAR]["shares"][key] for result in results])
+        for key in (DECIDING, BESIDE)
+    }
     return {
         "share": by[DECIDING],
         "answer": _answer(by[DECIDING], len(results)),

@@ -34,6 +34,8 @@ def test_experiment(name: str) -> None:
     config = load(f"+experiment={name}")
     validate(config, world_size=1)
     assert config.name == name
+    # Without the run it begins with, post-training would train from scratch unnoticed.
+    assert (config.init_from == "RUN") == name.startswith("posttrain")
     assert len(resolve_pattern(config.attention, config.model.layers).layers) == config.model.layers
     head = (FOLDER / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert head[1].startswith("# torchrun") and head[1].endswith(f"scripts/pretrain.py +experiment={name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 from sepllm_train.config.schema import Config
@@ -58,7 +57,7 @@ def memory_estimate(
     for parameters, last in stages:
         held = _held(config, parameters, replicas)
         activations = _activations(config, padded_vocabulary, replicas, attended_share, device, last=last)
-        peak = round(max(activations, _update(config, parameters, table, replicas, device)))
+        peak = round(max(activations, _update(config, table, replicas, device)))
         estimates.append({**held, "activations": peak, "total": sum(held.values()) + peak})
     return max(estimates, key=lambda estimate: estimate["total"])
 
@@ -78,13 +77,10 @@ def _optimizer_shards(config: Config, replicas: int) -> int:
     return replicas * config.parallel.context if config.parallel.sharded_optimizer else 1
 
 
-def _update(config: Config, parameters: int, table: int, replicas: int, device: str) -> float:
-    """Bytes that come and go in the optimizer: torch's Adam takes the root of all second moments at once on a GPU and
-    of one tensor at a time on a CPU, twice over; a fused Adam takes nothing."""
-    if device == "cuda":
-        fused = any(importlib.util.find_spec(module) is not None for module in ("amp_C", "transformer_engine"))
-        return 0 if fused else 4 * parameters / _optimizer_shards(config, replicas)
-    return 8 * table / _optimizer_shards(config, replicas)
+def _update(config: Config, table: int, replicas: int, device: str) -> float:
+    """Bytes that come and go in the optimizer: on a CPU torch's Adam takes the root of one tensor's second moments at a
+    time, twice over; the fused Adam of a GPU takes nothing."""
+    return 0 if device == "cuda" else 8 * table / _optimizer_shards(config, replicas)
 
 
 def _element(config: Config) -> int:
@@ -118,7 +114,7 @@ def _activations(
 def _loss(config: Config, rows: float, tokens: float, layer: _LayerBytes) -> float:
     """Peak bytes of output layer and loss, of which this rank has `rows` entries, on `tokens` tokens."""
     element, hidden, training = _element(config), config.model.hidden, config.training
-    if not training.loss_chunk:
+    if not (training.loss_chunk or training.compile):
         # The logits, in half precision with their fp32 copy, which becomes the softmax and then their gradient; after
         # that the gradient in the training precision and that of the output layer.
         loss = tokens * rows * (4 if element == 4 else 6)
@@ -126,7 +122,7 @@ def _loss(config: Config, rows: float, tokens: float, layer: _LayerBytes) -> flo
     # The backward pass of a chunk: its logits, beside what becomes their gradient and, where that is not one kernel,
     # an fp32 copy; after that the gradient and its product, which is added to the output layer's in fp32. Besides the
     # gradient of the hidden states, and these themselves where sequence parallelism has put them together.
-    chunk = min(training.loss_chunk, tokens)
+    chunk = min(training.loss_chunk or tokens, tokens)
     logits = chunk * rows * (2 * element if training.compile else 8 if element == 4 else 10)
     product = rows * (0 if element == 4 else element * (chunk + hidden))
     states = tokens * layer.gathered * (2 if config.parallel.sequence else 1)

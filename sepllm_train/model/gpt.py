@@ -15,7 +15,7 @@ from sep_attention import AttentionPlan
 from torch import Tensor
 
 from sepllm_train.distributed.context import ContextPlan
-from sepllm_train.model.loss import OutputShard, chunked_cross_entropy
+from sepllm_train.model.loss import OutputShard, output_cross_entropy
 from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 
@@ -71,7 +71,7 @@ class SepGPTModel(GPTModel):
         """What megatron-core's forward ends with: the output layer and the loss. hidden_states [S, B, hidden]."""
         if isinstance(kwargs.get("packed_seq_params"), DecodeSequence):
             hidden_states = hidden_states[-1:]
-        if not (self.post_process and self.loss_chunk) or labels is None:
+        if not (self.post_process and (self.loss_chunk or self.pointwise.compiled)) or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight()
@@ -83,7 +83,7 @@ class SepGPTModel(GPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         shard = OutputShard(len(weight), self.vocabulary, self.loss_chunk, self.tp_group, self.pointwise)
-        loss = chunked_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), shard)
+        loss = output_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), shard)
         return loss.view(hidden.shape[:2]).t().contiguous()
 
     def _mask_padding(self, logits: Tensor) -> Tensor:

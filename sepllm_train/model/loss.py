@@ -1,9 +1,11 @@
-"""Output layer and cross entropy over chunks of tokens: the logits of a micro-batch never exist as a whole.
+"""Output layer and cross entropy without an fp32 copy of the logits, over chunks of tokens or all at once.
 
 The plain way keeps logits, in half precision with a copy in fp32, of [S, B, vocabulary / TP]: the largest tensors of a
-small model. Here the backward pass multiplies the output layer once more for each chunk instead. megatron-core's
-`cross_entropy_loss_fusion` is not used: it keeps the whole fp32 logits too, and rounds their gradient to bf16 also in
-fp32 and fp16 training.
+small model, read and written by one operation after another. Here two functions of the logits as they are do all of it
+(`Pointwise.statistics` and `softmax_gradient`, one kernel each when compiled). Over several chunks the logits never
+exist as a whole, and the backward pass multiplies the output layer once more for each; a single chunk keeps its logits
+until then. megatron-core's `cross_entropy_loss_fusion` is not used: it keeps the whole fp32 logits too, and rounds their
+gradient to bf16 also in fp32 and fp16 training.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from sepllm_train.model.pointwise import Pointwise
 class OutputShard:
     """This rank's part of the output layer, and how much of it exists at once.
 
-    `entries`: rows of the part, padding included; `vocabulary`: entries of the whole that are real; `chunk`: tokens.
+    `entries`: rows of the part, padding included; `vocabulary`: entries of the whole that are real; `chunk`: tokens, 0
+    for all.
     """
 
     entries: int
@@ -48,8 +51,12 @@ class OutputShard:
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Parts of `tokens` tokens that are of nearly one size and `chunk` at most."""
-        size = -(-tokens // -(-tokens // self.chunk))
+        size = -(-tokens // -(-tokens // (self.chunk or tokens)))
         return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+    def keeps(self, tokens: int) -> bool:
+        """Whether the logits of `tokens` tokens are one chunk, which waits for the backward pass."""
+        return not self.chunk or tokens <= self.chunk
 
     def own(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Row of this part for each label [T] (0 where another rank holds it), and whether it is held here."""
@@ -58,27 +65,30 @@ class OutputShard:
         return rows.where(held, 0), held
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, shard: OutputShard) -> Tensor:
+def output_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, shard: OutputShard) -> Tensor:
     """Loss of each token in nats, fp32 [T].
 
     hidden [T, H] of all tokens, the same on each tensor-parallel rank; weight [entries, H] of this rank; labels i64
     [T]. The gradient of `hidden` is this rank's part of a sum over the tensor-parallel ranks.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
+    return _OutputCrossEntropy.apply(hidden, weight, labels, shard)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _OutputCrossEntropy(torch.autograd.Function):
     """log(sum of exp(l - m)) - (l of the label - m) with m the maximum of a token's logits l, softmax in fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: OutputShard) -> Tensor:
         """Two reductions over the tensor-parallel group, each of one number or two per token."""
         rows, held = shard.own(labels)
+        kept: list[Tensor] = []
         maximum, total, of_label = torch.empty(3, len(labels), dtype=torch.float32, device=hidden.device).unbind()
         for part in shard.chunks(len(labels)):
             logits = shard.logits(hidden[part], weight)
             maximum[part], total[part] = shard.pointwise.statistics(logits)
             of_label[part] = logits.gather(1, rows[part, None])[:, 0].float()
+            if shard.keeps(len(labels)):
+                kept.append(logits)
             del logits  # before the next chunk's are made
         if get_pg_size(shard.group) > 1:
             own_maximum = maximum.clone()
@@ -87,21 +97,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=shard.group)
             total, of_label = sums.unbind()
         ctx.save_for_backward(hidden, weight, rows, held, maximum, total, of_label)
+        # Not a saved tensor: those are held until the whole backward pass of this function is over.
+        ctx.kept = kept
         ctx.shard = shard
         return total.log() - (of_label - maximum)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Logits again, chunk by chunk; the weight's gradient is summed in fp32."""
+        """Logits again, chunk by chunk, unless they were kept; the weight's gradient is summed in fp32."""
         hidden, weight, rows, held, maximum, total, of_label = ctx.saved_tensors
         (gradient,) = gradients
         shard: OutputShard = ctx.shard
+        kept: list[Tensor] = ctx.kept
         factor = gradient / total
         at_label = factor * (of_label - maximum).exp() - gradient
         of_hidden = torch.empty_like(hidden)
         of_weight: Tensor | None = None
         for part in shard.chunks(len(rows)):
-            logits = shard.logits(hidden[part], weight)
+            logits = kept.pop() if kept else shard.logits(hidden[part], weight)
             step = shard.pointwise.softmax_gradient(logits, maximum[part], factor[part])
             del logits
             index = rows[part, None]

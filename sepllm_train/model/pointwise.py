@@ -5,7 +5,8 @@ them is left to the libraries that do it best: matrix products, collectives of t
 megatron-core overlaps with the backward pass), attention with its own kernels, recomputation. A layer compiled whole
 would be cut at each of those and be guarded by its number, its window and the attention plan. A function of tensors
 has no state, so one compilation serves every layer and micro-batch, names of weights stay as they are, and any layout
-or recomputation works as without. GELU is the exact one: megatron-core's fused one is the tanh approximation.
+or recomputation works as without. It sees tokens [T, ...] and not sequences [S, B, ...]: micro-batches of as many
+tokens share it whatever their length. GELU is the exact one: megatron-core's fused one is the tanh approximation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Pointwise:
             torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)
         self.activation = self._made(_swiglu if model.activation == "swiglu" else _gelu)
         self.add = self._made(_add)
-        self.rotate = self._made(_rotate)
+        self.rotate = self._compiled(_rotate) if self.compiled else _rotate
         self.statistics = self._made(_statistics)
         self.softmax_gradient = self._made(_softmax_gradient)
         self._two_norms = self._made(_two_norms)
@@ -47,9 +48,11 @@ class Pointwise:
         self._add_three = self._made(_add_three)
 
     def _made(self, function: Callable) -> Callable:
-        """The function itself, or compiled for the very shapes it is called with."""
-        if not self.compiled:
-            return function
+        """A function of tensors [..., H] as it is, or compiled for so many tokens."""
+        return _by_token(self._compiled(function)) if self.compiled else function
+
+    def _compiled(self, function: Callable) -> Callable:
+        """A function compiled for the very shapes it is called with."""
         return torch.compile(function, fullgraph=True, dynamic=False, options=self._options)
 
     def norm(self, x: Tensor, norm: torch.nn.Module) -> Tensor:
@@ -78,6 +81,22 @@ class Pointwise:
         # Both biases have the same gradient: their sum outside gets it by one reduction, in fp32. (Written to two
         # results in half precision, it becomes C++ that does not compile in torch 2.13.)
         return self._add_three(residual, x, y, x_bias.float() + y_bias.float())
+
+
+def _by_token(function: Callable) -> Callable:
+    """`function` of tensors [tokens, ...] for tensors [S, B, ...]. Anything else it takes has at most one axis."""
+
+    def call(*arguments: Any) -> Any:
+        leading = arguments[0].shape[:-1]
+        if len(leading) < 2:
+            return function(*arguments)
+        flat = (x.flatten(0, -2) if isinstance(x, Tensor) and x.dim() > 1 else x for x in arguments)
+        found = function(*flat)
+        if isinstance(found, Tensor):
+            return found.unflatten(0, leading)
+        return tuple(x.unflatten(0, leading) for x in found)
+
+    return call
 
 
 _NormSettings = tuple[Tensor, Tensor | None, float]

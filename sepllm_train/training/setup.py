@@ -52,6 +52,8 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
         for number, module in enumerate(wrapped)
     ]
     optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    if device.type == "cuda":
+        _fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
@@ -99,6 +101,14 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         params_dtype=PRECISIONS[precision],
         use_distributed_optimizer=config.parallel.sharded_optimizer,
     )
+
+
+def _fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam, which megatron-core makes where it finds no other, update all tensors by one kernel."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

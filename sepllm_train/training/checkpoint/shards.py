@@ -144,7 +144,7 @@ def set_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any])
                 group["step"] = int(scalars["step"])
                 continue
             for parameter in group["params"]:
-                inner.state[parameter]["step"] = torch.tensor(float(scalars["step"]))
+                inner.state[parameter]["step"] = _count(float(scalars["step"]), group, parameter)
     for part in _parts(optimizer):
         scaler = getattr(part, "grad_scaler", None)
         if scaler is not None and "grad_scaler" in scalars:
@@ -155,10 +155,10 @@ def set_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any])
 def complete_adam(optimizer: MegatronOptimizer) -> None:
     """Give Adam the state of step 0 where it has none: before the first update, which fp16 may have skipped."""
     for inner in _inner(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
+        for group, parameter in ((group, p) for group in inner.param_groups for p in group["params"]):
             state = inner.state[parameter]
             if not _counts_in_groups(inner):
-                state.setdefault("step", torch.tensor(0.0))
+                state.setdefault("step", _count(0.0, group, parameter))
             state.setdefault("exp_avg", torch.zeros_like(parameter))
             state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
 
@@ -176,6 +176,11 @@ def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 def _counts_in_groups(inner: torch.optim.Optimizer) -> bool:
     """Whether this Adam keeps its count of updates per group (apex, Transformer Engine) and not per parameter."""
     return not isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _count(step: float, group: dict[str, Any], parameter: Tensor) -> Tensor:
+    """A parameter's count of updates as torch's Adam keeps it: on the device when it is fused."""
+    return torch.tensor(step, device=parameter.device if group.get("fused") else "cpu")
 
 
 def _steps(inner: torch.optim.Optimizer) -> set[float]:

@@ -35,7 +35,6 @@ from sepllm_train.errors import exit_on_user_error
 DENSITY = 0.12
 BAR_RATIO = 3.0
 BAR_FLAT = 0.05
-ROUNDS = 5
 
 
 def main() -> None:
@@ -48,12 +47,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192, help="tokens that full attention attends to (8192)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of the long run (16384)")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the sides, of which the median counts (5)")
     for name, value in (("initial", 4), ("separators", 64), ("window", 256), ("capacity", 800)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the cache ({value})")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures there as JSON")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: there is no GPU here; use cpu.")
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds} must be at least 1.")
     if min(options.context, options.tokens) < 1024:
         raise UserError("--context and --tokens must be at least 1024.")
     with torch.no_grad():
@@ -83,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for side in sides.values():
         side(8)
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         for name, side in sides.items():
             times[name].append(side(bench.count))
     medians = {name: statistics.median(found) for name, found in times.items()}
@@ -141,7 +143,7 @@ class Bench:
         config = configuration(options.model)
         # Tokens of a side, as many as whole rounds of dropping take.
         self.count = max(64, options.capacity - options.initial - options.separators - options.window + 1)
-        self.room = options.context + (ROUNDS + 1) * self.count
+        self.room = options.context + (options.rounds + 1) * self.count
         config.data.sequence_length = max(self.room, options.capacity)
         self.vocabulary = config.model.vocabulary or 50304
         torch.manual_seed(0)

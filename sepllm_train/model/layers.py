@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -66,6 +67,19 @@ def apex_class(fused: type[Any]) -> type[Any]:
             _mark_sequence_parallel(self, config)
 
     return ApexNorm
+
+
+class QueryKeyValueLinear(ColumnParallelLinear):
+    """The one projection whose bias is not left to what comes after it: the matrix product adds it on the way.
+
+    megatron-core's reads and writes the product once more. Ranks that must exchange something go its way.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        exchange = options["allreduce_dgrad"] or options["sequence_parallel"]
+        if options["bias"] is None or exchange:
+            return super()._forward_impl(input, weight, **options)
+        return F.linear(input, weight, options["bias"])
 
 
 class SeparatorLayer(TransformerLayer):
@@ -143,7 +157,7 @@ def layer_spec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=QueryKeyValueLinear,
             core_attention=core_attention,
             linear_proj=RowParallelLinear,
             q_layernorm=norm if attention.qk_norm else None,

@@ -42,11 +42,12 @@ class OutputShard:
         return get_pg_rank(self.group) * self.entries
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits [T, entries] of hidden [T, H], -inf where there is no entry."""
+        """Logits [T, entries] of hidden [T, H], where there is no entry the lowest number: a difference of two of those
+        is still a number."""
         logits = hidden @ weight.t()
         real = max(0, self.vocabulary - self.first)
         if real < self.entries:
-            logits[:, real:] = float("-inf")
+            logits[:, real:] = torch.finfo(logits.dtype).min
         return logits
 
     def chunks(self, tokens: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,9 @@ _MEGATRON_PARTS = {"forward-compute": "forward", "backward-compute": "backward"}
 class StepClock:
     """Adds up the seconds of each part of the training steps since the last `take`.
 
-    On a CPU the wall clock counts. On a GPU events in the stream do, which cost no synchronisation; they are read by
-    `end`, which is called when the device has done the step anyway. Waiting for data happens on the host and is wall
-    clock on both. A part within another is taken out of it. This is also what megatron-core calls `timers`, so that
+    On a CPU the wall clock counts. On a GPU events in the stream do, which cost no synchronisation: `end` reads those
+    that the device has come to, and `take` waits for the rest. Waiting for data happens on the host and is wall clock
+    on both. A part within another is taken out of it. This is also what megatron-core calls `timers`, so that
     its schedules time forward and backward by it.
     """
 
@@ -29,7 +30,7 @@ class StepClock:
         self.running = False
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._open: list[tuple[str, float | torch.cuda.Event]] = []
-        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
@@ -37,13 +38,10 @@ class StepClock:
         self.running = True
 
     def end(self) -> None:
-        """The step is over and the device idle: add up its parts."""
+        """The step is over on the host."""
         self.running = False
         self._open.clear()
-        for name, first, last in self._spans:
-            self.seconds[name] += first.elapsed_time(last) / 1e3
-            self._spare += (first, last)
-        self._spans.clear()
+        self._read(wait=False)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -53,7 +51,8 @@ class StepClock:
         self.stop()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call."""
+        """Seconds of each part since the last call. Waits for the device."""
+        self._read(wait=True)
         taken, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
         return taken
 
@@ -83,6 +82,15 @@ class StepClock:
             self.seconds[name] += time.perf_counter() - start
         else:
             self._spans.append((name, start, self._event()))
+
+    def _read(self, *, wait: bool) -> None:
+        """Add up the parts whose end the device has come to, or all."""
+        if wait and self._spans:
+            self._spans[-1][2].synchronize()
+        while self._spans and self._spans[0][2].query():
+            name, first, last = self._spans.popleft()
+            self.seconds[name] += first.elapsed_time(last) / 1e3
+            self._spare += (first, last)
 
     def _now(self, name: str) -> float | torch.cuda.Event:
         return self._event() if self.device.type == "cuda" and name != "data_wait" else time.perf_counter()

@@ -192,8 +192,7 @@ class Loop:
         self.skipped += result.skipped
         self.bad += result.bad is not None
         self.interval_steps += 1
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        # Nothing waits for the device here: the next step is prepared while it updates the weights.
         self.stepper.clock.end()
         self.interval_seconds += time.perf_counter() - begin
         self.state.step += 1
@@ -250,6 +249,10 @@ class Loop:
         """Reduce the interval over ranks, move it into the counters, write a line."""
         if not self.interval_steps:
             return
+        begin = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.interval_seconds += time.perf_counter() - begin
         loss, count, pairs, *layer_pairs, sent = reduce_over_ranks(self.sums, self.context_bytes)
         tokens = self.interval_steps * self.facts.tokens_per_step
         seconds = self.interval_seconds

@@ -68,9 +68,9 @@ class Rival:
             self.stepper.use(pattern, length)
             self.stepper.clock.begin()
             pairs += self.stepper.train(self.batches, micro, lambda number: None).pairs
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             self.stepper.clock.end()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         took = time.perf_counter() - begin
         self.pairs += int(pairs)
         return took

@@ -74,7 +74,7 @@ def random_rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """ids and attention_mask, i64 [B, T]."""
     longest = max(len(row) for row in rows)
-    ids = torch.stack([torch.cat((torch.zeros(longest - len(row), dtype=torch.int64), row)) for row in rows])
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
     return ids, (ids > 0).long()
 
 

@@ -6,7 +6,7 @@
     python kernels/benchmarks/tune.py --candidates FILE                   # then only what compiled well is timed
 
 Candidates are compiled first; those that spill more than the compile gate allows, or that do without wgmma where the
-device has it, are not timed. The score of a tile is the geometric mean, over LENGTHS, of its time over that of the
+device has it, are not timed. The score of a tile is the geometric mean, over --lengths, of its time over that of the
 tile in the table. Figures go to a file under results/ as they come; the table, in tuning.py, changes where a tile is
 faster by more than MARGIN. Run the compile gate with --record and the benchmarks afterwards.
 """
@@ -117,7 +117,7 @@ def _launch_once(head_size: int, kernel: str, tile: Tile) -> str:
     """Empty, or why a candidate cannot be launched."""
     try:
         device = torch.device("cuda")
-        bench = Bench(head_size, device, Clock(device), lengths=LENGTHS[:1], tokens=LENGTHS[0])
+        bench = Bench(head_size, device, Clock(device), lengths=LENGTHS[:1], window=WINDOW, tokens=LENGTHS[0])
         with forced_tiles(**{kernel: tile}):
             ((attend, (inputs, *_)),) = bench.cases
             outcome(attend, inputs)
@@ -128,7 +128,7 @@ def _launch_once(head_size: int, kernel: str, tile: Tile) -> str:
 
 
 class Bench:
-    """Times one kernel's tiles on real separators at each of LENGTHS."""
+    """Times one kernel's tiles on real separators at each of `lengths`."""
 
     def __init__(
         self,
@@ -136,17 +136,18 @@ class Bench:
         device: torch.device,
         clock: Clock,
         *,
-        lengths: Sequence[int] = LENGTHS,
+        lengths: Sequence[int],
+        window: int,
         tokens: int = TOKENS,
     ) -> None:
         self.clock = clock
         self.cases = []
         text = load_separators()
         for length in lengths:
-            batch = tokens // length
+            batch = max(1, tokens // length)
             plan = build_plan(torch.from_numpy(text_rows(text, length, batch)).to(device))
-            inputs = make_inputs(Cell(length, WINDOW, head_size, 1, "text"), batch, HIDDEN, device, 2)
-            self.cases.append((ours(plan, WINDOW), inputs))
+            inputs = make_inputs(Cell(length, window, head_size, 1, "text"), batch, HIDDEN, device, 2)
+            self.cases.append((ours(plan, window), inputs))
 
     def milliseconds(self, kernel: str, tile: Tile) -> list[float]:
         """Median time of the pass a kernel belongs to, at each length, with this tile."""
@@ -220,6 +221,8 @@ def tune_kernel(bench: Bench, kernel: str, head_size: int, tiles: Sequence[Tile]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=(64, 128), choices=tuning.HEAD_SIZES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of the sequences")
+    parser.add_argument("--window", type=int, default=WINDOW, help="tokens in sight (%(default)s)")
     parser.add_argument("--minutes", type=float, default=20, help="stop timing after this long (%(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers; 0: none ahead of timing"
@@ -261,7 +264,7 @@ def main() -> int:
     turns = list(itertools.product(options.head_sizes, KERNELS))
     for turn, (head_size, kernel) in enumerate(turns):
         share = max(0, deadline - time.monotonic()) / (len(turns) - turn)
-        bench = Bench(head_size, device, clock)
+        bench = Bench(head_size, device, clock, lengths=options.lengths, window=options.window)
         timed = tune_kernel(bench, kernel, head_size, found[head_size, kernel], time.monotonic() + share)
         results["kernels"].append(timed)
         write_json(path, results)

@@ -61,7 +61,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", metavar="NAME", help="model configurations")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="sequence lengths")
     parser.add_argument("--window", type=int, default=64, help="attention.window of the separator runs (64)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences (default: 1 on a CPU, 16,384 tokens)")
+    parser.add_argument(
+        "--micro-tokens", type=int, metavar="N", help="tokens of a micro-batch (1 sequence on a CPU, 16384)"
+    )
     parser.add_argument("--step-tokens", type=int, metavar="N", help="tokens of a step (default: one micro-batch)")
     parser.add_argument("--turns", type=int, default=9, metavar="N", help="turns that count, after one to warm up (9)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a turn (4)")
@@ -70,9 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 peak of one device, for MFU")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration of both")
     options = parser.parse_intermixed_args(arguments)
-    for name in ("turns", "steps", "window"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1.")
+    for name in ("turns", "steps", "window", "micro_tokens", "step_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1.")
     folder = options.output.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--output {options.output}: {folder} is not a folder that can be written to.")
@@ -105,7 +108,7 @@ def configuration(
 ) -> Config:
     """The configuration of one rival, checked. Raises UserError."""
     default = GPU if kind == "cuda" else CPU
-    micro = options.micro_batch or max(1, default["tokens"] // length)
+    micro = max(1, (options.micro_tokens or default["tokens"]) // length)
     steps = (options.turns + 1) * options.steps
     overrides = [
         f"model={model}",

@@ -4,8 +4,8 @@ The plain way keeps logits, in half precision with a copy in fp32, of [S, B, voc
 small model, read and written by one operation after another. Here two functions of the logits as they are do all of it
 (`Pointwise.statistics` and `softmax_gradient`, one kernel each when compiled). Over several chunks the logits never
 exist as a whole, and the backward pass multiplies the output layer once more for each; a single chunk keeps its logits
-until then. megatron-core's `cross_entropy_loss_fusion` is not used: it keeps the whole fp32 logits too, and rounds their
-gradient to bf16 also in fp32 and fp16 training.
+until then. megatron-core's `cross_entropy_loss_fusion` is not used: it keeps the whole fp32 logits too, and rounds
+their gradient to bf16 also in fp32 and fp16 training.
 """
 
 from __future__ import annotations

@@ -23,11 +23,8 @@ from sepllm_train.config.schema import ModelConfig, TrainingConfig
 
 # Compilations of one function that may be kept: with and without gradients for each shape that a process trains with.
 COMPILATIONS = 128
-# p(t) of `_HalfGelu`, from the constant term on.
-ERFC = (
-    *(-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806),
-    *(0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277),
-)
+# p(t) of `_HalfGelu`, from the linear term on.
+TAIL = (0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429)
 
 
 class Pointwise:
@@ -152,34 +149,37 @@ def _compiled_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _HalfGelu(torch.autograd.Function):
-    """x Phi(x) with Phi the normal distribution, to a relative error of some 1e-6, far below half precision's own.
+    """x Phi(x) with Phi the normal distribution, to 2.2e-7, and to 5e-4 of itself down to x = -4.
 
-    Phi(-|x|) = erfc(z) / 2, z = |x| / sqrt(2), by the Chebyshev fit of Press et al. 1992, "Numerical Recipes in C",
-    second edition, section 6.2 (erfcc): t exp(-z^2 + p(t)), t = 1 / (1 + z / 2). It has no branches.
+    That is below half precision's own error.
+
+    Phi(-|x|) = density(x) p(t), t = 1 / (1 + 0.2316419 |x|), by formula 26.2.17 of Abramowitz and Stegun 1964,
+    "Handbook of Mathematical Functions": no branches, and the density is what the gradient needs too.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
-        return (wide * _normal_distribution(wide)).to(x.dtype)
+        return (wide * _normal(wide)[0]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,), (gradient,) = ctx.saved_tensors, gradients
         wide = x.float()
-        density = torch.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
-        return (gradient.float() * (_normal_distribution(wide) + wide * density)).to(x.dtype)
+        distribution, density = _normal(wide)
+        return (gradient.float() * (distribution + wide * density)).to(x.dtype)
 
 
-def _normal_distribution(x: Tensor) -> Tensor:
-    z = x.abs() * 0.5**0.5
-    t = 1.0 / (1.0 + 0.5 * z)
-    exponent = torch.full_like(t, ERFC[-1])
-    for coefficient in ERFC[-2::-1]:
-        exponent = exponent * t + coefficient
-    tail = 0.5 * t * torch.exp(exponent - z * z)
-    return torch.where(x < 0, tail, 1.0 - tail)
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal distribution and its density at x, fp32."""
+    density = torch.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    t = 1.0 / (1.0 + 0.2316419 * x.abs())
+    series = t * TAIL[-1]
+    for coefficient in TAIL[-2::-1]:
+        series = (series + coefficient) * t
+    tail = density * series
+    return torch.where(x < 0, tail, 1.0 - tail), density
 
 
 def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -201,12 +201,11 @@ def _rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row of logits [T, V], all of them finite, and sum of exp(logits - maximum), fp32 [T].
 
-    Written as the compiler knows a softmax, which it computes in one pass over the logits.
+    Two passes: the one that a compiler makes of a softmax took 1.3 times as long on an H200 (65,536 x 50,304).
     """
     wide = logits.float()
-    maximum = wide.amax(-1, keepdim=True)
-    total = (wide - maximum).exp_().sum(-1, keepdim=True)
-    return maximum[:, 0], total[:, 0]
+    maximum = wide.amax(-1)
+    return maximum, (wide - maximum[:, None]).exp_().sum(-1)
 
 
 def _softmax_gradient(logits: Tensor, maximum: Tensor, factor: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ class Stepper:
         """
         training = self.training
         for chunk in training.chunks:
-            chunk.train()
+            if not chunk.training:
+                chunk.train()
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
         layer_pairs = torch.zeros(len(self.pattern.layers), dtype=torch.int64, device=self.device)

@@ -155,12 +155,13 @@ def set_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any])
 def complete_adam(optimizer: MegatronOptimizer) -> None:
     """Give Adam the state of step 0 where it has none: before the first update, which fp16 may have skipped."""
     for inner in _inner(optimizer):
-        for group, parameter in ((group, p) for group in inner.param_groups for p in group["params"]):
-            state = inner.state[parameter]
-            if not _counts_in_groups(inner):
-                state.setdefault("step", _count(0.0, group, parameter))
-            state.setdefault("exp_avg", torch.zeros_like(parameter))
-            state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                if not _counts_in_groups(inner):
+                    state.setdefault("step", _count(0.0, group, parameter))
+                state.setdefault("exp_avg", torch.zeros_like(parameter))
+                state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -35,6 +35,7 @@ from sepllm_train.errors import exit_on_user_error
 DENSITY = 0.12
 BAR_RATIO = 3.0
 BAR_FLAT = 0.05
+FULL_STEPS = 64
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.rounds):
         for name, side in sides.items():
-            times[name].append(side(bench.count))
+            times[name].append(side(bench.count if name == "sep" else FULL_STEPS))
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name, seconds in medians.items():
         say(f"{name}: {1e3 * seconds:.3f} ms a step, {options.batch / seconds:,.0f} tokens/s")
@@ -141,9 +142,9 @@ class Bench:
         self.options, self.device = options, torch.device(options.device)
         dtype = options.dtype or ("bf16" if self.device.type == "cuda" else "fp32")
         config = configuration(options.model)
-        # Tokens of a side, as many as whole rounds of dropping take.
+        # Steps of a turn with the cache, as many as a round of dropping takes; the other sides' are all alike.
         self.count = max(64, options.capacity - options.initial - options.separators - options.window + 1)
-        self.room = options.context + (options.rounds + 1) * self.count
+        self.room = options.context + (options.rounds + 1) * FULL_STEPS
         config.data.sequence_length = max(self.room, options.capacity)
         self.vocabulary = config.model.vocabulary or 50304
         torch.manual_seed(0)

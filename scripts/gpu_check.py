@@ -52,6 +52,7 @@ PACKAGES = {
 SAMPLE_PACKAGES = {"sentencepiece": "sentencepiece"}
 THROUGHPUT_LENGTHS = (2048, 8192, 32768)
 TOKENS_PER_STEP = 65536
+COMPILED = "training.compile=true"
 TINY_BENCHMARK = (
     *("--model", "demo", "--turns", 2, "--steps", 1, "model.layers=2", "model.hidden=128", "model.heads=2"),
     *("model.ffn=256", "data.sample_vocabulary=4096", "data.workers=0"),
@@ -196,9 +197,8 @@ def _throughput(stage: Stage, options: argparse.Namespace, length: int) -> dict[
     result.unlink(missing_ok=True)
     arguments: list[object] = ["--output", result, "--lengths", length, *TINY_BENCHMARK]
     if not options.tiny:
-        sequences = TOKENS_PER_STEP // length
-        arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--turns", 4, "--steps", 2]
-        arguments.append(f"training.global_batch={sequences}")
+        arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--turns", 4, "--steps", 1]
+        arguments += ["--micro-tokens", TOKENS_PER_STEP, "--step-tokens", 4 * TOKENS_PER_STEP, COMPILED]
     if options.data:
         arguments += ["--data", options.data.resolve()]
     share = stage.seconds_left / (len(THROUGHPUT_LENGTHS) + 1)
@@ -221,13 +221,14 @@ def _loss_pair(
     steps = 4
     if not options.tiny:
         seen = [row["figures"]["dense"]["step_seconds"] for row in throughput if "figures" in row]
-        seconds = seen[0] if seen else 1.0
+        seconds = seen[0] / 4 if seen else 1.0
         # A third of the time goes to starting, validating and saving twice.
         steps = max(10, int(stage.seconds_left / 3 / seconds))
     if options.tiny:
         shape: tuple[str, ...] = ("data.sequence_length=256", "training.global_batch=2", "training.micro_batch=1")
     else:
-        shape = (f"training.global_batch={TOKENS_PER_STEP // 2048}", "training.micro_batch=8")
+        sequences = TOKENS_PER_STEP // 2048
+        shape = (f"training.global_batch={sequences}", f"training.micro_batch={sequences}", COMPILED)
     every = max(1, steps // 8)
     overrides = (*shape, f"training.steps={steps}", f"training.validation_interval={every}")
     pair, finished = {}, True

@@ -208,6 +208,7 @@ def _data(own: DataConfig, prefix: str | None, held_out: float | None) -> DataCo
         source=own.source if prefix is None else "prefixes",
         prefixes=own.prefixes if prefix is None else [prefix],
         validation_fraction=own.validation_fraction if held_out is None else held_out,
+        validation_prefixes=own.validation_prefixes if prefix is None and held_out is None else [],
         workers=0,
     )
 

@@ -146,7 +146,7 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     first = lines[0].rstrip(".") if lines else type(error).__name__
     if key and ("is not a ListConfig" in first or "DictConfig with ListConfig" in first):
-        entry = "PREFIX" if key == "data.prefixes" else "ENTRY"
+        entry = "PREFIX" if key.endswith("prefixes") else "ENTRY"
         return f"configuration: {key} is a list: write it in brackets, '{key}=[{entry},...]'."
     return f"configuration: {key + ': ' if key and key not in first else ''}{first}."
 

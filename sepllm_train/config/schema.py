@@ -219,7 +219,10 @@ class DataConfig:
     # List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}.
     prefixes: list[Any] = field(default_factory=list)
     sequence_length: int = 2048
+    # Share of the tokens of each dataset that is held out for validation: its last documents.
     validation_fraction: float = 0.02
+    # Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0.
+    validation_prefixes: list[Any] = field(default_factory=list)
     cache: str | None = None
     workers: int = 1
     sample_vocabulary: int = 4096
@@ -240,6 +243,8 @@ class DataConfig:
             if self.source == "prefixes"
             else f"data.prefixes={list(self.prefixes)} is set but data.source={self.source}: add data=prefixes.",
         )
+        if self.validation_prefixes:
+            self.validation_fraction = 0.0
 
 
 @dataclass

@@ -74,7 +74,7 @@ def _check_side_cars(config: Config, corpus: Corpus) -> None:
     """Raise UserError when classes get different tiers that a side-car counts as one, made before they were two."""
     _, tier = tiers_of_classes(config.attention)
     names = {entry.number: entry.name for entry in CLASSES}
-    for source in corpus.sources:
+    for source in (*corpus.sources, *corpus.validation):
         for number, older in missing_splits([source.header]).items():
             if tier[number] != tier[older]:
                 raise UserError(

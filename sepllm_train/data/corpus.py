@@ -30,9 +30,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The blend of a run."""
+    """The blend of a run, and the datasets of data.validation_prefixes."""
 
     sources: tuple[Source, ...]
+    validation: tuple[Source, ...] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -61,6 +62,10 @@ class Corpus:
             for source, weight in zip(self.sources, self.weights(), strict=True)
         }
 
+    def validation_identity(self) -> dict[str, str]:
+        """Name -> hash of the tokens of the datasets of data.validation_prefixes."""
+        return {source.name: source.header.files[".bin"].sha256 for source in self.validation}
+
 
 def cache_folder(data: DataConfig) -> Path:
     """Where the sample corpus and the indices of datasets are kept."""
@@ -83,8 +88,10 @@ def open_corpus(data: DataConfig) -> Corpus:
     else:
         entries = data.prefixes
     sources = tuple(_open_source(entry) for entry in entries)
+    validation = tuple(_open_validation(entry) for entry in data.validation_prefixes)
     _check_blend(sources)
-    return Corpus(sources)
+    _check_validation(validation, sources)
+    return Corpus(sources, validation)
 
 
 def open_corpus_together(data: DataConfig) -> Corpus:
@@ -111,6 +118,31 @@ def _open_source(entry: Any) -> Source:
     return Source(prefix, Path(prefix).name, weight, read_header(prefix))
 
 
+def _open_validation(entry: Any) -> Source:
+    """A source from a prefix."""
+    if not isinstance(entry, str):
+        raise UserError(f"data.validation_prefixes entry {entry} must be a prefix: each dataset is validated on alone.")
+    return _open_source(entry)
+
+
+def _check_validation(validation: tuple[Source, ...], sources: tuple[Source, ...]) -> None:
+    """The tokenizer of the training data, distinct names, and other text."""
+    trained = {source.header.files[".bin"].sha256: source for source in sources}
+    for source in validation:
+        if source.header.tokenizer.sha256 != sources[0].header.tokenizer.sha256:
+            raise UserError(
+                f"data.validation_prefixes: {source.prefix} was made with {source.header.tokenizer.file}, another "
+                f"tokenizer than that of {sources[0].prefix}: tokenize it with that one."
+            )
+        same = trained.get(source.header.files[".bin"].sha256)
+        if same is not None:
+            raise UserError(
+                f"data.validation_prefixes: {source.prefix} holds the tokens of {same.prefix}, which is trained on: "
+                "give other text, or leave it out to validate on the documents that data.validation_fraction holds out."
+            )
+    _check_names(validation, "data.validation_prefixes")
+
+
 def _check_blend(sources: tuple[Source, ...]) -> None:
     """One tokenizer, distinct names, and weights for all or for none."""
     first = sources[0]
@@ -122,7 +154,11 @@ def _check_blend(sources: tuple[Source, ...]) -> None:
             )
         if (source.weight is None) != (first.weight is None):
             raise UserError("data.prefixes gives a weight to some datasets only: give one to all or to none.")
+    _check_names(sources, "data.prefixes")
+
+
+def _check_names(sources: tuple[Source, ...], key: str) -> None:
     names = [source.name for source in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"data.prefixes holds two datasets called {twice}: their names must differ in metrics.")
+        raise UserError(f"{key} holds two datasets called {twice}: their names must differ in metrics.")

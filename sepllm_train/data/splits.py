@@ -30,7 +30,8 @@ from sepllm_train.errors import UserError
 
 
 def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, Dataset]]:
-    """The endless training dataset of the blend, and a validation dataset for each source by its name.
+    """The endless training dataset of the blend, and by name a validation dataset for each source that holds documents
+    out and each of data.validation_prefixes.
 
     Rank 0 writes the index of an epoch into the cache, the others read it; every rank calls this. Raises UserError
     when a source is too short for the sequence length, or the cache cannot be written or is not seen by a rank.
@@ -60,7 +61,8 @@ def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> l
     parts = dataset.datasets if isinstance(dataset, Blend) else [dataset]
     splits = []
     for source, endless in zip(corpus.sources, parts, strict=True):
-        held_out = validation.get(source.name)
+        # With data.validation_prefixes nothing of it is held out, and one of those may have its name.
+        held_out = None if corpus.validation else validation.get(source.name)
         train = endless.dataset
         splits.append(SourceSplit(train.all_tokens, 0 if held_out is None else held_out.all_tokens, len(train)))
     return splits
@@ -75,6 +77,8 @@ def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         for source in corpus.sources:
             _source_datasets(config, source, partial)
+        for source in corpus.validation:
+            _whole(config, source, partial)
         os.replace(partial, folder)
 
 
@@ -90,6 +94,8 @@ def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Datase
         training.append(Epochs(_placed(train, placement), config.seed))
         if held_out is not None:
             validation[source.name] = _placed(held_out, placement)
+    for source in corpus.validation:
+        validation[source.name] = _placed(_whole(config, source, folder), placement)
     return (training[0] if len(training) == 1 else Blend(training, corpus.weights())), validation
 
 
@@ -109,6 +115,12 @@ def _source_datasets(config: Config, source: Source, folder: Path) -> tuple[Sepa
     if first == len(store.sequence_lengths):
         return train, None
     return train, _split(store, source, np.arange(first, len(store.sequence_lengths)), Split.valid, settings)
+
+
+def _whole(config: Config, source: Source, folder: Path) -> SeparatorDataset:
+    """All documents of a source of data.validation_prefixes."""
+    store = TokenStore(source.prefix)
+    return _split(store, source, np.arange(len(store.sequence_lengths)), Split.valid, _dataset_config(config, folder))
 
 
 def held_out_from(lengths: np.ndarray, fraction: float, source: Source) -> int:
@@ -134,8 +146,9 @@ def _split(
     """One epoch of some documents of a source."""
     tokens = int(store.sequence_lengths[documents].sum())
     if tokens < settings.sequence_length + 1:
-        what = "held-out documents" if split is Split.valid else "training documents"
-        remedy = "raise data.validation_fraction, " if split is Split.valid else ""
+        held_out = split is Split.valid and len(documents) < len(store.sequence_lengths)
+        what = "held-out documents" if held_out else "documents" if split is Split.valid else "training documents"
+        remedy = "raise data.validation_fraction, " if held_out else ""
         raise UserError(
             f"the {what} of {source.prefix} hold {tokens:,} tokens, fewer than one sequence of "
             f"data.sequence_length={settings.sequence_length} and its label: {remedy}shorten the sequence or add text."
@@ -164,8 +177,10 @@ def _dataset_config(config: Config, folder: Path) -> GPTDatasetConfig:
 def _index_folder(config: Config, corpus: Corpus) -> Path:
     """Folder of the shuffled indices, named after everything they depend on."""
     data = config.data
-    key = repr((corpus.identity(), data.validation_fraction, data.sequence_length, config.seed)).encode()
-    return cache_folder(data) / "index" / hashlib.sha256(key).hexdigest()[:16]
+    validation = corpus.validation_identity()
+    key = (corpus.identity(), data.validation_fraction, data.sequence_length, config.seed)
+    name = repr((*key, validation) if validation else key).encode()
+    return cache_folder(data) / "index" / hashlib.sha256(name).hexdigest()[:16]
 
 
 @contextmanager

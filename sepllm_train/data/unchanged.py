@@ -13,7 +13,8 @@ class DataFiles:
     """Size and time of change of every file of a corpus, as they are when this is made."""
 
     def __init__(self, corpus: Corpus) -> None:
-        paths = [with_suffix(source.prefix, suffix) for source in corpus.sources for suffix in DATA_SUFFIXES]
+        sources = (*corpus.sources, *corpus.validation)
+        paths = [with_suffix(source.prefix, suffix) for source in sources for suffix in DATA_SUFFIXES]
         self.found = {path: _stamp(path) for path in paths}
 
     def check(self) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 # (name shown, module looked for, what it does, what does it instead). NVIDIA's apex is recognised by its compiled
 # extension: the package index also carries an unrelated package called apex.
 OPTIONAL = (
-    ("apex", "amp_C", "fused Adam", "torch's Adam"),
-    ("transformer_engine", "transformer_engine", "fused Adam", "torch's Adam"),
+    ("apex", "amp_C", "fused Adam", "torch's fused Adam"),
+    ("transformer_engine", "transformer_engine", "fused Adam", "torch's fused Adam"),
     ("flash_attn", "flash_attn", "dense attention", "torch's scaled_dot_product_attention"),
 )
 # Compiled extensions without which NVIDIA's apex has no fused norms, and the norms that it has.

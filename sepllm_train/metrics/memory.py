@@ -34,12 +34,12 @@ def memory_estimate(
     with context parallelism it tells how many keys are fetched from other ranks. Weights are kept in the training
     precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
     copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them. `activations` is
-    the peak of what comes and goes within a step: the worst of the loss and the output layer's gradient, the backward
-    pass of a transformer layer, and the update of the weights. What layers keep follows Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix B), adapted to this model:
-    no dropout masks, no S x S tensors because attention is computed in blocks, recompute=selective repeating the MLP,
-    gated MLPs and grouped keys counted by their own widths, rotated copies of queries and keys, one input for the two
-    norms of a parallel-residual block.
+    the peak of what comes and goes within a step: the worse of the loss and the output layer's gradient, and the
+    backward pass of a transformer layer; a fused Adam takes nothing on top. What layers keep follows Korthikanti et
+    al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix B), adapted to
+    this model: no dropout masks, no S x S tensors because attention is computed in blocks, recompute=selective
+    repeating the MLP, gated MLPs and grouped keys counted by their own widths, rotated copies of queries and keys,
+    one input for the two norms of a parallel-residual block.
 
     On top come the attention backend's own buffers (`blocked`: a few MiB for each sequence of a micro-batch), the
     fragmentation of the allocator, and the buffers of CUDA, NCCL and gloo.
@@ -56,9 +56,8 @@ def memory_estimate(
     estimates = []
     for parameters, last in stages:
         held = _held(config, parameters, replicas)
-        activations = _activations(config, padded_vocabulary, replicas, attended_share, device, last=last)
-        peak = round(max(activations, _update(config, table, replicas, device)))
-        estimates.append({**held, "activations": peak, "total": sum(held.values()) + peak})
+        activations = round(_activations(config, padded_vocabulary, replicas, attended_share, device, last=last))
+        estimates.append({**held, "activations": activations, "total": sum(held.values()) + activations})
     return max(estimates, key=lambda estimate: estimate["total"])
 
 
@@ -75,12 +74,6 @@ def _held(config: Config, parameters: int, replicas: int) -> dict[str, int]:
 def _optimizer_shards(config: Config, replicas: int) -> int:
     """Ranks that share one copy of the optimizer's state: with a sharded optimizer all that hold the same weights."""
     return replicas * config.parallel.context if config.parallel.sharded_optimizer else 1
-
-
-def _update(config: Config, table: int, replicas: int, device: str) -> float:
-    """Bytes that come and go in the optimizer: on a CPU torch's Adam takes the root of one tensor's second moments at a
-    time, twice over; the fused Adam of a GPU takes nothing."""
-    return 0 if device == "cuda" else 8 * table / _optimizer_shards(config, replicas)
 
 
 def _element(config: Config) -> int:

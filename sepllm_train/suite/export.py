@@ -60,6 +60,7 @@ def _export_run(source: Path, target: Path) -> None:
     write_whole(target / "environment.json", (json.dumps(kept, indent=1) + "\n").encode())
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
     config["run_root"] = "runs"
-    config["data"]["prefixes"] = [Path(prefix).name for prefix in config["data"]["prefixes"]]
+    for key in ("prefixes", "validation_prefixes"):
+        config["data"][key] = [Path(prefix).name for prefix in config["data"].get(key, [])]
     config["data"]["cache"] = None
     write_whole(target / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())

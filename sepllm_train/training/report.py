@@ -223,6 +223,10 @@ def _data_lines(config: Config, corpus: Corpus, splits: Sequence[SourceSplit]) -
             f"{split.held_out_tokens:,} held out, in {header.documents:,} documents | separators of every class "
             f"{density:.1%} | {header.tokenizer.file}"
         )
+    lines += [
+        f"validation: {source.prefix} | {source.header.tokens:,} tokens in {source.header.documents:,} documents"
+        for source in corpus.validation
+    ]
     return lines
 
 

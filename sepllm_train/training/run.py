@@ -195,6 +195,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "seed_of_data_order": config.seed,
             "validation_fraction": config.data.validation_fraction,
             "validation_samples": config.training.validation_samples,
+            **({"validation_data": corpus.validation_identity()} if corpus.validation else {}),
         },
         "attention": {
             "pattern": config.attention.pattern,
@@ -230,7 +231,8 @@ def _prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
             f"tokenizer of {corpus.sources[0].prefix}: raise it, or leave it null to take the tokenizer's."
         )
     vocabulary = config.model.vocabulary or corpus.vocabulary
-    identity = checkpoint.identity(config, vocabulary, corpus.identity(), corpus.tokenizer_sha256)
+    tokenizer, validated = corpus.tokenizer_sha256, corpus.validation_identity()
+    identity = checkpoint.identity(config, vocabulary, corpus.identity(), tokenizer, validated)
     schedule = checkpoint.schedule_identity(config)
     entry = run_folder.settle(config, identity, schedule)
     # A run that goes on has no more need of them: they may be gone.

@@ -52,8 +52,7 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
         for number, module in enumerate(wrapped)
     ]
     optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
-    if device.type == "cuda":
-        _fuse_adam(optimizer)
+    _fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]

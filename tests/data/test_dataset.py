@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,33 @@ def test_mistakes(prefixes: tuple[str, str], tmp_path: Path) -> None:
     fails([{"path": one, "weight": math.inf}], "weight inf must be a finite number above 0")
     fails([{"paths": one}], "must be a prefix or")
     fails([one, one], "two datasets called prose")
+
+
+def test_datasets_of_their_own_are_validated_on(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    """The training dataset keeps all of its documents; the other one is read whole, and is told of by its name."""
+    one, two = prefixes
+    config = config_for([one], tmp_path)
+    config = replace(config, data=replace(config.data, validation_prefixes=[two]))
+    assert config.data.validation_fraction == 0
+    corpus = open_corpus(config.data)
+    dataset, validation = build_datasets(config, corpus)
+    (split,) = source_splits(corpus, dataset, validation)
+    assert (split.training_tokens, split.held_out_tokens) == (read_header(one).tokens, 0)
+    assert list(validation) == ["notes"] and validation["notes"].all_tokens == read_header(two).tokens
+    assert validation["notes"].documents(0)[0] == two
+    # Another set is another index.
+    plain = config_for([one], tmp_path, fraction=0.0)
+    assert not build_datasets(plain, open_corpus(plain.data))[1]
+
+    def fails(entries: list[Any], words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            data = replace(config.data, validation_prefixes=entries)
+            build_datasets(replace(config, data=data), open_corpus(data))
+
+    fails([one], "prose holds the tokens of .*prose, which is trained on")
+    fails([two, two], "data.validation_prefixes holds two datasets called notes")
+    fails([{"path": two, "weight": 1}], "must be a prefix: each dataset is validated on alone")
+    fails([str(tmp_path / "none")], "no dataset at .*none")
 
 
 def test_truncated_file_is_found_before_training(prefixes: tuple[str, str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def test_a_run_resumes_bitwise(precision: str, compiled: bool, trainer: Any, com
     """The optimizer is the fused one, whose count of updates lies on the device."""
     name = f"gpu_{precision}_{compiled}"
     overrides = (
+        "model.heads=2",  # of a size that the kernels take
         f"training.precision={precision}",
         f"training.compile={str(compiled).lower()}",
         "training.deterministic=true",

@@ -12,11 +12,13 @@ from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.errors import UserError
 
 _DATA = "data (hash of the tokens)"
+_VALIDATION = "data.validation_prefixes (hash of the tokens)"
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
+    _VALIDATION: {},
     "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
@@ -27,13 +29,23 @@ _BEFORE: dict[str, Any] = {
 }
 
 
-def identity(config: Config, vocabulary: int, data: dict[str, Any], tokenizer: str) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that continues from it, by configuration key."""
+def identity(
+    config: Config,
+    vocabulary: int,
+    data: dict[str, Any],
+    tokenizer: str,
+    validation: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that continues from it, by configuration key.
+
+    data, validation: `Corpus.identity` and `Corpus.validation_identity`; tokenizer: hash of its file.
+    """
     return {
         **{f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("name", "vocabulary")},
         "model.vocabulary": vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
         _DATA: data,
+        _VALIDATION: validation or {},
         "data (hash of the tokenizer)": tokenizer,
         "data.sequence_length": config.data.sequence_length,
         "data.validation_fraction": config.data.validation_fraction,
@@ -58,7 +70,12 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: str, re
         before = found.get(key)
         if before == value or (key == _SEPARATORS and _same_separators(before, value)):
             continue
-        difference = _data_difference(before or {}, value) if key == _DATA else f"{key}={before}, this run has {value}"
+        if key == _DATA:
+            difference = _data_difference(before or {}, value)
+        elif key == _VALIDATION:
+            difference = f"data.validation_prefixes of {_names(before or {})}, this run has {_names(value)}"
+        else:
+            difference = f"{key}={before}, this run has {value}"
         raise UserError(f"{where} was written with {difference}: {remedy}.")
 
 
@@ -72,6 +89,11 @@ def _same_separators(one: Any, other: Any) -> bool:
         # Names that are no longer known.
         return False
     return horizons == other_horizons and bool((tiers == other_tiers).all())
+
+
+def _names(validation: dict[str, str]) -> str:
+    """Datasets that are validated on, each with the first digits of the hash of its tokens."""
+    return ", ".join(f"{name} (SHA-256 {sha256[:12]}...)" for name, sha256 in validation.items()) or "none"
 
 
 def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -227,9 +227,11 @@ def _check_data(folder: Path, config: Config, corpus: Corpus, identity: dict[str
             f"{names} is no longer the data that {folder} was trained on, so what was held out is not known: give "
             "--data PREFIX of other text."
         )
-    shared = {entry["sha256"] for entry in trained.values()} & {e["sha256"] for e in corpus.identity().values()}
-    if shared and config.data.validation_fraction > identity["data.validation_fraction"]:
-        raise UserError(
-            f"--held-out {config.data.validation_fraction:g} of {names} would include documents that {folder} was "
-            f"trained on: it held out {identity['data.validation_fraction']:g}."
-        )
+    hashes = {entry["sha256"] for entry in corpus.identity().values()}
+    for seen in checkpoints.trained_on(identity):
+        fraction, shared = seen["validation_fraction"], hashes & {entry["sha256"] for entry in seen["data"].values()}
+        if shared and config.data.validation_fraction > fraction:
+            raise UserError(
+                f"--held-out {config.data.validation_fraction:g} of {names} would include documents that {folder} was "
+                f"trained on: it held out {fraction:g}."
+            )

@@ -455,6 +455,8 @@ class Config:
     # auto: continue from the newest checkpoint of this run if there is one; never: refuse a folder that is in use;
     # PATH: start from the checkpoint of that folder.
     resume: str = "auto"
+    # With resume=PATH: the data may be other than the checkpoint's, as for the last steps of a run on a choice of it.
+    resume_other_data: bool = False
     # Folder of a run (or of a checkpoint) whose weights this one starts from, with a step count, an optimizer and data
     # of its own: post-training, also with another attention pattern.
     init_from: str | None = None
@@ -473,4 +475,9 @@ class Config:
         require(
             bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
             f"name={self.name!r} must be a plain folder name: the run is written to {self.run_root}/NAME.",
+        )
+        require(
+            not self.resume_other_data or self.resume not in ("auto", "never"),
+            f"resume_other_data=true with resume={self.resume}: it is for a run that continues another one's "
+            "checkpoint, resume=PATH name=NEW.",
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets import helpers
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 # Samples after which a blend repeats its pattern of sources; weights are met to one part in this.
@@ -23,8 +24,9 @@ class Epochs(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
+        # Of a later epoch; the first one is read as the dataset is ordered.
         self.epoch = 0
-        self.permutation = np.arange(len(dataset))
+        self.permutation: NDArray[np.integer] | None = None
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.dataset[self._place(number)]
@@ -35,12 +37,15 @@ class Epochs(Dataset):
 
     def _place(self, number: int) -> int:
         """Sample of the dataset that sample `number` of the endless order is."""
-        epoch, place = divmod(number, len(self.dataset))
-        if epoch != self.epoch:
+        samples = len(self.dataset)
+        epoch, place = divmod(number, samples)
+        if not epoch:
+            return place
+        if self.permutation is None or epoch != self.epoch:
             self.epoch = epoch
-            self.permutation = np.arange(len(self.dataset))
-            if epoch:
-                np.random.default_rng((self.seed, epoch)).shuffle(self.permutation)
+            # The order is the same in either type.
+            self.permutation = np.arange(samples, dtype=np.int32 if samples < 2**31 else np.int64)
+            np.random.default_rng((self.seed, epoch)).shuffle(self.permutation)
         return int(self.permutation[place])
 
 

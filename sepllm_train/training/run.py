@@ -59,6 +59,12 @@ class Prepared:
     # Checkpoint of init_from; None without one, and when the run continues from a checkpoint of its own.
     initial: Path | None
 
+    @property
+    def recorded_identity(self) -> dict[str, Any]:
+        """What checkpoints and run.json have on record: the identity, and data of earlier steps if there was other."""
+        earlier = self.entry.earlier_data
+        return {**self.identity, **({checkpoint.EARLIER_DATA: earlier} if earlier else {})}
+
 
 def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     """Check everything a run would check and print its derived numbers."""
@@ -126,7 +132,7 @@ def _train(
         metrics=metrics,
         bad_steps=bad_steps,
         run_folder=folder,
-        identities={"identity": prepared.identity, "schedule": prepared.schedule},
+        identities={"identity": prepared.recorded_identity, "schedule": prepared.schedule},
         token_bytes=prepared.corpus.token_bytes,
         device=device,
     )
@@ -180,7 +186,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
     facts, corpus = prepared.facts, prepared.corpus
     return {
         "name": config.name,
-        "identity": prepared.identity,
+        "identity": prepared.recorded_identity,
         "schedule": prepared.schedule,
         "origin": prepared.entry.origin,
         "initial_weights": initial_record(prepared.initial, prepared.entry.checkpoint),

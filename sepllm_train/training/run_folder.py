@@ -39,7 +39,7 @@ class Entry:
 
     `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
     reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` tells
-    whether another run has been in the folder since.
+    whether another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
     """
 
     folder: Path
@@ -48,6 +48,7 @@ class Entry:
     skipped: dict[Path, str]
     origin: str | None
     content: Any
+    earlier_data: list[dict[str, Any]]
 
 
 def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
@@ -119,11 +120,16 @@ def enter(
         remedy = "choose another name=, or delete it"
         checkpoint.check_identity(earlier["identity"], identity, str(folder), remedy)
         checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
-    step = 0
+    step, earlier_data = 0, []
     if found is not None:
         stored = checkpoint.read_state(found)
         step = stored["state"]["step"]
-        checkpoint.check_identity(stored["identity"], identity, str(found), "a run continues with what it began with")
+        other_data = config.resume_other_data and not in_place
+        remedy = "a run continues with what it began with"
+        if not (in_place or other_data):
+            remedy += ", or under another name with other data: resume_other_data=true"
+        checkpoint.check_identity(stored["identity"], identity, str(found), remedy, other_data=other_data)
+        earlier_data = checkpoint.earlier_data(stored["identity"], identity)
         if in_place:
             checkpoint.check_identity(
                 stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
@@ -135,7 +141,7 @@ def enter(
                 "steps, or start a new run."
             )
     origin = (earlier.get("origin") if in_place else None) or asked
-    return Entry(folder, found, step, skipped, origin, content)
+    return Entry(folder, found, step, skipped, origin, content, earlier_data)
 
 
 def _content(folder: Path) -> Any:

@@ -18,11 +18,19 @@ from sepllm_train.training.checkpoint.files import (
     tidy,
 )
 from sepllm_train.training.checkpoint.fingerprint import digest, digests
-from sepllm_train.training.checkpoint.identity import check_identity, identity, schedule_identity
+from sepllm_train.training.checkpoint.identity import (
+    EARLIER_DATA,
+    check_identity,
+    earlier_data,
+    identity,
+    schedule_identity,
+    trained_on,
+)
 from sepllm_train.training.checkpoint.load import altered_together, load, load_model, load_weights
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
+    "EARLIER_DATA",
     "FOLDER",
     "Outcome",
     "Saver",
@@ -31,6 +39,7 @@ __all__ = [
     "checkpoints_of",
     "digest",
     "digests",
+    "earlier_data",
     "find",
     "identity",
     "load",
@@ -41,4 +50,5 @@ __all__ = [
     "refuse_if_all_damaged",
     "schedule_identity",
     "tidy",
+    "trained_on",
 ]

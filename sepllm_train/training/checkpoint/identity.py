@@ -13,6 +13,10 @@ from sepllm_train.errors import UserError
 
 _DATA = "data (hash of the tokens)"
 _VALIDATION = "data.validation_prefixes (hash of the tokens)"
+_FRACTION = "data.validation_fraction"
+_DATA_KEYS = (_DATA, _VALIDATION, _FRACTION)
+# On record alone: data of earlier steps, of which the checkpoint that a run continued from was of.
+EARLIER_DATA = "earlier data (hash of the tokens)"
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
@@ -48,7 +52,7 @@ def identity(
         _VALIDATION: validation or {},
         "data (hash of the tokenizer)": tokenizer,
         "data.sequence_length": config.data.sequence_length,
-        "data.validation_fraction": config.data.validation_fraction,
+        _FRACTION: config.data.validation_fraction,
         "seed": config.seed,
         "init_from": config.init_from,
         "training.global_batch": config.training.global_batch,
@@ -63,12 +67,36 @@ def schedule_identity(config: Config) -> dict[str, Any]:
     return {**optim, "training.steps": config.training.steps}
 
 
-def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: str, remedy: str) -> None:
-    """Raise UserError naming the first key whose value in the checkpoint at `where` is not the wanted one."""
+def earlier_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was trained on before the data of `wanted`, the first first: data and the share of it that was held out.
+
+    found: identity of the checkpoint that the run continues from.
+    """
+    told: list[dict[str, Any]] = list(found.get(EARLIER_DATA, []))
+    if found[_DATA] != wanted[_DATA]:
+        told.append({"data": found[_DATA], "validation_fraction": found[_FRACTION]})
+    return told
+
+
+def trained_on(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """All data that the weights of a checkpoint have seen, as `earlier_data`, that of its own run last."""
+    own = {"data": identity[_DATA], "validation_fraction": identity[_FRACTION]}
+    return [*identity.get(EARLIER_DATA, []), own]
+
+
+def check_identity(
+    found: dict[str, Any], wanted: dict[str, Any], where: str, remedy: str, *, other_data: bool = False
+) -> None:
+    """Raise UserError naming the first key whose value in the checkpoint at `where` is not the wanted one.
+
+    other_data: the data and what of it is validated on may differ, but for the tokenizer.
+    """
     found = {**_BEFORE, **found}
     for key, value in json.loads(json.dumps(wanted)).items():
         before = found.get(key)
         if before == value or (key == _SEPARATORS and _same_separators(before, value)):
+            continue
+        if other_data and key in _DATA_KEYS:
             continue
         if key == _DATA:
             difference = _data_difference(before or {}, value)

@@ -255,6 +255,10 @@ class ParallelConfig:
     pipeline: int = 1
     # Model chunks per pipeline stage (interleaved schedule); None = 1.
     virtual_pipeline: int | None = None
+    # Layers of the first and of the last pipeline stage, which hold the embedding and the output layer besides; None =
+    # as many as the others.
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     # Processes that share each sequence, a part of its tokens each.
     context: int = 1
     sequence: bool = False
@@ -269,6 +273,13 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         finite("parallel", self)
         positive("parallel", self, "tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds")
+        positive("parallel", self, "first_stage_layers", "last_stage_layers")
+        if self.uneven:
+            require(
+                self.pipeline > 1 and self.virtual_pipeline in (None, 1),
+                "parallel.first_stage_layers and parallel.last_stage_layers need parallel.pipeline above 1 and no "
+                "parallel.virtual_pipeline.",
+            )
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence=true shards along the tensor-parallel group: it needs parallel.tensor above 1.",
@@ -282,6 +293,21 @@ class ParallelConfig:
     def processes(self) -> int:
         """Processes of one data-parallel replica."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def uneven(self) -> bool:
+        """Whether a pipeline stage has a number of layers of its own."""
+        return self.first_stage_layers is not None or self.last_stage_layers is not None
+
+    def stage_layers(self, layers: int) -> list[int]:
+        """Layers of each pipeline stage of a model of `layers`; empty when they cannot be shared out so."""
+        own = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        given = {stage: count for stage, count in own.items() if count is not None}
+        left, others = layers - sum(given.values()), self.pipeline - len(given)
+        each = left // others if others else 0
+        if left != each * others or (others and each < 1):
+            return []
+        return [given.get(stage, each) for stage in range(self.pipeline)]
 
 
 @dataclass

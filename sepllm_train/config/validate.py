@@ -59,10 +59,19 @@ def _grid(config: Config) -> Iterator[tuple[bool, str]]:
             f"parallel.tensor={parallel.tensor} must divide model.{key}={value}.",
         )
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    yield (
-        model.layers % stages == 0,
-        f"model.layers={model.layers} must be a multiple of parallel.pipeline x parallel.virtual_pipeline = {stages}.",
-    )
+    if parallel.uneven:
+        yield (
+            bool(parallel.stage_layers(model.layers)),
+            f"model.layers={model.layers} cannot be shared out over parallel.pipeline={parallel.pipeline} stages with "
+            f"parallel.first_stage_layers={parallel.first_stage_layers} and parallel.last_stage_layers="
+            f"{parallel.last_stage_layers}: the other stages must get as many layers each, at least one.",
+        )
+    else:
+        yield (
+            model.layers % stages == 0,
+            f"model.layers={model.layers} must be a multiple of parallel.pipeline x parallel.virtual_pipeline = "
+            f"{stages}.",
+        )
     yield (
         not (model.tied_embeddings and parallel.virtual_pipeline not in (None, 1)),
         "model.tied_embeddings=true cannot be used with parallel.virtual_pipeline.",

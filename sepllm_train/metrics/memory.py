@@ -46,17 +46,17 @@ def memory_estimate(
     """
     model, parallel = config.model, config.parallel
     sharded, whole = layer_parameters(model)
-    body = model.layers // parallel.pipeline * (sharded // parallel.tensor + whole)
     table = padded_vocabulary * model.hidden // parallel.tensor
     norm = norm_parameters(model)
+    layers = parallel.stage_layers(model.layers)
+    ends = {0: table, parallel.pipeline - 1: table + norm}
     if parallel.pipeline == 1:
-        stages = [(body + table * (1 if model.tied_embeddings else 2) + norm, True)]
-    else:
-        stages = [(body + table, False), (body + table + norm, True)]
+        ends = {0: table * (1 if model.tied_embeddings else 2) + norm}
     estimates = []
-    for parameters, last in stages:
-        held = _held(config, parameters, replicas)
-        activations = round(_activations(config, padded_vocabulary, replicas, attended_share, device, last=last))
+    # Of equal stages in the middle the first one holds the most micro-batches.
+    for stage in sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1}):
+        held = _held(config, layers[stage] * (sharded // parallel.tensor + whole) + ends.get(stage, 0), replicas)
+        activations = round(_activations(config, padded_vocabulary, replicas, attended_share, device, stage))
         estimates.append({**held, "activations": activations, "total": sum(held.values()) + activations})
     return max(estimates, key=lambda estimate: estimate["total"])
 
@@ -82,22 +82,26 @@ def _element(config: Config) -> int:
 
 
 def _activations(
-    config: Config, padded_vocabulary: int, replicas: int, attended_share: float, device: str, *, last: bool
+    config: Config, padded_vocabulary: int, replicas: int, attended_share: float, device: str, stage: int
 ) -> float:
-    """Peak bytes of the forward and backward passes of the first or the last pipeline stage."""
+    """Peak bytes of the forward and backward passes of a pipeline stage, counted from 0."""
     model, parallel, training = config.model, config.parallel, config.training
     element, tensor, stages = _element(config), parallel.tensor, parallel.pipeline
     layer = _layer(config, attended_share, device)
     tokens = training.micro_batch * config.data.sequence_length / parallel.context
-    flying = _micro_batches_in_flight(config, replicas, last=last)
+    flying = _micro_batches_in_flight(config, replicas, stage)
     # Between stages, a hidden state of each micro-batch waits for its gradient.
-    kept = tokens * flying * (model.layers / stages * layer.kept + (layer.hidden if stages > 1 else 0))
+    kept = (
+        tokens
+        * flying
+        * (parallel.stage_layers(model.layers)[stage] * layer.kept + (layer.hidden if stages > 1 else 0))
+    )
     # Sequence parallelism gathers its inputs in one buffer that stays.
     kept += tokens * layer.gathered if parallel.sequence else 0
     # The gradient of a weight is summed into the fp32 ones once it is there as a whole.
     weight = element * model.ffn * model.hidden * (2 if model.activation == "swiglu" else 1) / tensor
     backward = kept + tokens * (layer.repeated + layer.passing) + weight
-    if not last:
+    if stage < stages - 1:
         return backward
     # The final norm's input and output wait while the loss is computed.
     norm = tokens * (2 * layer.hidden + layer.norm)
@@ -122,16 +126,16 @@ def _loss(config: Config, rows: float, tokens: float, layer: _LayerBytes) -> flo
     return 4 * rows * hidden + max(logits, product) + states
 
 
-def _micro_batches_in_flight(config: Config, replicas: int, *, last: bool) -> float:
-    """Micro-batches whose activations a stage holds at once.
+def _micro_batches_in_flight(config: Config, replicas: int, stage: int) -> float:
+    """Micro-batches whose activations a stage, counted from 0, holds at once.
 
-    Of 1F1B's P stages the first holds P and the last one; interleaving C chunks per stage adds (P - 1) / C to the
-    first (Korthikanti et al. 2022, section 4.2.3) and (C - 1) / C to the last (Narayanan et al. 2021, section 2.2).
+    Of 1F1B's P stages number s holds P - s. Interleaving C chunks per stage it begins with the forward passes of
+    2 (P - s - 1) + (C - 1) P chunks (Narayanan et al. 2021, section 2.2), and holds one more: for the first stage that
+    is P + (P - 1) / C micro-batches (Korthikanti et al. 2022, section 4.2.3).
     """
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
     training = config.training
-    interleaved = (stages - 1) / chunks if chunks > 1 else 0.0
-    flying = 1 + (chunks - 1) / chunks if last else stages + interleaved
+    flying = stages - stage if chunks == 1 else stages + (stages - 1 - 2 * stage) / chunks
     return min(flying, training.global_batch // (training.micro_batch * replicas))
 
 

@@ -98,6 +98,8 @@ def _split(parallel: ParallelConfig) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
         "virtual_pipeline_model_parallel_size": chunks if interleaved else None,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
         # Of two stages each is the other's next and previous one: batched messages between them would be mixed up.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved and parallel.overlap,

@@ -66,6 +66,12 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: ParallelConfig(tensor=0), "parallel.tensor=0"),
         (lambda: ParallelConfig(sequence=True), "parallel.tensor above 1"),
         (lambda: ParallelConfig(virtual_pipeline=2), "parallel.pipeline above 1"),
+        (lambda: ParallelConfig(last_stage_layers=1), "parallel.last_stage_layers need parallel.pipeline above 1"),
+        (
+            lambda: ParallelConfig(pipeline=2, virtual_pipeline=2, first_stage_layers=1),
+            "and no parallel.virtual_pipeline",
+        ),
+        (lambda: ParallelConfig(pipeline=2, first_stage_layers=0), "parallel.first_stage_layers=0"),
         (lambda: OptimConfig(lr=1e-4, min_lr=1e-3), "optim.lr=0.0001.*optim.min_lr=0.001"),
         (lambda: OptimConfig(schedule="step"), "optim.schedule=step"),
         (lambda: OptimConfig(beta2=1.0), "optim.beta2=1.0"),
@@ -195,3 +201,21 @@ def test_all_mistakes_are_told_together() -> None:
 def test_pattern(attention: AttentionConfig, words: str) -> None:
     with pytest.raises(UserError, match=words):
         resolve_pattern(attention, layers=4)
+
+
+def test_layers_of_pipeline_stages() -> None:
+    def stages(layers: int, **sizes: int) -> list[int]:
+        return ParallelConfig(**sizes).stage_layers(layers)
+
+    assert stages(12, pipeline=1) == [12]
+    assert stages(12, pipeline=4) == [3, 3, 3, 3]
+    assert stages(12, pipeline=4, first_stage_layers=2, last_stage_layers=2) == [2, 4, 4, 2]
+    assert stages(11, pipeline=4, last_stage_layers=2) == [3, 3, 3, 2]
+    assert stages(5, pipeline=2, first_stage_layers=3, last_stage_layers=2) == [3, 2]
+    # Too many, a remainder, nothing left for the others.
+    assert not stages(5, pipeline=2, first_stage_layers=3, last_stage_layers=3)
+    assert not stages(12, pipeline=4, first_stage_layers=2)
+    assert not stages(2, pipeline=3, first_stage_layers=2)
+    words = "cannot be shared out over parallel.pipeline=4 stages with parallel.first_stage_layers=2"
+    with pytest.raises(UserError, match=words):
+        validate(Config(parallel=ParallelConfig(pipeline=4, first_stage_layers=2)), 4)

@@ -114,6 +114,12 @@ def test_estimate_is_what_layouts_take() -> None:
         },
         {
             "model": PYTHIA,
+            "training": fp32 | {"global_batch": 8},
+            "parallel": {"pipeline": 2, "first_stage_layers": 1},
+            "pattern": "sep",
+        },
+        {
+            "model": PYTHIA,
             "training": bf16 | {"global_batch": 4},
             "parallel": {"sharded_optimizer": True},
             "pattern": "sep",

@@ -34,6 +34,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"parallel": {"tensor": 2, "sequence": True}, "patterns": UNTIED},
         {"parallel": {"tensor": 2, "sequence": True}, "training": {"recompute": "full"}, "patterns": UNTIED},
         {"parallel": {"pipeline": 2}},
+        {"parallel": {"pipeline": 2, "first_stage_layers": 1}, **FEW},
         {"parallel": INTERLEAVED, "patterns": UNTIED},
         {"patterns": UNTIED},
         {"parallel": {"context": 2}},

@@ -8,7 +8,8 @@
 Candidates are compiled first; those that spill more than the compile gate allows, or that do without wgmma where the
 device has it, are not timed. The score of a tile is the geometric mean, over --lengths, of its time over that of the
 tile in the table. Figures go to a file under results/ as they come; the table, in tuning.py, changes where a tile is
-faster by more than MARGIN. Run the compile gate with --record and the benchmarks afterwards.
+faster by more than MARGIN, unless other lengths or another window are asked for. Run the compile gate with --record
+and the benchmarks afterwards.
 """
 
 from __future__ import annotations
@@ -258,8 +259,18 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     clock = Clock(device, seconds=0.05, most=30)
     machine = machine_facts(device)
-    path = options.output or RESULTS / f"tuning-{'-'.join(machine['device'].lower().split())}.json"
-    results: dict[str, Any] = {"machine": machine, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "kernels": []}
+    table = (tuple(options.lengths), options.window) == (LENGTHS, WINDOW)
+    slug = "-".join(machine["device"].lower().split())
+    if not table:
+        slug += f"-{'-'.join(map(str, options.lengths))}-window{options.window}"
+    path = options.output or RESULTS / f"tuning-{slug}.json"
+    results: dict[str, Any] = {
+        "machine": machine,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "lengths": list(options.lengths),
+        "window": options.window,
+        "kernels": [],
+    }
     chosen: dict[tuple[int, str, int], dict[str, Tile]] = {}
     turns = list(itertools.product(options.head_sizes, KERNELS))
     for turn, (head_size, kernel) in enumerate(turns):
@@ -272,7 +283,7 @@ def main() -> int:
         print(f"{kernel} D={head_size}: {best['tile']}, {best['score']:.3f} of the table's time", flush=True)
         if best["score"] < 1 - MARGIN:
             chosen.setdefault((architecture, "half", padded_head(head_size)), {})[kernel] = Tile(*best["tile"])
-    if not options.keep_table:
+    if table and not options.keep_table:
         write_text(TABLE, rewritten(TABLE.read_text(encoding="utf8"), chosen))
         print(f"wrote {TABLE}: run the compile gate with --record")
     return 0

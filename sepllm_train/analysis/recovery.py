@@ -21,7 +21,7 @@ from sepllm_train.analysis import recovery_report
 from sepllm_train.analysis.evaluation import evaluate
 from sepllm_train.analysis.loss_report import clear_of_zero
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import alone, find_checkpoint, held_out_samples, load_run, read_config
+from sepllm_train.analysis.runs import alone, find_checkpoint, held_out_samples, load_run, read_config, validated_on
 from sepllm_train.analysis.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.analysis.variations import with_window
 from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
@@ -147,6 +147,7 @@ def recovery_command(
         "sequence_length": config.data.sequence_length,
         "held_out": config.data.validation_fraction,
         "data": {entry.prefix: entry.header.files[".bin"].sha256 for entry in corpus.sources},
+        **validated_on(corpus),
         "continued": None if rival is None else {"run": str(rival.folder), **_told(rival.newest)},
         "runs": rows,
         "caveats": list(_caveats(every)),

@@ -196,9 +196,16 @@ def describe(run: Run, samples: int) -> dict[str, Any]:
         "precision": run.config.training.precision,
         "data": {source.prefix: source.header.files[".bin"].sha256 for source in run.corpus.sources},
         "held_out": run.config.data.validation_fraction,
+        **validated_on(run.corpus),
         "sequence_length": run.config.data.sequence_length,
         "samples": samples,
     }
+
+
+def validated_on(corpus: Corpus) -> dict[str, Any]:
+    """For the JSON of a result: the datasets that are validated on in place of held-out documents, if there are any."""
+    found = {source.prefix: source.header.files[".bin"].sha256 for source in corpus.validation}
+    return {"validation_data": found} if found else {}
 
 
 def _data(own: DataConfig, prefix: str | None, held_out: float | None) -> DataConfig:
@@ -226,6 +233,11 @@ def _check_data(folder: Path, config: Config, corpus: Corpus, identity: dict[str
         raise UserError(
             f"{names} is no longer the data that {folder} was trained on, so what was held out is not known: give "
             "--data PREFIX of other text."
+        )
+    if own and corpus.validation_identity() != identity.get(checkpoints.VALIDATION_DATA, {}):
+        raise UserError(
+            f"data.validation_prefixes of {folder} are no longer what it was validated on: give --data PREFIX of other "
+            "text and --held-out SHARE."
         )
     hashes = {entry["sha256"] for entry in corpus.identity().values()}
     for seen in checkpoints.trained_on(identity):

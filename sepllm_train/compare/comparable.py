@@ -124,6 +124,8 @@ def caveats(runs: Sequence[Run], paired: bool = False, timed: bool = False) -> l
     for run in runs:
         if run.info.get("status") != "finished":
             told.append(f"{run.label} is not finished: its curve may still go on.")
+        if run.info["comparable"].get("earlier_data"):
+            told.append(f"{run.label} went on with other data: its earlier losses are of the data before.")
     hardware = [(run.info.get("devices"), run.info.get("world_size")) for run in runs]
     if not timed and any(h != hardware[0] for h in hardware):
         told.append("The runs used different devices or numbers of processes: their seconds do not compare.")

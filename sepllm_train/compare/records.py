@@ -17,6 +17,9 @@ from data_prep.errors import UserError
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
+# Keys of run.json's `identity`: the data of a run, and of earlier steps where it went on with other data.
+DATA = "data (hash of the tokens)"
+EARLIER_DATA = "earlier data (hash of the tokens)"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
@@ -133,10 +136,16 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
-    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it."""
+    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it.
+
+    `theirs` is of the run that went on from the other; it may have gone on with other data, which it then tells.
+    """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True
-    return all(ours.get(key, value) == value for key, value in theirs.items())
+    earlier = theirs.get(EARLIER_DATA) or [{}]
+    switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
+    told = {key: value for key, value in theirs.items() if not (switched and key.startswith(("data", "earlier data")))}
+    return all(ours.get(key, value) == value for key, value in told.items())
 
 
 def _went_on_at(origin: Path, first: Record) -> int:

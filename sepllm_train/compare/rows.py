@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -141,9 +142,20 @@ def _settings(folder: Path) -> str:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf8"))
         if not isinstance(config, dict) or "seed" not in config:
             return str(folder)
-        return yaml.safe_dump({key: value for key, value in config.items() if key not in FREE_KEYS}, sort_keys=True)
+        told = {key: value for key, value in config.items() if key not in FREE_KEYS}
+        return yaml.safe_dump(_without_empty(told), sort_keys=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(folder)
+
+
+def _without_empty(value: Any) -> Any:
+    """A value without what is empty in it: a run that is older than a key is as one that leaves it empty."""
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_empty(entry) for key, entry in value.items()}
+    return {
+        key: entry for key, entry in kept.items() if entry is not None and entry is not False and entry not in ([], {})
+    }
 
 
 def _gather(folders: Sequence[Path], keys: Sequence[str], runs: dict[Path, Run]) -> list[list[Run]]:

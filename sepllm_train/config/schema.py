@@ -211,6 +211,9 @@ class AttentionConfig:
         )
 
 
+VALIDATION_FRACTION = 0.02
+
+
 @dataclass
 class DataConfig:
     """What is read. `source: sample` makes a small corpus from the installed Python's documentation."""
@@ -220,7 +223,7 @@ class DataConfig:
     prefixes: list[Any] = field(default_factory=list)
     sequence_length: int = 2048
     # Share of the tokens of each dataset that is held out for validation: its last documents.
-    validation_fraction: float = 0.02
+    validation_fraction: float = VALIDATION_FRACTION
     # Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0.
     validation_prefixes: list[Any] = field(default_factory=list)
     cache: str | None = None
@@ -244,6 +247,11 @@ class DataConfig:
             else f"data.prefixes={list(self.prefixes)} is set but data.source={self.source}: add data=prefixes.",
         )
         if self.validation_prefixes:
+            require(
+                self.validation_fraction in (0.0, VALIDATION_FRACTION),
+                f"data.validation_fraction={self.validation_fraction} and data.validation_prefixes are both given: "
+                "hold documents out, or name datasets to validate on.",
+            )
             self.validation_fraction = 0.0
 
 

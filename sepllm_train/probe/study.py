@@ -94,6 +94,7 @@ def _check_seeds(folders: Sequence[Path]) -> None:
             ("model", config.model, first.model),
             ("attention", replace(config.attention, backend="auto"), replace(first.attention, backend="auto")),
             ("data.prefixes", config.data.prefixes, first.data.prefixes),
+            ("data.validation_prefixes", config.data.validation_prefixes, first.data.validation_prefixes),
             ("data.sequence_length", config.data.sequence_length, first.data.sequence_length),
             ("training.steps", config.training.steps, first.training.steps),
         ):

@@ -21,8 +21,8 @@ class StepClock:
 
     On a CPU the wall clock counts. On a GPU events in the stream do, which cost no synchronisation: `end` reads those
     that the device has come to, and `take` waits for the rest. Waiting for data happens on the host and is wall clock
-    on both. A part within another is taken out of it. This is also what megatron-core calls `timers`, so that
-    its schedules time forward and backward by it.
+    on both; the device may still be busy with the step before meanwhile. A part within another is taken out of it.
+    This is also what megatron-core calls `timers`, so that its schedules time forward and backward by it.
     """
 
     def __init__(self, device: torch.device) -> None:

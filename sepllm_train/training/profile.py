@@ -31,12 +31,14 @@ class StepProfiler:
     def before(self, step: int) -> None:
         """Step number `step` is about to begin."""
         if step in self.steps and self.recording is None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # the step before may not be over on the device
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self.recording, self.first = profile(activities=activities), step
             self.recording.start()
 
     def after(self, step: int) -> Path | None:
-        """Step number `step` is over and the device idle. Gives the trace when one was written.
+        """Step number `step` is over on the host. Gives the trace when one was written.
 
         A disk that cannot take the trace raises OSError.
         """

@@ -106,6 +106,10 @@ def _train(
     if prepared.entry.checkpoint is not None:
         guards.watchdog.beat("the loading of the checkpoint")
         state = checkpoint.load(prepared.entry.checkpoint, training)
+        stored = checkpoint.read_state(prepared.entry.checkpoint)["identity"]
+        if prepared.entry.earlier_data != stored.get(checkpoint.EARLIER_DATA, []):
+            # Gradients of other text are of another size, which is no spike.
+            state.recent_norms.clear()
         say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")
     elif prepared.initial is not None:
         guards.watchdog.beat("the loading of the weights")
@@ -202,6 +206,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "validation_fraction": config.data.validation_fraction,
             "validation_samples": config.training.validation_samples,
             **({"validation_data": corpus.validation_identity()} if corpus.validation else {}),
+            **({"earlier_data": prepared.entry.earlier_data} if prepared.entry.earlier_data else {}),
         },
         "attention": {
             "pattern": config.attention.pattern,

@@ -125,10 +125,16 @@ def enter(
         stored = checkpoint.read_state(found)
         step = stored["state"]["step"]
         other_data = config.resume_other_data and not in_place
-        remedy = "a run continues with what it began with"
-        if not (in_place or other_data):
-            remedy += ", or under another name with other data: resume_other_data=true"
-        checkpoint.check_identity(stored["identity"], identity, str(found), remedy, other_data=other_data)
+        checkpoint.check_identity(
+            stored["identity"],
+            identity,
+            str(found),
+            "a run continues with what it began with",
+            other_data=other_data,
+            data_remedy="" if in_place else ", or on purpose with other data by resume_other_data=true",
+        )
+        if other_data:
+            checkpoint.check_unseen(stored["identity"], identity, str(found))
         earlier_data = checkpoint.earlier_data(stored["identity"], identity)
         if in_place:
             checkpoint.check_identity(

@@ -72,8 +72,10 @@ def _clip(part: MegatronOptimizer, norm: float) -> None:
     """Scale the gradients of norm `norm` to the one that is allowed, all at once: megatron-core's own way takes two
     kernels for each of them where apex is missing."""
     factor = part.config.clip_grad / (norm + 1e-6)
-    if factor < 1:
-        torch._foreach_mul_([p.grad for p in part.get_parameters() if p.grad is not None], factor)
+    grads = [p.grad for p in part.get_parameters() if p.grad is not None]
+    # A rank of a sharded optimizer may hold none.
+    if factor < 1 and grads:
+        torch._foreach_mul_(grads, factor)
 
 
 def _lowest_scale(parts: list[MegatronOptimizer]) -> bool:

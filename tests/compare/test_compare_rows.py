@@ -212,3 +212,11 @@ def test_other_data_is_refused_even_in_one_seed(make_seeds: Seeds) -> None:
     (sep[1] / "run.json").write_text(json.dumps(run))
     with pytest.raises(UserError, match="they used different tokenizers"):
         read_rows([*dense, *sep])
+
+
+def test_a_key_that_is_empty_is_as_one_that_is_not_there(make_seeds: Seeds) -> None:
+    """A run that is older than the key has none."""
+    dense = make_seeds("dense", {1: 10, 2: 10, 3: 10})
+    configure(dense[1], data={"prefixes": [], "share": None, "other": False})
+    configure(dense[2], data={"share": 0})
+    assert shape(dense) == [("dense_seed1", ["dense_seed1", "dense_seed2"]), ("dense_seed3", ["dense_seed3"])]

@@ -81,7 +81,7 @@ def test_measured_peak_is_the_allocators(device: torch.device) -> None:
 @pytest.mark.slow
 def test_estimate_of_compiled_training(device: torch.device, compile_cache: None) -> None:
     """Compiled functions allocate past the operations that the other tests follow, so the allocator is asked."""
-    config = configuration(LLAMA, {"precision": "fp32", "compile": True, "loss_chunk": 128}, pattern="sep")
+    config = configuration(LLAMA, {"precision": "fp32", "compile": True}, pattern="sep")
     estimate = memory_estimate(config, VOCABULARY, device="cpu")
     train_two_steps(config, VOCABULARY, 1, device)  # compiling allocates too
     assert estimate["total"] == pytest.approx(allocator_peak(config, VOCABULARY, device), rel=TOLERANCE)

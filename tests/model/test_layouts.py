@@ -41,6 +41,8 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"parallel": {"context": 2, "sharded_optimizer": True}, "training": {"recompute": "selective"}, **FEW},
         {"parallel": {"tensor": 2}, "training": {"loss_chunk": 40}},
         {"parallel": {"tensor": 2, "sequence": True}, "training": {"loss_chunk": 40}, "patterns": UNTIED},
+        # More than there are tokens: the logits are kept.
+        {"parallel": {"tensor": 2}, "training": {"loss_chunk": 100_000}, **FEW},
         {"parallel": {"pipeline": 2}, "training": {"loss_chunk": 40}},
         {"parallel": {"context": 2}, "training": {"loss_chunk": 40}, **FEW},
         {"parallel": {"tensor": 2, "sequence": True}, "training": {**COMPILED, "recompute": "full"}, **ONE},

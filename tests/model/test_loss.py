@@ -56,11 +56,12 @@ def test_chunked_equals_plain(model: dict[str, Any], chunk: int, device: torch.d
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("chunk", [20, 1000])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_as_near_to_fp32_as_plain(precision: str, device: torch.device) -> None:
+def test_half_precision_is_as_near_to_fp32_as_plain(precision: str, chunk: int, device: torch.device) -> None:
     _, exact = outcome(PYTHIA, {}, device)
     plain_loss, plain = outcome(PYTHIA, {"precision": precision}, device)
-    loss, chunked = outcome(PYTHIA, {"precision": precision, "loss_chunk": 20}, device)
+    loss, chunked = outcome(PYTHIA, {"precision": precision, "loss_chunk": chunk}, device)
     torch.testing.assert_close(loss, plain_loss, rtol=0, atol=2e-6)
     for name in ("output_layer.weight", "decoder.final_layernorm.weight", "embedding.word_embeddings.weight"):
         errors = [(gradients[name].float() - exact[name]).norm() for gradients in (chunked, plain)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.sidecar import read_header
-from sepllm_train.training.checkpoint import EARLIER_DATA, read_state, trained_on
+from sepllm_train.compare import records
+from sepllm_train.compare.records import read_run
+from sepllm_train.training.checkpoint import EARLIER_DATA, digests, earlier_data, read_state, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +34,48 @@ def other(sample_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_run_goes_on_with_other_data(trainer: Any, finished: Callable, other: str) -> None:
-    """Optimizer and counters go on; interrupted, the same command continues in place; what came before is on record."""
+    """Optimizer and counters go on; killed after a step, the same command continues it; what came before is told."""
     source = trainer.root / finished("one") / "checkpoints" / "step_00000002"
-    data = ("data=prefixes", f"data.prefixes=[{other}]")
-    command = ("name=annealed", f"resume={source}", "resume_other_data=true", *data)
-    outcome = trainer.here("name=refused", *command[1:2], *data)
+    data = ("data=prefixes", f"data.prefixes=[{other}]", "training.checkpoint_interval=1")
+    command = (f"resume={source}", "resume_other_data=true", *data)
+    outcome = trainer.here("name=refused", command[0], *data)
     assert outcome.code == 2 and "the data sources docs, this run has lines" in outcome.sentence
     assert "resume_other_data=true" in outcome.sentence
-    outcome = trainer.here(*command)
+    outcome = trainer.here("name=annealed", *command)
     assert outcome.code == 0, outcome.errors[-3000:]
-    first, record = read_state(source), json.loads((trainer.root / "annealed" / "run.json").read_text())
+    run, first = trainer.root / "annealed", read_state(source)
+    record, end = json.loads((run / "run.json").read_text()), run / "checkpoints" / "step_00000004"
     assert [r["step"] for r in trainer.records("annealed") if "train/loss" in r] == [3, 4]
     assert trainer.records("annealed")[-1]["tokens"] == 2 * first["state"]["tokens"]
     assert list(record["comparable"]["data"]) == ["lines"]
-    end = trainer.root / "annealed" / "checkpoints" / "step_00000004"
     before, own = trained_on(read_state(end)["identity"])
     assert list(before["data"]) == ["docs"] and list(own["data"]) == ["lines"]
-    assert record["identity"][EARLIER_DATA] == [before]
-    # As if it had been stopped after step 3: the same bits, and the record stays.
-    longer = trainer.here("name=longer", f"resume={end}", "training.steps=5", *data)
-    assert longer.code == 0, longer.errors[-3000:]
-    newest = trainer.root / "longer" / "checkpoints" / "step_00000005"
-    assert trained_on(read_state(newest)["identity"]) == [before, own]
+    assert EARLIER_DATA == records.EARLIER_DATA and records.DATA in record["identity"]
+    assert record["identity"][EARLIER_DATA] == record["comparable"]["earlier_data"] == [before]
+
+    killed = trainer.root / "killed_annealed"
+    shutil.copytree(run, killed, ignore=shutil.ignore_patterns("step_00000004", ".lock"))
+    (killed / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    outcome = trainer.here(f"name={killed.name}", *command)
+    assert outcome.code == 0 and "step_00000003: " in outcome.output, outcome.errors[-3000:]
+    assert dict(digests(killed / "checkpoints" / "step_00000004")) == dict(digests(end))
+    assert json.loads((killed / "run.json").read_text())["identity"] == record["identity"]
+    # Its curve is that of both runs.
+    assert [r["step"] for r in read_run(run).training] == [1, 2, 3, 4]
+
+
+def test_seen_text_is_not_validated_on(trainer: Any, finished: Callable, other: str, sample_prefix: Path) -> None:
+    """Neither as a dataset of its own nor as a larger share that is held out."""
+    source = f"resume={trainer.root / finished('one')}"
+    more = ("resume_other_data=true", "training.steps=6")
+    data = ("data=prefixes", f"data.prefixes=[{other}]", f"data.validation_prefixes=[{sample_prefix}]")
+    outcome = trainer.here("name=seen", source, *more, *data)
+    assert outcome.code == 2 and "was trained on docs; validate on other text" in outcome.sentence
+    outcome = trainer.here("name=seen", source, *more, "data.validation_fraction=0.3")
+    assert outcome.code == 2 and "data.validation_fraction=0.3 would validate on documents of docs" in outcome.sentence
+    identity = {"data (hash of the tokens)": {"a": {"sha256": "1"}}, "data.validation_fraction": 0.1}
+    assert earlier_data(identity, identity) == []
+    assert len(earlier_data(identity, {**identity, "data.validation_fraction": 0.0})) == 1
 
 
 def test_the_optimizer_goes_on(trainer: Any, finished: Callable, other: str) -> None:

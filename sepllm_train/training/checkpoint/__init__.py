@@ -20,7 +20,9 @@ from sepllm_train.training.checkpoint.files import (
 from sepllm_train.training.checkpoint.fingerprint import digest, digests
 from sepllm_train.training.checkpoint.identity import (
     EARLIER_DATA,
+    VALIDATION_DATA,
     check_identity,
+    check_unseen,
     earlier_data,
     identity,
     schedule_identity,
@@ -32,10 +34,12 @@ from sepllm_train.training.checkpoint.save import Outcome, Saver
 __all__ = [
     "EARLIER_DATA",
     "FOLDER",
+    "VALIDATION_DATA",
     "Outcome",
     "Saver",
     "altered_together",
     "check_identity",
+    "check_unseen",
     "checkpoints_of",
     "digest",
     "digests",

@@ -12,9 +12,9 @@ from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.errors import UserError
 
 _DATA = "data (hash of the tokens)"
-_VALIDATION = "data.validation_prefixes (hash of the tokens)"
+VALIDATION_DATA = "data.validation_prefixes (hash of the tokens)"
 _FRACTION = "data.validation_fraction"
-_DATA_KEYS = (_DATA, _VALIDATION, _FRACTION)
+_DATA_KEYS = (_DATA, VALIDATION_DATA, _FRACTION)
 # On record alone: data of earlier steps, of which the checkpoint that a run continued from was of.
 EARLIER_DATA = "earlier data (hash of the tokens)"
 _SEPARATORS = "attention.separators"
@@ -22,7 +22,7 @@ _SEPARATORS = "attention.separators"
 _NOT_COUNTED = ("backend", "density_budget")
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
-    _VALIDATION: {},
+    VALIDATION_DATA: {},
     "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
@@ -49,7 +49,7 @@ def identity(
         "model.vocabulary": vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
         _DATA: data,
-        _VALIDATION: validation or {},
+        VALIDATION_DATA: validation or {},
         "data (hash of the tokenizer)": tokenizer,
         "data.sequence_length": config.data.sequence_length,
         _FRACTION: config.data.validation_fraction,
@@ -72,24 +72,50 @@ def earlier_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str
 
     found: identity of the checkpoint that the run continues from.
     """
-    told: list[dict[str, Any]] = list(found.get(EARLIER_DATA, []))
-    if found[_DATA] != wanted[_DATA]:
-        told.append({"data": found[_DATA], "validation_fraction": found[_FRACTION]})
-    return told
+    *earlier, last = trained_on(found)
+    return earlier if last == _own_data(wanted) else [*earlier, last]
 
 
 def trained_on(identity: dict[str, Any]) -> list[dict[str, Any]]:
     """All data that the weights of a checkpoint have seen, as `earlier_data`, that of its own run last."""
-    own = {"data": identity[_DATA], "validation_fraction": identity[_FRACTION]}
-    return [*identity.get(EARLIER_DATA, []), own]
+    return [*identity.get(EARLIER_DATA, []), _own_data(identity)]
+
+
+def _own_data(identity: dict[str, Any]) -> dict[str, Any]:
+    return {"data": identity[_DATA], "validation_fraction": identity[_FRACTION]}
+
+
+def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Raise UserError when a run would be validated on text that the checkpoint at `where` was trained on.
+
+    found, wanted: identities of the checkpoint and of the run.
+    """
+    for seen in trained_on(found):
+        hashes = {entry["sha256"] for entry in seen["data"].values()}
+        again = [name for name, sha256 in wanted[VALIDATION_DATA].items() if sha256 in hashes]
+        if again:
+            raise UserError(f"data.validation_prefixes: {where} was trained on {again[0]}; validate on other text.")
+        again = [name for name, entry in wanted[_DATA].items() if entry["sha256"] in hashes]
+        if again and wanted[_FRACTION] > seen["validation_fraction"]:
+            raise UserError(
+                f"data.validation_fraction={wanted[_FRACTION]:g} would validate on documents of {again[0]} that "
+                f"{where} was trained on: it held out {seen['validation_fraction']:g}."
+            )
 
 
 def check_identity(
-    found: dict[str, Any], wanted: dict[str, Any], where: str, remedy: str, *, other_data: bool = False
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    where: str,
+    remedy: str,
+    *,
+    other_data: bool = False,
+    data_remedy: str = "",
 ) -> None:
     """Raise UserError naming the first key whose value in the checkpoint at `where` is not the wanted one.
 
-    other_data: the data and what of it is validated on may differ, but for the tokenizer.
+    other_data: the data and what of it is validated on may differ, but for the tokenizer; data_remedy: what to add to
+    `remedy` when they do and may not.
     """
     found = {**_BEFORE, **found}
     for key, value in json.loads(json.dumps(wanted)).items():
@@ -100,11 +126,11 @@ def check_identity(
             continue
         if key == _DATA:
             difference = _data_difference(before or {}, value)
-        elif key == _VALIDATION:
+        elif key == VALIDATION_DATA:
             difference = f"data.validation_prefixes of {_names(before or {})}, this run has {_names(value)}"
         else:
             difference = f"{key}={before}, this run has {value}"
-        raise UserError(f"{where} was written with {difference}: {remedy}.")
+        raise UserError(f"{where} was written with {difference}: {remedy}{data_remedy if key in _DATA_KEYS else ''}.")
 
 
 def _same_separators(one: Any, other: Any) -> bool:

@@ -84,10 +84,15 @@ class BadStepDetector:
         reason: why the last step was bad, if it was; validation_loss: after it, in nats per token, None without one.
         """
         steps = self.config.steps
-        if self.state.bad_steps >= steps:
+        if self.state.bad_steps + self.state.overflows >= steps:
             return BadSteps(
-                f"all {steps} steps of the run were skipped, the last one because {reason}: the weights are those it "
-                "began with. Lower optim.lr, or look at the documents in bad_steps.jsonl."
+                f"all {steps} steps of the run were skipped, the last one because {reason or 'fp16 overflowed'}: the "
+                "weights are those it began with. "
+                + (
+                    "Lower optim.lr, or look at the documents in bad_steps.jsonl."
+                    if self.state.bad_steps
+                    else "fp16's loss scale had no time to fall: train for more steps, or in bf16."
+                )
             )
         if validation_loss is not None and not math.isfinite(validation_loss):
             return BadSteps(

@@ -190,6 +190,7 @@ class Loop:
         self.lost_workers += round(lost_workers)
         self.last = result
         self.skipped += result.skipped
+        self.state.overflows += result.skipped
         self.bad += result.bad is not None
         self.interval_steps += 1
         # Nothing waits for the device here: the next step is prepared while it updates the weights.

@@ -10,8 +10,8 @@ from typing import Any
 class TrainState:
     """How far the run is. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
     summed over sequences and layers, from which the FLOPs follow, and `finished_pairs` those of each phase of a
-    curriculum that is over. `bad_steps` were skipped for their loss or gradients,
-    `bad_in_a_row` of them just now; `recent_norms` are the gradient norms of the last good steps."""
+    curriculum that is over. `bad_steps` were skipped for their loss or gradients, `bad_in_a_row` of them just now, and
+    `overflows` for fp16's loss scale; `recent_norms` are the gradient norms of the last good steps."""
 
     step: int = 0
     tokens: int = 0
@@ -20,6 +20,7 @@ class TrainState:
     seconds: float = 0.0
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    overflows: int = 0
     recent_norms: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -28,6 +29,6 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """The inverse of `to_dict`; what was written before there were curricula has no finished phases."""
-        values = {"finished_pairs": [], **values}
+        """The inverse of `to_dict`; what was written before a counter was there has none of it."""
+        values = {"finished_pairs": [], "overflows": 0, **values}
         return cls(**{field.name: values[field.name] for field in fields(cls)})

@@ -127,6 +127,9 @@ def test_a_run_without_a_good_step_or_a_finite_validation_loss_has_failed() -> N
     state.bad_steps = 1
     assert "validation loss after the last step is nan" in str(detector.failure_of_run(reason, math.nan))
     assert detector.failure_of_run(reason, 5.0) is None and detector.failure_of_run(None, None) is None
+    # Steps that fp16 overflowed in changed nothing either.
+    detector.state.overflows = detector.config.steps
+    assert "the last one because fp16 overflowed" in str(detector.failure_of_run(None, 5.0))
 
 
 def test_median_of_good_steps_decides() -> None:

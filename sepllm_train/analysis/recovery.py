@@ -218,6 +218,9 @@ def _check_alike(runs: Sequence[PostTrained]) -> None:
         for key, what in SHARED.items():
             if identity[key] != first.newest.identity[key]:
                 raise UserError(f"{name} and {first.folder} have different {what}: their losses do not compare.")
+    for run in runs:
+        if run.source.tokens:
+            checkpoints.check_unseen(run.source.identity, run.newest.identity, str(run.source.path))
 
 
 def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:

@@ -92,7 +92,7 @@ def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> N
     """
     for seen in trained_on(found):
         hashes = {entry["sha256"] for entry in seen["data"].values()}
-        again = [name for name, sha256 in wanted[VALIDATION_DATA].items() if sha256 in hashes]
+        again = [name for name, sha256 in wanted.get(VALIDATION_DATA, {}).items() if sha256 in hashes]
         if again:
             raise UserError(f"data.validation_prefixes: {where} was trained on {again[0]}; validate on other text.")
         again = [name for name, entry in wanted[_DATA].items() if entry["sha256"] in hashes]

@@ -211,7 +211,7 @@ def test_mistakes(prefixes: tuple[str, str], tmp_path: Path) -> None:
 def test_datasets_of_their_own_are_validated_on(prefixes: tuple[str, str], tmp_path: Path) -> None:
     """The training dataset keeps all of its documents; the other one is read whole, and is told of by its name."""
     one, two = prefixes
-    config = config_for([one], tmp_path)
+    config = config_for([one], tmp_path, fraction=0.02)
     config = replace(config, data=replace(config.data, validation_prefixes=[two]))
     assert config.data.validation_fraction == 0
     corpus = open_corpus(config.data)

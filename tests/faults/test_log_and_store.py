@@ -119,6 +119,7 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
         facts=SimpleNamespace(vocabulary=8),
         steps=SimpleNamespace(base=None),
         identity={},
+        recorded_identity={},
         schedule={},
         corpus=SimpleNamespace(token_bytes=[]),
         dataset=None,

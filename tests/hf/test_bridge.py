@@ -212,7 +212,9 @@ def test_run_in_memory_needs_no_data(trained: Path, tokenizer: Path, tmp_path: P
     """The run's data is gone but for its tokenizer, which has another name now."""
     shutil.copytree(trained, tmp_path / "run")
     config = (tmp_path / "run" / "config.yaml").read_text()
-    moved = config.replace("source: sample", "source: prefixes").replace("prefixes: []", "prefixes: [/nowhere/books]")
+    moved = config.replace("source: sample", "source: prefixes").replace(
+        "\n  prefixes: []", "\n  prefixes: [/nowhere/books]"
+    )
     (tmp_path / "run" / "config.yaml").write_text(moved)
     with pytest.raises(UserError, match="is not found beside its data .*/nowhere/books.*--tokenizer"):
         in_memory(tmp_path / "run")
@@ -237,7 +239,9 @@ def test_side_car_tells_classes_that_it_counts_as_one(trained: Path, sample_pref
     (tmp_path / "data" / "docs.sep.json").write_text(json.dumps(header))
     config = (tmp_path / "run" / "config.yaml").read_text()
     prefix = tmp_path / "data" / "docs"
-    moved_config = config.replace("source: sample", "source: prefixes").replace("prefixes: []", f"prefixes: [{prefix}]")
+    moved_config = config.replace("source: sample", "source: prefixes").replace(
+        "\n  prefixes: []", f"\n  prefixes: [{prefix}]"
+    )
     (tmp_path / "run" / "config.yaml").write_text(moved_config)
     pattern, usual = in_memory(tmp_path / "run")[1], in_memory(trained)[1]
     assert pattern is not None and usual is not None and set(usual.separators) - set(pattern.separators) == set(moved)

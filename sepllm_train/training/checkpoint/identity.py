@@ -82,7 +82,7 @@ def trained_on(identity: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _own_data(identity: dict[str, Any]) -> dict[str, Any]:
-    return {"data": identity[_DATA], "validation_fraction": identity[_FRACTION]}
+    return {"data": identity.get(_DATA, {}), "validation_fraction": identity.get(_FRACTION, 0.0)}
 
 
 def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:

@@ -52,6 +52,7 @@ PACKAGES = {
 SAMPLE_PACKAGES = {"sentencepiece": "sentencepiece"}
 THROUGHPUT_LENGTHS = (2048, 8192, 32768)
 TOKENS_PER_STEP = 65536
+MICRO_BATCHES = 4  # of a timed step
 COMPILED = "training.compile=true"
 TINY_BENCHMARK = (
     *("--model", "demo", "--turns", 2, "--steps", 1, "model.layers=2", "model.hidden=128", "model.heads=2"),
@@ -198,7 +199,7 @@ def _throughput(stage: Stage, options: argparse.Namespace, length: int) -> dict[
     arguments: list[object] = ["--output", result, "--lengths", length, *TINY_BENCHMARK]
     if not options.tiny:
         arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--turns", 4, "--steps", 1]
-        arguments += ["--micro-tokens", TOKENS_PER_STEP, "--step-tokens", 4 * TOKENS_PER_STEP, COMPILED]
+        arguments += ["--micro-tokens", TOKENS_PER_STEP, "--step-tokens", MICRO_BATCHES * TOKENS_PER_STEP, COMPILED]
     if options.data:
         arguments += ["--data", options.data.resolve()]
     share = stage.seconds_left / (len(THROUGHPUT_LENGTHS) + 1)
@@ -221,7 +222,7 @@ def _loss_pair(
     steps = 4
     if not options.tiny:
         seen = [row["figures"]["dense"]["step_seconds"] for row in throughput if "figures" in row]
-        seconds = seen[0] / 4 if seen else 1.0
+        seconds = seen[0] / MICRO_BATCHES if seen else 1.0
         # A third of the time goes to starting, validating and saving twice.
         steps = max(10, int(stage.seconds_left / 3 / seconds))
     if options.tiny:

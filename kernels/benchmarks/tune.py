@@ -259,9 +259,9 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     clock = Clock(device, seconds=0.05, most=30)
     machine = machine_facts(device)
-    table = (tuple(options.lengths), options.window) == (LENGTHS, WINDOW)
+    usual = (tuple(options.lengths), options.window) == (LENGTHS, WINDOW)
     slug = "-".join(machine["device"].lower().split())
-    if not table:
+    if not usual:
         slug += f"-{'-'.join(map(str, options.lengths))}-window{options.window}"
     path = options.output or RESULTS / f"tuning-{slug}.json"
     results: dict[str, Any] = {
@@ -283,7 +283,7 @@ def main() -> int:
         print(f"{kernel} D={head_size}: {best['tile']}, {best['score']:.3f} of the table's time", flush=True)
         if best["score"] < 1 - MARGIN:
             chosen.setdefault((architecture, "half", padded_head(head_size)), {})[kernel] = Tile(*best["tile"])
-    if table and not options.keep_table:
+    if usual and not options.keep_table:
         write_text(TABLE, rewritten(TABLE.read_text(encoding="utf8"), chosen))
         print(f"wrote {TABLE}: run the compile gate with --record")
     return 0

@@ -280,8 +280,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         finite("parallel", self)
-        positive("parallel", self, "tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds")
-        positive("parallel", self, "first_stage_layers", "last_stage_layers")
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context")
+        positive("parallel", self, *sizes, "timeout_seconds")
         if self.uneven:
             require(
                 self.pipeline > 1 and self.virtual_pipeline in (None, 1),

@@ -91,11 +91,8 @@ def _activations(
     tokens = training.micro_batch * config.data.sequence_length / parallel.context
     flying = _micro_batches_in_flight(config, replicas, stage)
     # Between stages, a hidden state of each micro-batch waits for its gradient.
-    kept = (
-        tokens
-        * flying
-        * (parallel.stage_layers(model.layers)[stage] * layer.kept + (layer.hidden if stages > 1 else 0))
-    )
+    layers = parallel.stage_layers(model.layers)[stage]
+    kept = tokens * flying * (layers * layer.kept + (layer.hidden if stages > 1 else 0))
     # Sequence parallelism gathers its inputs in one buffer that stays.
     kept += tokens * layer.gathered if parallel.sequence else 0
     # The gradient of a weight is summed into the fp32 ones once it is there as a whole.

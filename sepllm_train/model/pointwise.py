@@ -161,17 +161,17 @@ class _HalfGelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
-        return (wide * _normal(wide)[0]).to(x.dtype)
+        return (wide * normal(wide)[0]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,), (gradient,) = ctx.saved_tensors, gradients
         wide = x.float()
-        distribution, density = _normal(wide)
+        distribution, density = normal(wide)
         return (gradient.float() * (distribution + wide * density)).to(x.dtype)
 
 
-def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+def normal(x: Tensor) -> tuple[Tensor, Tensor]:
     """Normal distribution and its density at x, fp32."""
     density = torch.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
     t = 1.0 / (1.0 + 0.2316419 * x.abs())

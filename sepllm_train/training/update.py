@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 # (mean loss, gradient norm) -> why the step must be skipped, or None.
 Judge = Callable[[float, float], str | None]
@@ -62,20 +63,12 @@ def update(optimizer: MegatronOptimizer, loss: Tensor, count: int, own: Sequence
     bad = judge(mean, norm) if judged else None
     if bad is None and not overflow:
         for part in parts:
-            if part.config.clip_grad > 0:
-                _clip(part, norm)
+            limit = part.config.clip_grad
+            if 0 < limit < norm:
+                # All at once: megatron-core's takes two kernels for each gradient where apex is missing.
+                clip_grads_with_norm_(part.get_parameters(), limit, torch.tensor(norm))
         optimizer.step_with_ready_grads()
     return Update(mean, norm, overflow, bad, sums)
-
-
-def _clip(part: MegatronOptimizer, norm: float) -> None:
-    """Scale the gradients of norm `norm` to the one that is allowed, all at once: megatron-core's own way takes two
-    kernels for each of them where apex is missing."""
-    factor = part.config.clip_grad / (norm + 1e-6)
-    grads = [p.grad for p in part.get_parameters() if p.grad is not None]
-    # A rank of a sharded optimizer may hold none.
-    if factor < 1 and grads:
-        torch._foreach_mul_(grads, factor)
 
 
 def _lowest_scale(parts: list[MegatronOptimizer]) -> bool:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from sepllm_train.config.schema import ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.model.build import build_model
-from sepllm_train.model.pointwise import Pointwise
+from sepllm_train.model.pointwise import Pointwise, normal
 from tests.model.layout_worker import PATTERNS, train
 from tests.model.tiny import VOCABULARY, tiny_config
 
@@ -65,6 +65,10 @@ def test_gelu_is_the_exact_one_and_half_precision_compiles() -> None:
     exact = 0.5 * x.double() * (1 + torch.erf(x.double() / 2**0.5))
     torch.testing.assert_close(pointwise.activation(x, torch.zeros(1)).double(), exact, rtol=0, atol=1e-6)
     half = torch.cat((x, torch.tensor([[-40.0], [-1e-3], [0.0], [40.0], [3e38]]))).bfloat16().requires_grad_()
+    x = x.double()
+    distribution, density = normal(x)
+    torch.testing.assert_close(x * distribution, exact, rtol=0, atol=2.2e-7)
+    torch.testing.assert_close(density, (-0.5 * x**2).exp() / (2 * torch.pi) ** 0.5)
     # Rounded to bf16 once, and no further off than that.
     limits = {"rtol": 2**-8, "atol": 1e-6}
     found = pointwise.activation(half, torch.zeros(1).bfloat16())

@@ -24,13 +24,9 @@ def other(sample_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = sample_prefix.parent / read_header(sample_prefix).tokenizer.file
     text = "".join(json.dumps({"text": f"Line {n} of another text; it goes on. " * 40}) + "\n" for n in range(40))
     (folder / "lines.jsonl").write_text(text, encoding="utf8")
-    assert (
-        main(
-            ["tokenize", str(folder / "lines.jsonl"), "--output", str(folder / "lines"), "--tokenizer", str(tokenizer)]
-        )
-        == 0
-    )
-    return str(folder / "lines")
+    prefix = str(folder / "lines")
+    assert main(["tokenize", f"{prefix}.jsonl", "--output", prefix, "--tokenizer", str(tokenizer)]) == 0
+    return prefix
 
 
 def test_a_run_goes_on_with_other_data(trainer: Any, finished: Callable, other: str) -> None:
@@ -78,14 +74,13 @@ def test_seen_text_is_not_validated_on(trainer: Any, finished: Callable, other: 
     assert len(earlier_data(identity, {**identity, "data.validation_fraction": 0.0})) == 1
 
 
-def test_the_optimizer_goes_on(trainer: Any, finished: Callable, other: str) -> None:
-    """With the same data it is the plain resume, bit for bit."""
+def test_with_the_same_data_it_is_the_plain_resume(trainer: Any, finished: Callable) -> None:
+    """Bit for bit, and nothing is told of earlier data."""
     source = trainer.root / finished("one") / "checkpoints" / "step_00000002"
     assert trainer.here("name=same_data", f"resume={source}", "resume_other_data=true").code == 0
     ends = [trainer.root / name / "checkpoints" / "step_00000004" for name in ("one", "same_data")]
     assert EARLIER_DATA not in read_state(ends[1])["identity"]
-    assert trainer.values("same_data", "train/loss") == trainer.values("one", "train/loss")[2:]
-    assert trainer.values("same_data", "val/loss")[-1] == trainer.values("one", "val/loss")[-1]
+    assert dict(digests(ends[1])) == dict(digests(ends[0]))
 
 
 def test_it_needs_a_checkpoint(trainer: Any) -> None:

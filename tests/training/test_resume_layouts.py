@@ -31,6 +31,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "training": {"recompute": "full"},
         },
         "pipeline": {"parallel": {"pipeline": 2}},
+        "uneven pipeline": {"parallel": {"pipeline": 2, "first_stage_layers": 1}},
         "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
         "context": {"parallel": {"context": 2}},
         "data": {},
@@ -57,6 +58,7 @@ CROSSINGS: dict[int, list[tuple[str, str]]] = {
         ("one", "sharded"),
         ("sharded", "data"),
         ("sharded", "interleaved"),
+        ("sharded", "uneven pipeline"),
     ],
     4: [("sharded", "tensor x sharded")],
 }

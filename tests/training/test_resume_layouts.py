@@ -33,8 +33,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pipeline": {"parallel": {"pipeline": 2}},
         "uneven pipeline": {"parallel": {"pipeline": 2, "first_stage_layers": 1}},
         "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+        "pipeline, selective, chunked loss": {
+            "parallel": {"pipeline": 2},
+            "training": {"recompute": "selective", "loss_chunk": 40},
+        },
         "context": {"parallel": {"context": 2}},
         "data": {},
+        "data, overlap": {"parallel": {"overlap": True}},
         "sharded": {"parallel": {"sharded_optimizer": True}},
         "sharded, gated, bf16": {
             "parallel": {"sharded_optimizer": True},

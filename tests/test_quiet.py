@@ -24,6 +24,7 @@ def run_strictly(*command: str, sample_cache: Path) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_a_step_a_save_a_resume_and_an_export(repository: Path, sample_cache: Path, tmp_path: Path) -> None:
     program = str(repository / "scripts" / "pretrain.py")
     common = (*SMALL_RUN, *STEPS, f"data.cache={sample_cache}", f"run_root={tmp_path}")
@@ -34,6 +35,7 @@ def test_a_step_a_save_a_resume_and_an_export(repository: Path, sample_cache: Pa
     run_strictly(export, str(tmp_path / "second"), str(tmp_path / "model"), sample_cache=sample_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_with_tensor_and_sequence_parallelism(repository: Path, sample_cache: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

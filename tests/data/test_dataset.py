@@ -267,7 +267,9 @@ def test_a_dataset_travels_without_its_indices(prefixes: tuple[str, str], tmp_pa
     assert all(torch.equal(travelled[7][key], value) for key, value in dataset[7].items())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+)
 def test_samples_do_not_depend_on_how_workers_start(prefixes: tuple[str, str], tmp_path: Path, method: str) -> None:
     config = config_for(list(prefixes), tmp_path)
     dataset, _ = build_datasets(config, open_corpus(config.data))

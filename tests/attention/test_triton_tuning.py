@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 from sep_attention import FOREVER, build_plan
 from sep_attention.triton_backward import attention_backward_kv, attention_backward_q

@@ -6,7 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from tests.triton_support import NO_TRITON
+
 from .conftest import Program
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 GATE = "kernels/benchmarks/compile_gate.py"
 

@@ -3,12 +3,13 @@
     python kernels/benchmarks/compile_gate.py
     python kernels/benchmarks/compile_gate.py --head-sizes 64 128 --dtypes bf16 --architectures 90
     python kernels/benchmarks/compile_gate.py --variants decode
-    python kernels/benchmarks/compile_gate.py --record    # after a change of the table that is meant
+    python kernels/benchmarks/compile_gate.py --record    # after an intended change of the table, with each Triton
 
 Half precision on sm_90 must use wgmma alone, unserialised, in 227 KiB of shared memory, with no spilled register at
-D = 64 and at most 64 bytes at D = 128, under every mask; other head sizes have recorded budgets. The kernels of the
-decoding cache, too narrow for wgmma, must spill nothing and use the tensor cores they can. Everything else has to
-compile and is reported. Below the table stands the counted model: pairs the tiles touch over pairs needed.
+D = 64 and at most 64 bytes at D = 128, under every mask and with every version of Triton; other head sizes have
+budgets recorded by version. The kernels of the decoding cache, too narrow for wgmma, must spill nothing and use the
+tensor cores they can. Everything else has to compile and is reported. Below the table stands the counted model: pairs
+the tiles touch over pairs needed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from pathlib import Path
 # Triton reads this when the kernels are defined, which the next imports do.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import require_triton  # noqa: F401 - ends the program where Triton is missing
 import triton
+from budgets import Spills, minor_version, read_budget, record_budget
 from compiled import VARIANTS, Resources, Target, compile_target, targets_of
 from compiled_decode import DECODE, compile_decode, decode_targets
 from pairs_model import print_model
-from records import RESULTS, exit_with, read_json, write_json
+from records import RESULTS, exit_with
 from sep_attention.tuning import shipped_configurations
 
 from data_prep.errors import UserError
@@ -59,14 +62,14 @@ def is_gated(target: Target) -> bool:
     return (target.shipped.architecture, target.shipped.precision) == (90, "half")
 
 
-def spill_budget(target: Target, recorded: Mapping[str, int]) -> int:
+def spill_budget(target: Target, recorded: Spills) -> int:
     """Bytes a thread of a gated kernel may spill; what has no rule and no record may spill none."""
     if target.shipped.head_size in SPILL_BUDGET:
         return SPILL_BUDGET[target.shipped.head_size]
     return recorded.get(target.name, 0)
 
 
-def violations(target: Target, result: Resources | str, recorded: Mapping[str, int]) -> list[str]:
+def violations(target: Target, result: Resources | str, recorded: Spills) -> list[str]:
     """What is wrong with a compiled kernel, one sentence each; a result in words says why it did not compile."""
     if isinstance(result, str):
         return [f"{target.name} does not compile: {result}"]
@@ -128,22 +131,14 @@ def _tile_label(target: Target) -> str:
     return f"{tile.queries}x{tile.keys} w{tile.warps} s{tile.stages}{limit}"
 
 
-def _read_budget(path: Path) -> tuple[str, dict[str, int]]:
-    """Triton's version when the budget was recorded, and spills by compilation."""
-    if not path.is_file():
-        return triton.__version__, {}
-    content = read_json(path)
-    return content["triton"], content["spills"]
-
-
 def _record(path: Path, results: Mapping[Target, Resources | str]) -> None:
     spills = {
         target.name: result.spills
         for target, result in results.items()
         if not isinstance(result, str) and is_gated(target) and result.spills > spill_budget(target, {})
     }
-    write_json(path, {"triton": triton.__version__, "spills": spills})
-    print(f"wrote {path}")
+    record_budget(path, triton.__version__, spills)
+    print(f"wrote {path}, Triton {minor_version(triton.__version__)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, DECODE), help="these alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
     parser.add_argument("--budget", type=Path, default=BUDGET_FILE, help="file of recorded spills (%(default)s)")
-    parser.add_argument("--record", action="store_true", help="write the recorded budget anew from what is measured")
+    parser.add_argument("--record", action="store_true", help="write this Triton's budget anew from what is measured")
     parser.add_argument("--no-pairs", action="store_true", help="without the counted model")
     return parser
 
@@ -185,17 +180,22 @@ def main() -> int:
     results = dict(compile_all(targets, options.jobs))
     if options.record:
         _record(options.budget, results)
-    version, recorded = _read_budget(options.budget)
+    budget = read_budget(options.budget, triton.__version__)
+    substitute = ""
+    if budget.version != minor_version(triton.__version__):
+        substitute = f"no budgets are recorded for Triton {triton.__version__}, those of {budget.version} are used"
     problems = []
     print(f"Triton {triton.__version__}; spills in bytes of a thread, KiB of shared memory of a program")
+    if substitute:
+        print(f"note: {substitute}")
     print(f"{'kernel':<42} {'tile':<20} {COLUMNS}")
     for target in targets:
-        found = violations(target, results[target], recorded)
+        found = violations(target, results[target], budget.spills)
         print(table_line(target, results[target], found))
         problems += found
     print(f"{len(targets)} kernels, {len(problems)} problems, {time.perf_counter() - begin:.0f} s")
-    if problems and version != triton.__version__:
-        problems.append(f"the budgets were recorded with Triton {version}; this is {triton.__version__}")
+    if problems and substitute:
+        problems.append(substitute)
     if not options.no_pairs:
         print()
         problems += print_model()

@@ -1,17 +1,18 @@
 """The attention kernels compiled ahead of time, without a GPU, and what the compiler made of them.
 
-The resources are read with the programs that ship inside Triton: ptxas (registers spilled, warnings), cuobjdump
+The resources are read with the programs that Triton itself uses: ptxas (registers spilled, warnings), cuobjdump
 (registers) and nvdisasm (instructions).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sep_attention.triton_forward import VARYING, attention_forward
 from sep_attention.triton_op import compiler_options, kernel_constants
 from sep_attention.tuning import ShippedTile
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager
 
 FUNCTIONS = {
@@ -41,7 +42,7 @@ _WITHOUT_VARIANT = {("backward_kv", "gqa4")}
 _SINGLES = {"LSE": "fp32", "STATISTICS": "fp32", "SINK": "fp32", "DSINK": "fp32", "TIER": "u8"}
 _PLAN = ("PREFIX", "POSITIONS", "DOCUMENT_START", "DOCUMENT_END")
 # Raised when what is read from a compiled kernel changes, so that records in the cache are read anew.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -86,25 +87,48 @@ def targets_of(shipped: ShippedTile, variant: str = "paper") -> list[Target]:
 
 def compile_target(target: Target) -> Resources:
     """Compiles a kernel, or finds it in Triton's cache, and reads its resources. Raises what Triton raises."""
-    kernel = _compile(target)
-    record = get_cache_manager(kernel.hash)
-    name = f"resources-{_FORMAT}.json"
-    known = record.get_file(name)
-    if known:
-        return Resources(**json.loads(Path(known).read_text(encoding="utf8")))
-    resources = _inspect(kernel, target.shipped.architecture)
-    record.put(json.dumps(asdict(resources)), name, binary=False)
-    return resources
-
-
-def _compile(target: Target) -> Any:
     kernel, head_size, dtype, precision, architecture, tile = target.shipped
     constants = kernel_constants(kernel, head_size, precision, tile, **VARIANTS[target.variant])
     function = FUNCTIONS[kernel]
     chosen = constants[max(0, target.part - 1)]
     signature, attributes = _signature(function.arg_names, dtype, chosen)
     source = ASTSource(function, signature, constexprs=chosen, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler_options(tile, chosen))
+    _, resources = compile_source(source, architecture, compiler_options(tile, chosen))
+    return resources
+
+
+def compile_source(source: ASTSource, architecture: int, options: dict[str, Any]) -> tuple[Any, Resources]:
+    """Compile a source for sm_`architecture` and read its resources, both kept in Triton's cache.
+
+    Returns Triton's kernel and the resources. Raises what Triton raises.
+    """
+    target = GPUTarget("cuda", architecture, 32)
+    kernel = triton.compile(source, target=target, options=options)
+    record = get_cache_manager(kernel.hash)
+    name = f"resources-{_FORMAT}.json"
+    known = record.get_file(name)
+    if known:
+        return kernel, Resources(**json.loads(Path(known).read_text(encoding="utf8")))
+    resources = _inspect(kernel, assembler_log(kernel.asm["ptx"], source, target, options))
+    record.put(json.dumps(asdict(resources)), name, binary=False)
+    return kernel, resources
+
+
+def assembler_log(ptx: str, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """What ptxas reports of a kernel: its spills, and warnings such as C7510.
+
+    Triton's own last stage assembles the PTX a second time, so the assembler and its flags are those of the version
+    at hand: 3.6 runs `ptxas`, 3.7 and 3.8 add --regAllocOptLevel=2, and 3.9 runs `ptxas-blackwell` for sm_90 as well
+    (the older one refuses its PTX).
+    """
+    backend = make_backend(target)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, backend.parse_options(options), source.language)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        stages["cubin"](ptx, {})
+    return log.getvalue()
 
 
 def _signature(
@@ -131,15 +155,13 @@ def _signature(
     return signature, attributes
 
 
-def _inspect(kernel: Any, architecture: int) -> Resources:
+def _inspect(kernel: Any, log: str) -> Resources:
+    tools = triton.knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        ptx.write_text(kernel.asm["ptx"], encoding="utf8")
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin)).stdout
-        listing = _tool("nvdisasm", "-c", str(cubin)).stdout
-        gpu = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
-        log = _tool("ptxas", "-v", f"--gpu-name={gpu}", str(ptx), "-o", str(Path(folder, "again.cubin"))).stderr
+        usage = _output(tools.cuobjdump.path, "--dump-resource-usage", str(cubin))
+        listing = _output(tools.nvdisasm.path, "-c", str(cubin))
     registers = re.search(r"REG:(\d+)", usage)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if registers is None or not spills:
@@ -155,10 +177,5 @@ def _inspect(kernel: Any, architecture: int) -> Resources:
     )
 
 
-@cache
-def _tools() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def _tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(_tools() / name), *arguments], capture_output=True, text=True, check=True)
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import triton
-from compiled import _FORMAT, Resources, Target, _inspect
+from compiled import Resources, Target, compile_source
 from sep_attention.triton_decode import (
     VARYING,
     advance_kernel,
@@ -19,10 +15,8 @@ from sep_attention.triton_decode import (
     write_kernel,
 )
 from sep_attention.triton_decode_op import kernel_options
-from sep_attention.tuning import ShippedTile, Tile
-from triton.backends.compiler import GPUTarget
+from sep_attention.tuning import FP_FUSION, ShippedTile, Tile
 from triton.compiler import ASTSource
-from triton.runtime.cache import get_cache_manager
 
 DECODE = "decode"
 FUNCTIONS = {
@@ -36,7 +30,6 @@ FUNCTIONS = {
 IN_PLACE = ("advance", "move")
 CAPACITY = 4096
 GROUPS = 4
-_RECORD = f"resources-{_FORMAT}.json"
 _INTEGERS = ("LENGTH", "REACH", "REACH_OF_TOKEN", "ARRIVAL", "SOURCE", "MOVED")
 _LONG_INTEGERS = ("IDS", "SEEN", "POSITION")
 _FLOATS = ("PARTIAL", "PARTIAL_LSE", "TURN_COS", "TURN_SIN")
@@ -69,15 +62,9 @@ def compile_decode(target: Target) -> Resources:
 
     Raises what Triton raises, and RuntimeError for a kernel that may overwrite what it has yet to read.
     """
-    kernel = _compile(target)
+    kernel, resources = _compile(target)
     if target.shipped.kernel in IN_PLACE and not reads_before_it_writes(kernel.asm["ptx"]):
         raise RuntimeError("no barrier parts its loads from its stores")
-    record = get_cache_manager(kernel.hash)
-    known = record.get_file(_RECORD)
-    if known:
-        return Resources(**json.loads(Path(known).read_text(encoding="utf8")))
-    resources = _inspect(kernel, target.shipped.architecture)
-    record.put(json.dumps(asdict(resources)), _RECORD, binary=False)
     return resources
 
 
@@ -90,10 +77,10 @@ def reads_before_it_writes(ptx: str) -> bool:
     return any(max(loads) < barrier < min(stores) for barrier in barriers)
 
 
-def _compile(target: Target) -> Any:
+def _compile(target: Target) -> tuple[Any, Resources]:
     line = target.shipped
     chosen = _options(line.kernel, line.head_size)
-    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages") if name in chosen}
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages", *FP_FUSION) if name in chosen}
     function = FUNCTIONS[line.kernel]
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -102,7 +89,7 @@ def _compile(target: Target) -> Any:
         if name not in chosen and name not in VARYING and name != "scale":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=chosen, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", line.architecture, 32), options=options)
+    return compile_source(source, line.architecture, options)
 
 
 def _type(name: str) -> str:

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pairs_model import needed_of_plan, touched_pairs
-from records import RESULTS, exit_with, read_json, write_json
+from records import NO_TRITON, RESULTS, exit_with, read_json, write_json
 from rivals import OURS, Attention, Rival, installed_versions, ours, rivals_of
 from sep_attention import AttentionPlan, build_plan
-from sep_attention.tuning import KERNELS, dot_precision, select_tile
+from sep_attention.tuning import KERNELS, TRITON_INSTALLED, dot_precision, select_tile
 from separator_text import load_separators, random_rows, text_rows
 from timing import Clock, machine_facts, machine_limits
 from torch import Tensor
@@ -245,6 +245,8 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: run this on a machine with a GPU.")
+    if not TRITON_INSTALLED:
+        raise UserError(NO_TRITON)
     begin = time.monotonic()
     text = load_separators(options.text)
     on_gpu = device.type == "cuda"

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import require_triton  # noqa: F401 - ends the program where Triton is missing
 import torch
 from records import exit_with
 from sep_attention import FOREVER, AttentionPlan, build_plan, reference_attention, sep_attention

@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+NO_TRITON = "Triton is not installed: this program needs it, and it is available for Linux only (pip install triton)."
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from records import REPOSITORY
+from sep_attention.tuning import TRITON_INSTALLED
 
 # Clock cycles that the GPU waits before a timed call, a millisecond or so: the host has launched all of it by then.
 WAIT_CYCLES = 2_000_000
@@ -98,7 +98,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton_version(),
         "kernels": kernels_hash(),
     }
     if device.type != "cuda":
@@ -114,6 +114,15 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         **facts,
     }
+
+
+def _triton_version() -> str | None:
+    if not TRITON_INSTALLED:
+        return None
+    # Imported on use: what runs on a CPU without the interpreter works without Triton.
+    import triton
+
+    return str(triton.__version__)
 
 
 def kernels_hash() -> str:

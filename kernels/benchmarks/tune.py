@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import require_triton  # noqa: F401 - ends the program where Triton is missing
 import torch
 import triton
 from compile_gate import SPILL_BUDGET, compile_all, violations

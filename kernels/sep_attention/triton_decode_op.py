@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sep_attention.decode_cache import PART, DecodeCache
 from sep_attention.triton_decode import advance_kernel, attend_kernel, combine_kernel, move_kernel, write_kernel
-from sep_attention.tuning import dot_precision, interpreted, padded_head
+from sep_attention.tuning import FP_FUSION, dot_precision, interpreted, padded_head
 
 
 @functools.cache
@@ -28,9 +28,9 @@ def kernel_options(
     """
     size = triton.next_power_of_2(capacity)
     padded = max(16, padded_head(head_size))
-    head = {"D": head_size, "PADDED": padded}
+    head: dict[str, Any] = {"D": head_size, "PADDED": padded} | FP_FUSION
     if kernel == "advance":
-        return {"SIZE": size, "num_warps": min(16, max(4, size // 512))}
+        return {"SIZE": size, "num_warps": min(16, max(4, size // 512))} | FP_FUSION
     if kernel == "move":
         turned = {"R": rotary or 0, "TURNED": rotary is not None}
         return head | turned | {"N": max(1, 4096 // padded), "num_warps": 4}

@@ -19,7 +19,16 @@ from torch.autograd.function import once_differentiable
 from sep_attention.plan import FOREVER, MAX_TIERS, AttentionPlan, effective_reach
 from sep_attention.triton_backward import ROW_PADDING, attention_backward_kv, attention_backward_q
 from sep_attention.triton_forward import attention_forward
-from sep_attention.tuning import HEAD_SIZES, Tile, dot_precision, interpreted, packed_heads, padded_head, select_tile
+from sep_attention.tuning import (
+    FP_FUSION,
+    HEAD_SIZES,
+    Tile,
+    dot_precision,
+    interpreted,
+    packed_heads,
+    padded_head,
+    select_tile,
+)
 
 OFFSET_LIMIT = 2**31
 
@@ -126,8 +135,8 @@ def kernel_constants(
 
 
 def compiler_options(tile: Tile, constants: dict[str, Any]) -> dict[str, int]:
-    """num_warps, num_stages and, where the tile limits them for the paper's pattern, maxnreg."""
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    """num_warps, num_stages, FP_FUSION and, where the tile limits them for the paper's pattern, maxnreg."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | FP_FUSION
     # What the general masks keep beside the paper's would be spilled under its limit.
     general = constants["T"] > 1 or any(constants.get(name) for name in ("FINITE", "DOCUMENTS", "HAS_SINK"))
     return options if tile.registers is None or general else options | {"maxnreg": tile.registers}

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sep_attention.tuning import FP_FUSION
+
 BLOCK = 4096
 
 
@@ -120,5 +122,6 @@ def plan_tensors(
         DOCUMENTS=ends is not None,
         SIZE=min(block, triton.next_power_of_2(length)),
         num_warps=8,
+        **FP_FUSION,
     )
     return new_tier, prefix, positions, ends

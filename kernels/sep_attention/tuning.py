@@ -18,6 +18,9 @@ import torch
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNELS = ("forward", "backward_q", "backward_kv")
+# Compiler option of every kernel. Triton fuses multiplications with additions by default up to 3.8 and not from 3.9 on:
+# without it the results would depend on the version.
+FP_FUSION = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):

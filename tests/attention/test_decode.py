@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from interpreter_process import passes_in_the_interpreter
 from sep_attention import FOREVER, DecodeCache, advance, attend, write
 
+from tests.triton_support import needs_triton
+
 BENCHMARK = "kernels/benchmarks/decode.py"
 
 
@@ -165,9 +167,9 @@ def test_calls_that_do_not_fit() -> None:
             call()
 
 
+@needs_triton
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
     passes_in_the_interpreter("decode_interpreter_cases.py")
 
 
@@ -178,14 +180,12 @@ def _benchmark(repository: Path, *arguments: object) -> subprocess.CompletedProc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_needs_a_gpu(repository: Path) -> None:
-    pytest.importorskip("triton")
     result = _benchmark(repository)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: There is no CUDA device here: run this on a machine with a GPU.\n"
 
 
 def test_the_benchmark_as_far_as_a_cpu_goes(repository: Path, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     output = tmp_path / "decode.json"
     result = _benchmark(repository, "--device", "cpu", "--output", output)
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,9 @@ from decode_cases import PUBLIC, REACH, DecodeCase, copied, filled, ragged, step
 from sep_attention import DecodeCache, advance, attend, write
 from torch import Tensor
 
-pytest.importorskip("triton")
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

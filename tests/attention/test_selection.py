@@ -7,6 +7,8 @@ import torch
 from attention_cases import Case
 from sep_attention import available_backends, build_plan, select_backend, sep_attention
 
+from tests.triton_support import needs_triton
+
 
 @pytest.mark.parametrize(
     ("situation", "name"),
@@ -17,11 +19,13 @@ from sep_attention import available_backends, build_plan, select_backend, sep_at
         ({"sequence_length": 4096, "window": 64}, "blocked"),
         ({"sequence_length": 128, "window": 64}, "masked"),
         ({"sequence_length": 128, "window": 64, "sink": True}, "blocked"),
-        ({"sequence_length": 4096, "window": 64, "device": "cuda"}, "triton"),
+        pytest.param({"sequence_length": 4096, "window": 64, "device": "cuda"}, "triton", marks=needs_triton),
         ({"sequence_length": 4096, "window": 64, "device": "cuda", "head_size": 8}, "flex"),
         ({"sequence_length": 4096, "window": 64, "device": "cuda", "dtype": torch.float64}, "flex"),
         ({"sequence_length": 4096, "window": 64, "device": "cuda", "head_size": 8, "sink": True}, "reference"),
-        ({"sequence_length": 4096, "window": 64, "device": "cuda", "sink": True}, "triton"),
+        pytest.param(
+            {"sequence_length": 4096, "window": 64, "device": "cuda", "sink": True}, "triton", marks=needs_triton
+        ),
         ({"sequence_length": 4096, "window": 4096, "device": "cuda"}, "dense"),
     ],
 )

@@ -12,7 +12,9 @@ from attention_cases import Case, relative_error
 from sep_attention import FOREVER, AttentionPlan, build_plan, reference_attention, select_backend, sep_attention
 from torch import Tensor
 
-pytest.importorskip("triton")
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 from sep_attention.triton_op import document_end
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from interpreter_process import passes_in_the_interpreter
 
-pytest.importorskip("triton")
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 
 @pytest.mark.slow

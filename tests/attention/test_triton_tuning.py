@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from decode_cases import REACH, DecodeCase
 
-pytest.importorskip("triton")
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 from sep_attention import FOREVER, build_plan
 from sep_attention.triton_backward import attention_backward_kv, attention_backward_q
+from sep_attention.triton_decode import advance_kernel, attend_kernel, combine_kernel, move_kernel, write_kernel
+from sep_attention.triton_decode_op import launch_advance, launch_attend, launch_write
 from sep_attention.triton_forward import attention_forward
 from sep_attention.triton_op import document_end, kernel_constants
+from sep_attention.triton_plan import plan_kernel, plan_tensors
 from sep_attention.tuning import (
     HEAD_SIZES,
     KERNELS,
@@ -116,6 +122,29 @@ def test_no_layout_needs_another_compilation(monkeypatch: pytest.MonkeyPatch) ->
         _launch_random_layout(draw)
     assert {name: sum(seen.values()) for name, seen in compilations.items()} == dict.fromkeys(compilations, 1000)
     assert {name: len(seen) for name, seen in compilations.items()} == dict.fromkeys(compilations, 1)
+
+
+def test_every_launch_asks_for_fused_multiplications_and_additions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's default differs between versions, and is part of what a kernel computes."""
+    attention = (attention_forward, attention_backward_q, attention_backward_kv)
+    decoding = (advance_kernel, move_kernel, write_kernel, attend_kernel, combine_kernel)
+    asked: dict[str, list[Any]] = {}
+    for kernel in (*attention, *decoding, plan_kernel):
+        launches = asked.setdefault(kernel.__name__, [])
+
+        def run(*_: Any, launches: list[Any] = launches, **options: Any) -> None:
+            launches.append(options.get("enable_fp_fusion"))
+
+        monkeypatch.setattr(kernel, "run", run)
+    _launch_random_layout(random.Random(0))
+    plan_tensors(torch.zeros(1, 5, dtype=torch.uint8), 1, None, 1)
+    case = DecodeCase(capacity=600)
+    cache, ids = case.empty(), torch.zeros(case.batch, dtype=torch.int64)
+    new, query = torch.zeros(case.batch, case.kv_heads, case.width), torch.zeros(case.batch, cache.heads, case.width)
+    launch_advance(cache, ids, REACH)
+    launch_write(cache, 0, new, new)
+    launch_attend(cache, 0, query, 1.0, torch.empty_like(query))
+    assert asked == {name: [True] for name in asked}
 
 
 def _launch_random_layout(draw: random.Random) -> None:

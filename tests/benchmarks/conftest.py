@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.triton_support import with_repairs
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -21,7 +23,7 @@ def program(repository: Path) -> Program:
     """Runs a program of the repository, named by its path; `interpret=True` with Triton's interpreter."""
 
     def run(path: str, *arguments: object, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "2"}
+        environment = with_repairs(os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "2"})
         command = [sys.executable, str(repository / path), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 

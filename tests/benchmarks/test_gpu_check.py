@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.triton_support import needs_triton
+
 from .conftest import Program
 
 CHECK = "scripts/gpu_check.py"
 
 
+@needs_triton
 def test_correctness_in_the_interpreter(program: Program, tmp_path: Path) -> None:
     result = program(CHECK, "--output", tmp_path, "--stage", 1, "--device", "cpu")
     assert result.returncode == 0, result.stdout + (tmp_path / "correctness.log").read_text(encoding="utf8")

@@ -14,6 +14,7 @@ from gpu_attention import GROUPS, HEAD_SIZES, LENGTHS, MAIN_LENGTHS, SOURCES, WI
 from records import write_json
 
 from data_prep.errors import UserError
+from tests.triton_support import needs_triton
 
 from .conftest import Program
 
@@ -22,6 +23,7 @@ DRAW = "kernels/benchmarks/draw.py"
 SMALL = ("--device", "cpu", "--tokens", 48, "--hidden", 32, "--windows", 8, "--head-sizes", 32, "--groups", 1)
 
 
+@needs_triton
 def test_kernels_are_timed_checked_and_resumed(program: Program, tmp_path: Path) -> None:
     output = tmp_path / "attention-cpu.json"
     first = program(ATTENTION, *SMALL, "--lengths", 48, "--sources", "text", "--output", output, interpret=True)

@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.triton_support import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
+
 CODE = """
 import json, sys
 sys.path[:0] = {paths!r}

@@ -79,7 +79,7 @@ def run(names: list[str], commit: str, output: Path, jobs: int) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     prints = fingerprint(commit)
     stored = read_outcomes(output / "reference.json", prints)
-    missing = [case for case in with_needs([name for name in names if name not in stored])]
+    missing = with_needs([name for name in names if name not in stored])
     kept = sum(name in stored for name in names)
     print(f"{len(names)} cases, {jobs} at a time | reference {commit[:7]}" + (f", {kept} cases kept" if kept else ""))
     processes = Processes()

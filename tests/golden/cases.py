@@ -60,8 +60,8 @@ SUITE = (
 
 @dataclass(frozen=True)
 class Case:
-    """A case: `ranks` processes that do `job`, after the cases of `needs`, whose runs they read. `cost` weighs it in the
-    estimate of the time left."""
+    """A job for `ranks` processes, which read what the cases of `needs` wrote. `cost` is its weight in the estimate of
+    the time left."""
 
     name: str
     job: dict[str, Any]

@@ -45,7 +45,7 @@ def describe(reference: Any, working: Any) -> str:
         return "only in the working tree"
     both = f"{short(reference)} -> {short(working)}"
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (reference, working))
-    if not numbers or not (math.isfinite(reference) and math.isfinite(working)):
+    if not numbers or not (math.isfinite(reference) and math.isfinite(working)) or reference == working:
         return both
     change = working - reference
     parts = [f"{change:+.3g}"]

@@ -4,7 +4,7 @@
     python tests/golden/make_files.py OLD data tests/golden/data
     python tests/golden/make_files.py OLD runs tests/golden/files
 
-Both folders were written by b31b21f once and are not to be written again: they stand for what users have on their disks.
+b31b21f wrote both folders once. They are not written again: they stand for what users have on their disks.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def make_runs(tree: Path, output: Path) -> None:
     """Train the stored run, export it, train the stored suite, and record what a reader must find in them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Under a relative path, so that no file says where it was made.
+        # Under a relative path, so that no stored file names a folder of this machine.
         shutil.copytree(DATA, folder / "data")
         data = ("data=prefixes", "data.prefixes=[data/guide]")
         run(tree, folder, "pretrain.py", *STORED_RUN, *data, "name=run")

@@ -49,6 +49,7 @@ GENERATIONS = (
     Generation(
         mark="scripts/pretrain.py",
         programs={
+            "prepare_data": ("scripts/prepare_data.py",),
             "pretrain": ("scripts/pretrain.py",),
             "export": ("scripts/export_hf.py",),
             "generate": ("scripts/generate.py",),
@@ -60,10 +61,10 @@ GENERATIONS = (
             "NativeCache": "sepllm_train.inference.native:NativeCache",
             "PatternCache": "sepllm_train.hf:PatternCache",
             "SepCache": "sepllm_train.hf:SepCache",
+            "CacheChoice": "sepllm_train.inference.choice:CacheChoice",
             "alone": "sepllm_train.analysis.runs:alone",
             "build_datasets": "sepllm_train.data.splits:build_datasets",
             "cache_argument": "sepllm_train.hf:cache_argument",
-            "CacheChoice": "sepllm_train.inference.choice:CacheChoice",
             "config_folder": "sepllm_train.config.load:config_folder",
             "config_for": "sepllm_train.inference.opened:config_for",
             "configuration_of": "sepllm_train.config.load:configuration_of",
@@ -299,7 +300,7 @@ def suite(tree: Tree, job: Job) -> Outcome:
     return outcome | {str(path.parent.name): table(path) for path in sorted(folder.glob("report/*/curves.csv"))}
 
 
-# Keys of results that tell when and where, and not what came out.
+# Keys of results that describe the time, the machine or the commit.
 _MACHINE = {"environment", "versions", "started", "fixed", "git"}
 
 

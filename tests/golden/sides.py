@@ -120,7 +120,14 @@ class Side:
         job, result, log = (self.folder / f"{case.name}.{suffix}" for suffix in ("job.json", "json", "log"))
         job.write_text(json.dumps(case.job), encoding="utf8")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-        command = [sys.executable, *(launcher if case.ranks > 1 else []), str(SIDE), str(self.tree), str(job), str(result)]
+        command = [
+            sys.executable,
+            *(launcher if case.ranks > 1 else []),
+            str(SIDE),
+            str(self.tree),
+            str(job),
+            str(result),
+        ]
         code = self.processes.run(command, self.folder, self.environment(), log)
         if code == 0 and result.is_file():
             self.outcomes[case.name] = {"outcome": json.loads(result.read_text(encoding="utf8"))}

@@ -119,15 +119,10 @@ class Side:
                 return
         job, result, log = (self.folder / f"{case.name}.{suffix}" for suffix in ("job.json", "json", "log"))
         job.write_text(json.dumps(case.job), encoding="utf8")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-        command = [
-            sys.executable,
-            *(launcher if case.ranks > 1 else []),
-            str(SIDE),
-            str(self.tree),
-            str(job),
-            str(result),
-        ]
+        command = [sys.executable]
+        if case.ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+        command += [str(path) for path in (SIDE, self.tree, job, result)]
         code = self.processes.run(command, self.folder, self.environment(), log)
         if code == 0 and result.is_file():
             self.outcomes[case.name] = {"outcome": json.loads(result.read_text(encoding="utf8"))}
@@ -158,8 +153,8 @@ def commit_of(revision: str) -> str:
 @contextmanager
 def worktree(commit: str, folder: Path) -> Iterator[Path]:
     """A git worktree of a commit at `folder`, removed at the end of the block whatever happens. Raises BadInput."""
-    made = git("-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
+        made = git("-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(folder), commit)
         if made.returncode:
             raise BadInput(f"git cannot make a worktree of {commit[:7]}: {made.stderr.strip().splitlines()[-1]}.")
         yield folder

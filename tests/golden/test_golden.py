@@ -1,4 +1,4 @@
-"""The golden comparison itself: what it notices, what it runs, and what it leaves behind. The cases are `make golden`."""
+"""The golden comparison itself: what it notices, what it runs, what it leaves behind. `make golden` runs the cases."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_equal_outcomes_have_no_differences() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "line"),
     [
-        ("records/0/train/loss", math.nextafter(6.5, 7), "6.5 -> 6.500000000000001 (+8.88e-16, +1.37e-16 relative, 1 ulp)"),
+        ("records/0/train/loss", math.nextafter(6.5, 7), "-> 6.500000000000001 (+8.88e-16, +1.37e-16 relative, 1 ulp)"),
         ("records/1/train/loss", math.nextafter(6.25, 6), "(-8.88e-16, -1.42e-16 relative, 1 ulp)"),
         ("records/0/train/loss", math.nan, "6.5 -> nan"),
         ("records/0/step", 1.0, "1 -> 1.0"),

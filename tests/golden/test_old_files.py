@@ -39,10 +39,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
 
 
 def test_the_checkpoint_holds_what_was_stored(tree: Tree) -> None:
-    found = dict(tree.get("digests")(FILES / "run"))
-    other = sorted(
-        key for key in EXPECTED["checkpoint"].keys() | found if EXPECTED["checkpoint"].get(key) != found.get(key)
-    )
+    stored, found = EXPECTED["checkpoint"], dict(tree.get("digests")(FILES / "run"))
+    other = sorted(key for key in stored.keys() | found if stored.get(key) != found.get(key))
     assert not other, f"read otherwise than stored: {other}"
 
 
@@ -67,9 +65,8 @@ def test_the_run_is_exported_to_the_stored_weights(tree: Tree) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     tree.run("export", str(FILES / "run"), "export", "--tokenizer", str(DATA / "guide.tokenizer.model"))
-    made, stored = (
-        safetensors.load_file(folder / "model.safetensors") for folder in (Path("export"), FILES / "export")
-    )
+    folders = (Path("export"), FILES / "export")
+    made, stored = (safetensors.load_file(folder / "model.safetensors") for folder in folders)
     assert made.keys() == stored.keys()
     assert all(torch.equal(made[name], stored[name]) for name in stored)
 

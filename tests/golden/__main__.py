@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden.cases import BY_NAME, CASES, Case, with_needs
-from tests.golden.compare import SHOWN, differences, flatten
+from tests.golden.compare import SHOWN, differences, flatten, largest
 from tests.golden.sides import REPOSITORY, BadInput, Processes, Side, commit_of, fingerprint, worktree
 
 # The last revision before work that must keep every result.
@@ -151,7 +151,8 @@ def judge(reference: dict[str, Any], working: dict[str, Any]) -> list[str]:
     if not found:
         return [f"equal ({len(values)} values)"]
     more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return [f"DIFFERS in {len(found)} of {len(values)} values", *found[:SHOWN], *more]
+    most = largest(reference["outcome"], working["outcome"])
+    return [f"DIFFERS in {len(found)} of {len(values)} values", *found[:SHOWN], *more, *([most] if most else [])]
 
 
 def read_outcomes(path: Path, prints: dict[str, str]) -> dict[str, dict[str, Any]]:

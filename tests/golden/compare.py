@@ -22,6 +22,21 @@ def differences(reference: Any, working: Any) -> list[str]:
     ]
 
 
+def largest(reference: Any, working: Any) -> str | None:
+    """The largest relative difference of two numbers at one path, and the path; None where no numbers differ."""
+    left, right = dict(flatten(reference)), dict(flatten(working))
+    found = [
+        (abs(right[path] - value) / max(abs(value), abs(right[path])), path)
+        for path, value in left.items()
+        if all(isinstance(one, float) and math.isfinite(one) for one in (value, right.get(path)))
+        and value != right[path]
+    ]
+    if not found:
+        return None
+    ratio, path = max(found)
+    return f"largest relative difference of a number: {ratio:.2e}, {path}"
+
+
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, leaf) of nested dicts and lists. An empty one is a leaf itself."""
     if isinstance(value, dict | list) and value:

@@ -32,7 +32,7 @@ class Generation:
     """How trees of one layout are used.
 
     Attributes:
-        mark: a file that these trees have and those of earlier entries do not.
+        mark: a file that these trees have and older ones do not.
         programs: for each command the words that start it: a script below the tree, or `-m` and a module.
         names: for each name that the cases use, `module:attribute`.
         packages: what must be imported from the tree.

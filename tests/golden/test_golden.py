@@ -18,7 +18,7 @@ import pytest
 from tests.golden import __main__ as golden
 from tests.golden import sides
 from tests.golden.cases import BY_NAME, CASES, DATA, Case, with_needs
-from tests.golden.compare import differences
+from tests.golden.compare import differences, largest
 from tests.golden.side import KINDS, Tree, without_machine
 
 OUTCOME = {
@@ -65,6 +65,13 @@ def test_equal_outcomes_have_no_differences() -> None:
 def test_a_change_is_found_and_measured(path: str, value: Any, line: str) -> None:
     (found,) = differences(OUTCOME, changed(path, value))
     assert found.startswith(f"{path}: ") and found.endswith(line)
+
+
+def test_the_largest_difference_is_named() -> None:
+    other = changed("records/0/train/loss", 6.5000065)
+    other["records"][1]["train/loss"] = 6.2500125
+    assert largest(OUTCOME, other) == "largest relative difference of a number: 2.00e-06, records/1/train/loss"
+    assert largest(OUTCOME, changed("digest", "cd" * 32)) is None
 
 
 def test_a_lost_record_is_found() -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -105,33 +105,23 @@ def run(names: list[str], commit: str, output: Path, jobs: int) -> list[str]:
 
 def compare_as_they_end(plan: list[tuple[Side, Case]], sides: list[Side], names: list[str], jobs: int) -> list[str]:
     """Run `plan`, and print a line for each case when both of its sides have ended; return the unequal ones."""
-    began, spent = time.monotonic(), 0
+    began, spent, total = time.monotonic(), 0, sum(case.cost for _, case in plan)
     waiting, unequal = list(names), []
     with ThreadPoolExecutor(jobs) as pool:
-        cost: dict[Future[None], int] = {}
-        for side, case in plan:
-            side.outcomes.pop(case.name, None)
-            # In this order: a case that waits for those it needs waits for cases that have begun.
-            side.futures[case.name] = pool.submit(side.run, case)
-            cost[side.futures[case.name]] = case.cost
-        left = set(cost)
         try:
-            while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
-                spent += sum(cost[future] for future in done)
-                for future in done:
-                    future.result()
+            costs = submit(plan, pool)
+            for future in as_completed(costs):
+                future.result()
+                spent += costs[future]
                 for name in [name for name in waiting if all(name in side.outcomes for side in sides)]:
                     waiting.remove(name)
-                    lines = judge(*(side.outcomes[name] for side in sides))
-                    if len(lines) > 1 or not lines[0].startswith("equal"):
-                        unequal.append(name)
+                    equal, lines = judge(*(side.outcomes[name] for side in sides))
+                    unequal += [] if equal else [name]
                     seconds = time.monotonic() - began
-                    rest = seconds / spent * (sum(cost.values()) - spent)
+                    left = seconds / spent * (total - spent)
                     head = f"[{len(names) - len(waiting):2}/{len(names)}] {name}: {lines[0]}"
-                    print(f"{head} | {seconds:.0f} s, about {rest:.0f} s left", flush=True)
-                    for line in lines[1:]:
-                        print(f"        {line}", flush=True)
+                    shown = [f"{head} | {seconds:.0f} s, about {left:.0f} s left", *lines[1:]]
+                    print("\n        ".join(shown), flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             sides[0].processes.stop()
@@ -140,19 +130,29 @@ def compare_as_they_end(plan: list[tuple[Side, Case]], sides: list[Side], names:
     return unequal
 
 
-def judge(reference: dict[str, Any], working: dict[str, Any]) -> list[str]:
-    """What to print of a case: `equal (N values)`, or what differs; the first line says it in short."""
-    errors = [f"{side} failed: {one['error']}" for side, one in zip(SIDES, (reference, working), strict=True)
-              if "error" in one]  # fmt: skip
-    if errors:
-        return ["FAILED", *errors]
-    values = list(flatten(reference["outcome"]))
+def submit(plan: list[tuple[Side, Case]], pool: ThreadPoolExecutor) -> dict[Future[None], int]:
+    """Start a plan in its order, so that a case that waits for what it needs waits for cases that have begun; return
+    the cost of each."""
+    costs = {}
+    for side, case in plan:
+        side.outcomes.pop(case.name, None)
+        side.futures[case.name] = pool.submit(side.run, case)
+        costs[side.futures[case.name]] = case.cost
+    return costs
+
+
+def judge(reference: dict[str, Any], working: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether a case is equal, and the lines to print: the verdict, then what differs."""
+    both = zip(SIDES, (reference, working), strict=True)
+    if errors := [f"{side} failed: {one['error']}" for side, one in both if "error" in one]:
+        return False, ["FAILED", *errors]
+    values = len(list(flatten(reference["outcome"])))
     found = differences(reference["outcome"], working["outcome"])
     if not found:
-        return [f"equal ({len(values)} values)"]
+        return True, [f"equal ({values} values)"]
     more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     most = largest(reference["outcome"], working["outcome"])
-    return [f"DIFFERS in {len(found)} of {len(values)} values", *found[:SHOWN], *more, *([most] if most else [])]
+    return False, [f"DIFFERS in {len(found)} of {values} values", *found[:SHOWN], *more, *([most] if most else [])]
 
 
 def read_outcomes(path: Path, prints: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
+.PHONY: help install test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ lint: install  ## ruff: rules and format
 
 types: install  ## mypy
 	$(BIN)/mypy
+
+# Some cases alone: make golden GOLDEN='--cases dense sep'
+GOLDEN ?=
+
+golden: install  ## Compare losses, checkpoints, exports and more with b31b21f, bit by bit (minutes on two cores)
+	@$(BIN)/python -m tests.golden $(GOLDEN)
 
 chaos: install  ## Kill a two-rank run 50 times at random, resume it, compare it bitwise (CHAOS_ARGS='--kills 200 --seed 7')
 	$(BIN)/python scripts/chaos.py $(CHAOS_ARGS)

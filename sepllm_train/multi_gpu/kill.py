@@ -20,13 +20,20 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 SCRIPT = SOURCES / "scripts" / "pretrain.py"
 
 
-class Hangs(Exception):
-    """A launch that did nothing for too long."""
+class Stuck(Exception):
+    """A launch that failed or did nothing for too long."""
+
+
+class OutOfTime(Exception):
+    """The budget was used up before the case had ended."""
 
 
 @dataclass
 class Killing:
-    """The launches of the kill case. A launch may take `seconds` to its first step, and to its end after a signal."""
+    """The launches of the kill case. A launch may take `seconds` to its end after a signal, and twice that otherwise.
+
+    `deadline`: when the budget is used up, by `time.monotonic`.
+    """
 
     case: Case
     launcher: tuple[str, ...]
@@ -34,9 +41,13 @@ class Killing:
     logs: Path
     environment: Mapping[str, str]
     seconds: float
+    deadline: float
 
     def run(self) -> dict[str, Any]:
-        """Train undisturbed, then disturb and resume; events, both digests, or `error` with what went wrong."""
+        """Train undisturbed, then disturb and resume: events, both digests, or `error` with what went wrong.
+
+        Raises OutOfTime.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
         events: list[dict[str, Any]] = []
         try:
@@ -47,20 +58,19 @@ class Killing:
             from sepllm_train.training.checkpoint import digest
 
             found, expected = digest(self.folder / "disturbed"), digest(self.folder / "undisturbed")
-        except Hangs as error:
+        except Stuck as error:
             return {"events": events, "error": str(error)}
         return {"events": events, "digest": found, "expected_digest": expected}
 
     def _to_the_end(self, name: str) -> None:
-        """Train to the last step. Raises Hangs when that fails."""
+        """Train to the last step. Raises Stuck when that fails."""
         log = self._log(f"{name}-end")
         with self._start(name, log) as process:
-            try:
-                code = process.wait(2 * self.seconds)
-            except subprocess.TimeoutExpired:
-                raise Hangs(f"the {name} run had no end after {2 * self.seconds:.0f} s, see {log.name}") from None
+            code = self._wait(process, 2 * self.seconds)
+        if code is None:
+            raise Stuck(f"the {name} run had no end after {2 * self.seconds:.0f} s, see {log.name}")
         if code != 0:
-            raise Hangs(f"the {name} run ended with {code}, see {log.name}: {last_line(log)}")
+            raise Stuck(f"the {name} run ended with {code}, see {log.name}: {last_line(log)}")
 
     def _disturb(self, number: int, name: signal.Signals) -> dict[str, Any]:
         """Start or resume the run, send a signal to one rank some steps after a checkpoint, wait for the end."""
@@ -70,14 +80,21 @@ class Killing:
             victim = random.Random(number).choice(children_of(process.pid, "pretrain.py"))
             send(victim, name)
             begin = time.monotonic()
-            try:
-                code: int | None = process.wait(self.seconds)
-            except subprocess.TimeoutExpired:
-                code = None
+            code = self._wait(process, self.seconds)
         return {"signal": name.name, "step": step, "code": code, "seconds": time.monotonic() - begin}
 
+    def _wait(self, process: subprocess.Popen, seconds: float) -> int | None:
+        """Exit code of a launch, None when it has not ended within `seconds`. Raises OutOfTime."""
+        left = self.deadline - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(seconds, left)))
+        except subprocess.TimeoutExpired:
+            if left <= seconds:
+                raise OutOfTime from None
+            return None
+
     def _wait_for_steps(self, process: subprocess.Popen, log: Path) -> int:
-        """Wait for a step of this launch and a whole checkpoint; the step. Raises Hangs."""
+        """Wait for a step of this launch and a whole checkpoint; the step. Raises Stuck."""
         deadline = time.monotonic() + 2 * self.seconds
         while True:
             steps = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("step ")]
@@ -85,9 +102,11 @@ class Killing:
             if steps and saved:
                 return int(steps[-1].split()[1].split("/")[0])
             if process.poll() is not None:
-                raise Hangs(f"the run ended with {process.returncode} undisturbed, see {log.name}: {last_line(log)}")
+                raise Stuck(f"the run ended with {process.returncode} undisturbed, see {log.name}: {last_line(log)}")
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
             if time.monotonic() > deadline:
-                raise Hangs(f"no checkpoint within {2 * self.seconds:.0f} s, see {log.name}")
+                raise Stuck(f"no checkpoint within {2 * self.seconds:.0f} s, see {log.name}")
             time.sleep(0.01)
 
     def _start(self, name: str, log: Path) -> Any:

@@ -16,7 +16,7 @@ from sepllm_train.console import duration
 from sepllm_train.distributed.processes import logged_process
 from sepllm_train.environment import advice, self_test
 from sepllm_train.multi_gpu.cases import Case, Scale
-from sepllm_train.multi_gpu.kill import Killing, last_line
+from sepllm_train.multi_gpu.kill import Killing, OutOfTime, last_line
 from sepllm_train.multi_gpu.plan import Launch, estimate, launches_of, within_budget
 from sepllm_train.multi_gpu.results import FAILED, PASSED, SKIPPED, Results, without_secrets
 from sepllm_train.multi_gpu.verdicts import Verdict, judge
@@ -41,6 +41,7 @@ class Kit:
         self.budget = seconds
         self.left: list[Case] = []
         self.total = 0
+        self.planned = 0.0
         self.logs = output / "logs"
         self.work = output / "work"
         self.environment = os.environ | {
@@ -63,8 +64,9 @@ class Kit:
             reason = f"left out: the budget of {duration(self.budget)} is planned for more important cases"
             self.results.put(case, {"status": SKIPPED, "message": reason})
         self.left, self.total = chosen, len(chosen)
+        self.planned = estimate(chosen, self.scale.launch_seconds)
         print(
-            f"{len(chosen)} cases to run, about {duration(estimate(chosen, self.scale.launch_seconds))}"
+            f"{len(chosen)} cases to run, about {duration(self.planned)}"
             + (f"; {len(kept)} are finished already" if kept else "")
             + (f"; {len(left_out)} do not fit the budget" if left_out else ""),
             flush=True,
@@ -75,10 +77,27 @@ class Kit:
             "worker": self._worker,
         }
         try:
-            for launch in launches_of(chosen):
-                kinds[launch.kind](launch)
+            while self.left:
+                if launches := self._replanned():
+                    kinds[launches[0].kind](launches[0])
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
+
+    def _replanned(self) -> list[Launch]:
+        """Launches of the cases that are left and still fit, at the pace so far; the others are skipped."""
+        pace = max(1.0, self._pace())
+        seconds = max(0.0, self.deadline - time.monotonic()) / pace
+        passed = frozenset(id for id, record in self.results.cases.items() if record["status"] == PASSED)
+        chosen, left_out = within_budget(self.left, seconds, self.scale.launch_seconds, passed)
+        for case in left_out:
+            reason = f"left out: {duration(time.monotonic() - self.began)} of {duration(self.budget)} were used by then"
+            self._finish(case, Verdict(SKIPPED, f"{reason}, {pace:.1f} times the estimate"), {}, 0.0)
+        return launches_of(chosen)
+
+    def _pace(self) -> float:
+        """Seconds so far over their estimate."""
+        expected = self.planned - estimate(self.left, self.scale.launch_seconds)
+        return (time.monotonic() - self.began) / expected if expected > 0 else 1.0
 
     def _environment(self, launch: Launch) -> None:
         """Facts of the machine and an all-reduce over its GPUs."""
@@ -93,13 +112,16 @@ class Kit:
     def _kill(self, launch: Launch) -> None:
         """The run that is disturbed."""
         (case,) = launch.cases
-        if self._over_budget(case):
-            return
         begin = time.monotonic()
         patience = max(self.scale.slack * self.scale.train_seconds, 2 * self.scale.launch_seconds, 90)
         launcher = tuple(self._launcher(case.processes))
-        killing = Killing(case, launcher, self.work / "kill", self.logs, self.environment, patience)
-        runs = killing.run()
+        folder = self.work / "kill"
+        killing = Killing(case, launcher, folder, self.logs, self.environment, patience, self.deadline)
+        try:
+            runs = killing.run()
+        except OutOfTime:
+            self._over_budget(case)
+            return
         self._finish(case, judge(case, runs, None), runs, time.monotonic() - begin)
 
     def _worker(self, launch: Launch) -> None:
@@ -146,10 +168,7 @@ class Kit:
                 if time.monotonic() > self.deadline:
                     return number
                 time.sleep(POLL_SECONDS)
-            try:
-                process.wait(30)
-            except Exception:
-                print(f"the launch of {log.name} did not end by itself", flush=True)
+        # All cases are recorded: the launch is ended, not waited for.
         return number
 
     def _judge(self, case: Case, runs: dict[str, Any], seconds: float) -> None:
@@ -186,13 +205,8 @@ class Kit:
         )
 
     def _time_left(self) -> float:
-        """Seconds for the cases that are left: their estimate at the pace of those that are done."""
-        left = estimate(self.left, self.scale.launch_seconds)
-        every = [case for case in self.cases if case.id in self.results.cases]
-        done = [case for case in every if case.id not in {other.id for other in self.left}]
-        expected = estimate([case for case in done if self.results.cases[case.id].get("seconds")], 0)
-        took = sum(self.results.cases[case.id].get("seconds") or 0.0 for case in done)
-        return left * (took / expected if expected else 1.0)
+        """Seconds for the cases that are left, at the pace so far."""
+        return estimate(self.left, self.scale.launch_seconds) * self._pace()
 
     def _launcher(self, processes: int) -> list[str]:
         """The project's torchrun for that many processes."""

@@ -3,10 +3,10 @@
 Bars of losses and gradient norms, relative to the baseline, the largest of all steps:
 
 fp32  1e-5 for both: the order of sums over ranks changes the last bits of 24, and a few steps keep it there.
-bf16  2^-7 (0.8%) for losses, 2^-5 (3%) for gradient norms. A bf16 value has 8 significant bits, so each activation is
-      rounded by up to 2^-9, and layouts round partial sums at other places. The loss is an fp32 mean over the batch in
-      which these roundings average out; a norm collects them over all layers. A missing or doubled term is far above
-      both.
+bf16  1e-3 for losses, 1e-2 for gradient norms. A bf16 value has 8 significant bits, so every activation is rounded by
+      up to 2^-9 = 2e-3, and layouts round partial sums at other places. The loss is an fp32 mean over the batch, in which
+      these roundings average out; gradients collect them over all layers. Small models on CPUs differ by 1e-4 and
+      1e-3; the bars are ten times that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sepllm_train.multi_gpu.cases import Case
 from sepllm_train.multi_gpu.results import FAILED, PASSED
 
 # Precision -> (losses, gradient norms).
-BARS = {"fp32": (1e-5, 1e-5), "bf16": (2**-7, 2**-5)}
+BARS = {"fp32": (1e-5, 1e-5), "bf16": (1e-3, 1e-2)}
 # Exit code of the launcher after each signal: the killed rank's own, or that of a rank which missed it first; saved.
 KILLED = (128 + 9, EXIT_LOST_RANK)
 EXPECTED_CODES = {"SIGKILL": KILLED, "SIGTERM": (EXIT_INTERRUPTED,), "SIGUSR1": (EXIT_INTERRUPTED,)}

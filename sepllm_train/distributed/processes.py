@@ -18,7 +18,7 @@ def logged_process(
 
     Its children are killed too, those in sessions of their own (torchrun's ranks) included.
     """
-    with open(log, "ab") as output:
+    with open(log, "wb") as output:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(

@@ -106,9 +106,9 @@ def gpu_scale(memory_bytes: int, model: str = "pythia160m") -> Scale:
         rounds=4,
         kill_steps=160,
         launch_seconds=30,
-        train_seconds=5,
-        time_seconds=12,
-        kill_seconds=180,
+        train_seconds=4,
+        time_seconds=16,
+        kill_seconds=210,
         slack=8,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     cache = Path(os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train")
     facts = machine_facts(output, cache)
     processes = usable(options, facts)
-    scale = cpu_scale() if options.cpu else gpu_scale(smallest_memory(), options.model)
+    scale = cpu_scale() if options.cpu else gpu_scale(smallest_memory(facts), options.model)
     cases = [case for case in all_cases(processes, scale) if case.stage in options.stages]
     device = f"{scale.device} {processes}"
     results = Results(output / "results.json", code_fingerprint(), machine_fingerprint(facts, device))
@@ -99,11 +100,13 @@ def usable(options: argparse.Namespace, facts: dict[str, Any]) -> int:
     return 1 << (found.bit_length() - 1)
 
 
-def smallest_memory() -> int:
-    """Bytes of the smallest GPU."""
-    import torch
+def smallest_memory(facts: dict[str, Any]) -> int:
+    """Bytes of the smallest GPU that nvidia-smi lists, 0 where it lists none.
 
-    return min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
+    torch would have to open a GPU for that, which those in exclusive mode do not share with the runs.
+    """
+    sizes = [re.search(r", (\d+) MiB", name) for name in facts["gpu"]["devices"]]
+    return min((int(size[1]) << 20 for size in sizes if size), default=0)
 
 
 def header(options: argparse.Namespace, facts: dict[str, Any], scale: Scale, processes: int) -> dict[str, Any]:

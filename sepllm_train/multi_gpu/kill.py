@@ -117,9 +117,7 @@ class Killing:
         return logged_process(command, log, environment=self.environment, folder=self.logs)
 
     def _log(self, name: str) -> Path:
-        path = self.logs / f"kill-{name}.log"
-        path.unlink(missing_ok=True)
-        return path
+        return self.logs / f"kill-{name}.log"
 
 
 def last_line(log: Path) -> str:

@@ -142,7 +142,6 @@ class Kit:
 
     def _watch(self, folder: Path, cases: list[Case], log: Path) -> int:
         """One launch of the worker: record cases as they end; how many of `cases` have a record afterwards."""
-        log.unlink(missing_ok=True)
         command = [*self._launcher(cases[0].processes), "-m", "sepllm_train.multi_gpu.worker", str(folder)]
         number, since = 0, time.monotonic()
         with logged_process(command, log, environment=self.environment) as process:

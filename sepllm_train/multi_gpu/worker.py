@@ -105,6 +105,8 @@ class Worker:
 
     def time(self, case: dict[str, Any]) -> dict[str, Any]:
         """Time the runs of a case in interleaved rounds, in the grid of the first; figures of each, by name."""
+        # So that no case inherits compilations, or their limit, from the cases before it.
+        torch.compiler.reset()
         steps = f"training.steps={(case['rounds'] + 1) * STEPS_OF_A_ROUND}"
         configs = {run["name"]: self.config(*run["overrides"], steps) for run in case["runs"]}
         with self.grid(next(iter(configs.values()))):
@@ -130,7 +132,7 @@ class Worker:
         return found
 
     def peak_memory(self) -> int | None:
-        """Largest peak of the allocators of all GPUs, bytes; None on CPUs, where the processes share nothing else."""
+        """Largest peak of the allocators of all GPUs, bytes; None on CPUs, where only whole processes have a peak."""
         if self.device.type != "cuda":
             return None
         peak = torch.tensor(float(torch.cuda.max_memory_allocated(self.device)), dtype=torch.float64)

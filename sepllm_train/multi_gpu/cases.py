@@ -1,4 +1,4 @@
-"""What the kit runs for a number of GPUs: short trainings in every layout, and which of them are compared.
+"""Cases of the kit for a number of GPUs: short trainings in every layout, and which of them are compared.
 
 A case is one entry of results.json. The runs of a case share a launch; overrides are those of scripts/pretrain.py, in
 which {runs} stands for the folder of the runs.
@@ -147,7 +147,7 @@ class Case:
     """One entry of the results.
 
     `kind`: "environment", "train" (the runs one after another), "time" (in `rounds` interleaved rounds) or "kill".
-    `baseline`: name of the case of the same stage that this one is compared with. Of cases that do not fit the budget
+    `baseline`: name of the case of the same stage to compare with. Of cases that do not fit the budget
     those with the highest `priority` numbers are left out.
     """
 

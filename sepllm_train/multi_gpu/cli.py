@@ -83,7 +83,7 @@ def usable(options: argparse.Namespace, facts: dict[str, Any]) -> int:
         found = int(facts["torch"]["gpus"])
         if found < 2:
             names = "; ".join(facts["gpu"]["devices"])
-            told = (
+            text = (
                 f"no GPU (nvidia-smi lists {names})"
                 if names and not found
                 else f"one GPU ({names})"
@@ -91,7 +91,7 @@ def usable(options: argparse.Namespace, facts: dict[str, Any]) -> int:
                 else "no GPU"
             )
             raise UserError(
-                f"two or more GPUs are needed, torch finds {told}: run this on a machine with several, see "
+                f"two or more GPUs are needed, torch finds {text}: run this on a machine with several, see "
                 "scripts/env_report.py if there are, or rehearse with --cpu, which checks the kit and not the GPUs."
             )
         if options.gpus is not None and options.gpus > found:
@@ -110,7 +110,7 @@ def smallest_memory(facts: dict[str, Any]) -> int:
 
 
 def header(options: argparse.Namespace, facts: dict[str, Any], scale: Scale, processes: int) -> dict[str, Any]:
-    """What results.json says besides the cases; `summary` is printed and part of the report."""
+    """Content of results.json besides the cases; `summary` is printed and part of the report."""
     # Imported late: it takes seconds, which a mistake on the command line should not cost.
     from sepllm_train.training.run_folder import git_state
 
@@ -141,13 +141,14 @@ def header(options: argparse.Namespace, facts: dict[str, Any], scale: Scale, pro
 
 
 def discard(results: Results, cases: Sequence[Case], again: bool) -> None:
-    """Drop records of cases that are run again, and of cases that the kit does not have any more."""
-    known = {case.id for case in cases}
+    """Keep the records of stages that are not run now, and those of finished cases unless they are run `again`.
+
+    Others would be baselines of another code or machine.
+    """
     stages = {case.stage for case in cases}
+    kept = set() if again else {case.id for case in cases if results.finished(case)}
     results.cases = {
-        id: record
-        for id, record in results.cases.items()
-        if (id in known and not again) or record.get("stage") not in stages
+        id: record for id, record in results.cases.items() if id in kept or record.get("stage") not in stages
     }
 
 

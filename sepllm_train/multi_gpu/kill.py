@@ -77,8 +77,9 @@ class Killing:
         log = self._log(f"disturbed-{number}-{name.name}")
         with self._start("disturbed", log) as process:
             step = self._wait_for_steps(process, log)
-            victim = random.Random(number).choice(children_of(process.pid, "pretrain.py"))
-            send(victim, name)
+            ranks = children_of(process.pid, "pretrain.py")
+            if not ranks or not send(random.Random(number).choice(ranks), name):
+                raise Stuck(f"the run ended before it got {name.name}, see {log.name}: {last_line(log)}")
             begin = time.monotonic()
             code = self._wait(process, self.seconds)
         return {"signal": name.name, "step": step, "code": code, "seconds": time.monotonic() - begin}
@@ -121,7 +122,7 @@ class Killing:
 
 
 def last_line(log: Path) -> str:
-    """The last line that tells of an error, or the last one."""
+    """The last line of a log that reports an error, or else the last one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("error:", "interrupted:"))]
-    return (told or lines or ["no output"])[-1][:300]
+    text = [line for line in lines if line.startswith(("error:", "interrupted:"))]
+    return (text or lines or ["no output"])[-1][:300]

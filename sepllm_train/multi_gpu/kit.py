@@ -15,6 +15,7 @@ from typing import Any
 from sepllm_train.console import duration
 from sepllm_train.distributed.processes import logged_process
 from sepllm_train.environment import advice, self_test
+from sepllm_train.errors import UserError, first_line
 from sepllm_train.multi_gpu.cases import Case, Scale
 from sepllm_train.multi_gpu.kill import Killing, OutOfTime, last_line
 from sepllm_train.multi_gpu.plan import Launch, estimate, launches_of, within_budget
@@ -53,6 +54,8 @@ class Kit:
         }
         if scale.device == "cpu":
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
+        set_here = {name: value for name, value in self.environment.items() if os.environ.get(name) != value}
+        results.header["variables_of_the_runs"] = set_here
 
     def run(self) -> None:
         """Run every case that fits the budget; what does not gets a record that gives the reason."""
@@ -78,8 +81,14 @@ class Kit:
         }
         try:
             while self.left:
-                if launches := self._replanned():
-                    kinds[launches[0].kind](launches[0])
+                for launch in self._replanned()[:1]:
+                    try:
+                        kinds[launch.kind](launch)
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        # A fault of the kit itself costs one case, not the others.
+                        self._failed(launch, f"{type(error).__name__}: {first_line(error)}")
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -99,14 +108,20 @@ class Kit:
         expected = self.planned - estimate(self.left, self.scale.launch_seconds)
         return (time.monotonic() - self.began) / expected if expected > 0 else 1.0
 
+    def _failed(self, launch: Launch, reason: str) -> None:
+        """Record the first case of a launch that has no record yet as failed."""
+        left = {case.id for case in self.left}
+        for case in [case for case in launch.cases if case.id in left][:1]:
+            self._finish(case, Verdict(FAILED, reason), {}, 0.0)
+
     def _environment(self, launch: Launch) -> None:
         """Facts of the machine and an all-reduce over its GPUs."""
         (case,) = launch.cases
         begin = time.monotonic()
         cpu = self.scale.device == "cpu"
         tests = self_test(1 if cpu else 256, 0 if cpu else case.processes)
-        told = advice({**self.facts, "self_test": tests})
-        runs = {"facts": without_secrets(self.facts), "self_test": tests, "advice": told}
+        text = advice({**self.facts, "self_test": tests})
+        runs = {"facts": without_secrets(self.facts), "self_test": tests, "advice": text}
         self._finish(case, judge(case, runs, None), runs, time.monotonic() - begin)
 
     def _kill(self, launch: Launch) -> None:
@@ -159,8 +174,8 @@ class Kit:
                     patience += START_PATIENCE * self.scale.launch_seconds
                 if ended or took > patience:
                     errors = sorted(folder.glob(f"{number}.rank*.error"))
-                    told = errors[0].read_text(encoding="utf8") if errors else last_line(log)
-                    reason = told if ended else f"no end within {duration(patience)}: {told}"
+                    text = errors[0].read_text(encoding="utf8") if errors else last_line(log)
+                    reason = text if ended else f"no end within {duration(patience)}: {text}"
                     verdict = Verdict(FAILED, f"{reason} (logs/{log.name})")
                     self._finish(case, verdict, {}, took)
                     return number + 1
@@ -177,7 +192,7 @@ class Kit:
         self._finish(case, judge(case, runs, passed), runs, seconds)
 
     def _over_budget(self, case: Case) -> bool:
-        """Whether the budget is used up; the case then gets a record that says so."""
+        """Record the case as skipped if the budget is used up; False while it is not."""
         if time.monotonic() <= self.deadline:
             return False
         took = duration(time.monotonic() - self.began)

@@ -1,4 +1,4 @@
-"""Which cases fit a time budget, and which of them share a launch."""
+"""Choice of the cases that fit a time budget, and their launches."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sepllm_train.multi_gpu.cases import STAGES
-from sepllm_train.multi_gpu.results import FAILED, PASSED, SKIPPED
+from sepllm_train.multi_gpu.results import PASSED, STATUSES
 
 TITLES = {
     "environment": "Machine and all-reduce",
@@ -25,9 +25,7 @@ def render(header: dict[str, Any], cases: dict[str, dict[str, Any]]) -> str:
     if header["rehearsal"]:
         lines += ["**A rehearsal with CPU processes over gloo: it checks the kit, not the GPUs.**", ""]
     lines += [f"- {name}: {value}" for name, value in header["summary"].items()] + [""]
-    counts = {
-        status: [id for id, case in cases.items() if case["status"] == status] for status in (PASSED, FAILED, SKIPPED)
-    }
+    counts = {status: [id for id, case in cases.items() if case["status"] == status] for status in STATUSES}
     lines.append(", ".join(f"{len(ids)} {status}" for status, ids in counts.items()) + ".")
     for stage in STAGES:
         records = [record for record in cases.values() if record["stage"] == stage]

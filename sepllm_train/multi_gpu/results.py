@@ -17,8 +17,9 @@ from sepllm_train.multi_gpu.cases import Case
 
 FORMAT = 1
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+STATUSES = (PASSED, FAILED, SKIPPED)
 SOURCES = Path(__file__).resolve().parents[2]
-# What a measurement depends on; the folders of the code in the checkout.
+# Folders of the checkout that a measurement depends on.
 CODE = ("sepllm_train", "data_prep", "kernels/sep_attention", "configs")
 SETTINGS = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_")
 # Never in a file that is sent to others.
@@ -76,17 +77,19 @@ class Results:
             cases = content["cases"] if content["format"] == FORMAT else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             cases = None
-        if not isinstance(cases, dict) or not all(isinstance(record, dict) for record in cases.values()):
+        if not isinstance(cases, dict) or not all(
+            isinstance(record, dict) and record.get("status") in STATUSES for record in cases.values()
+        ):
             raise UserError(f"{self.path} is not a results file of this program: choose another --output.")
         self.cases = cases
 
     def case_key(self, case: Case) -> str:
-        """What the record of a case depends on: code, machine and its definition, estimates aside."""
+        """Hash of all that the record of a case depends on: code, machine and its definition, estimates aside."""
         own = {key: value for key, value in asdict(case).items() if key not in ("seconds", "priority")}
         return hashlib.sha256(json.dumps([self.key, own], sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self, case: Case) -> bool:
-        """Whether the case has passed with this code, configuration and machine."""
+        """True if the case has passed with this code, configuration and machine."""
         record = self.cases.get(case.id, {})
         return record.get("status") == PASSED and record.get("key") == self.case_key(case)
 
@@ -98,6 +101,7 @@ class Results:
             "processes": case.processes,
             "precision": case.precision,
             "key": self.case_key(case),
+            **self.key,
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "overrides": {run.name: list(run.overrides) for run in case.runs},
         }
@@ -106,7 +110,7 @@ class Results:
 
     def write(self) -> None:
         """Write the file. Raises UserError when that fails."""
-        counts = dict.fromkeys((PASSED, FAILED, SKIPPED), 0)
+        counts = dict.fromkeys(STATUSES, 0)
         for record in self.cases.values():
             counts[record["status"]] += 1
         content = {"format": FORMAT, **self.key, **self.header, "counts": counts, "cases": self.cases}

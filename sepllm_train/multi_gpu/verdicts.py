@@ -30,7 +30,7 @@ EXPECTED_CODES = {"SIGKILL": KILLED, "SIGTERM": (EXIT_INTERRUPTED,), "SIGUSR1": 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended."""
+    """Status of a case, a message for the table, and the figures behind it."""
 
     status: str
     message: str
@@ -72,8 +72,8 @@ def compare_runs(found: dict[str, Any], expected: dict[str, Any], precision: str
     figures["bitwise"] = all(found[key] == expected[key] for key in ("losses", "norms"))
     if over:
         return Verdict(FAILED, "; ".join(over), figures)
-    told = "bitwise equal" if figures["bitwise"] else "loss {losses_difference:.1e}, norm {norms_difference:.1e}"
-    return Verdict(PASSED, told.format(**figures), figures)
+    text = "bitwise equal" if figures["bitwise"] else "loss {losses_difference:.1e}, norm {norms_difference:.1e}"
+    return Verdict(PASSED, text.format(**figures), figures)
 
 
 def _one_gpu(found: dict[str, Any]) -> Verdict:
@@ -99,8 +99,8 @@ def _environment(runs: dict[str, Any]) -> Verdict:
     if errors:
         return Verdict(FAILED, "all-reduce fails, " + "; ".join(errors), {"advice": runs["advice"]})
     rates = {name: test.get("gigabytes_per_second") for name, test in tests.items()}
-    told = ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items() if rate is not None)
-    return Verdict(PASSED, f"all-reduce: {told}", {"gigabytes_per_second": rates, "advice": runs["advice"]})
+    text = ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items() if rate is not None)
+    return Verdict(PASSED, f"all-reduce: {text}", {"gigabytes_per_second": rates, "advice": runs["advice"]})
 
 
 def _resume(runs: dict[str, Any], precision: str) -> Verdict:
@@ -114,8 +114,8 @@ def _resume(runs: dict[str, Any], precision: str) -> Verdict:
     figures = {**compared.figures, "digest": again["digest"], "expected_digest": whole["digest"]}
     if again["digest"] == whole["digest"] and compared.status == PASSED:
         return Verdict(PASSED, f"digest {again['digest'][:12]} equal", figures)
-    told = f"digest {again['digest'][:12]}, uninterrupted {whole['digest'][:12]}"
-    return Verdict(FAILED, f"{told}; {compared.message}", figures)
+    text = f"digest {again['digest'][:12]}, uninterrupted {whole['digest'][:12]}"
+    return Verdict(FAILED, f"{text}; {compared.message}", figures)
 
 
 def _kill(runs: dict[str, Any]) -> Verdict:
@@ -134,8 +134,8 @@ def _kill(runs: dict[str, Any]) -> Verdict:
     figures = {f"{event['signal']} seconds to the end": event["seconds"] for event in runs["events"]}
     if wrong:
         return Verdict(FAILED, "; ".join(wrong), figures)
-    told = ", ".join(f"{event['signal']} -> {event['code']} in {event['seconds']:.0f}s" for event in runs["events"])
-    return Verdict(PASSED, f"{told}; digest {runs['digest'][:12]} equal", figures)
+    text = ", ".join(f"{event['signal']} -> {event['code']} in {event['seconds']:.0f}s" for event in runs["events"])
+    return Verdict(PASSED, f"{text}; digest {runs['digest'][:12]} equal", figures)
 
 
 def _time(case: Case, runs: dict[str, Any], baseline: dict[str, Any] | None) -> Verdict:
@@ -150,12 +150,12 @@ def _time(case: Case, runs: dict[str, Any], baseline: dict[str, Any] | None) -> 
     (run,) = runs.values()
     rate, memory = run["tokens_per_second"], run["memory_bytes"]
     figures = {"tokens_per_second": rate, "memory_bytes": memory}
-    told = f"{rate:,.0f} tokens/s"
+    text = f"{rate:,.0f} tokens/s"
     if baseline is not None:
         figures["ratio"] = rate / baseline["figures"]["tokens_per_second"]
         if case.stage == "scaling":
             figures["efficiency"] = figures["ratio"] / case.processes
-            told += f", efficiency {figures['efficiency']:.1%}"
+            text += f", efficiency {figures['efficiency']:.1%}"
         else:
-            told += f", {figures['ratio']:.2f}x of {case.baseline}"
-    return Verdict(PASSED, told + (f", peak {memory / 2**30:.1f} GiB" if memory else ""), figures)
+            text += f", {figures['ratio']:.2f}x of {case.baseline}"
+    return Verdict(PASSED, text + (f", peak {memory / 2**30:.1f} GiB" if memory else ""), figures)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sepllm_train.config.validate import validate
 from sepllm_train.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.multi_gpu import verdicts
 from sepllm_train.multi_gpu.cases import GIB, STAGES, Case, Run, all_cases, cpu_scale, fitting, gpu_scale
+from sepllm_train.multi_gpu.kit import Kit
 from sepllm_train.multi_gpu.plan import estimate, launches_of, within_budget
 from sepllm_train.multi_gpu.report import render
 from sepllm_train.multi_gpu.results import Results, without_secrets
@@ -26,11 +28,11 @@ from sepllm_train.multi_gpu.verdicts import BARS, judge
 from .conftest import Program
 
 GPU = gpu_scale(80 * GIB)
-Kit = Callable[..., subprocess.CompletedProcess[str]]
+Rehearse = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def kit(repository: Path, sample_cache: Path) -> Kit:
+def kit(repository: Path, sample_cache: Path) -> Rehearse:
     """Runs the program."""
 
     def run(*arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
@@ -42,7 +44,7 @@ def kit(repository: Path, sample_cache: Path) -> Kit:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rehearsal(kit: Rehearse, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a whole rehearsal."""
     folder = tmp_path_factory.mktemp("rehearsal")
     result = kit("--cpu", "--output", folder, "--budget-minutes", 60, seconds=3600)
@@ -108,12 +110,28 @@ def test_rehearsal_resumes_kills_and_times(rehearsal: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_rerun_keeps_finished_cases(kit: Kit, rehearsal: Path) -> None:
+def test_rerun_keeps_finished_cases(kit: Rehearse, rehearsal: Path) -> None:
     before = read(rehearsal)["cases"]
     result = kit("--cpu", "--output", rehearsal, "--stages", "layouts", "kill", seconds=600)
     assert result.returncode == 0 and "\n0 cases to run" in result.stdout, result.stdout + result.stderr
     assert read(rehearsal)["cases"] == before
     assert "## kill" in (rehearsal / "report.md").read_text(encoding="utf8")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_failed_case_is_recorded_and_the_rest_runs(
+    sample_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEPLLM_CACHE", str(sample_cache))
+    bad, good = (case for case in all_cases(2, cpu_scale()) if case.name.startswith("one GPU"))
+    bad = replace(bad, runs=(Run("run", (*bad.runs[0].overrides, "model.heads=7")),))
+    results = Results(tmp_path / "results.json", "code", "machine")
+    Kit(tmp_path, [bad, good], results, cpu_scale(), {}, 3600).run()
+    failed, passed = (results.cases[case.id] for case in (bad, good))
+    assert failed["status"] == "failed" and "model.heads=7" in failed["message"], failed["message"]
+    assert passed["status"] == "passed", passed["message"]
+    assert json.loads(results.path.read_text())["counts"] == {"passed": 1, "failed": 1, "skipped": 0}
 
 
 def test_fewer_than_two_gpus_are_refused(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +150,7 @@ def test_finished_cases_are_those_of_the_same_code_and_machine(tmp_path: Path) -
         again = Results(results.path, code, machine)
         again.load()
         assert again.finished(case) is expected
-    changed = Case(**{**vars(case), "runs": (Run("run", ("training.steps=9",)),)})
+    changed = replace(case, runs=(Run("run", ("training.steps=9",)),))
     assert results.finished(case) and not results.finished(changed)
     results.put(case, {"status": "failed", "message": "", "runs": {}})
     assert not results.finished(case)

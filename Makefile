@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
+.PHONY: help install test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Make the environment .venv with everything the tests need
 
@@ -77,6 +77,12 @@ tune: install  ## Time tile configurations on this GPU and rewrite the shipped t
 
 gpu-check: install  ## Correctness, kernel table and training throughput on this GPU in three stages of 8 minutes
 	$(BIN)/python scripts/gpu_check.py --output gpu_check
+
+# make multi-gpu-check MULTI_GPU='--stages layouts kill --gpus 4 --budget-minutes 8'
+MULTI_GPU ?=
+
+multi-gpu-check: install  ## Layouts, resume, kill, overlap, scaling and throughput on 2 or more GPUs in 20 minutes; results to multi_gpu_check/results.json
+	$(BIN)/python scripts/multi_gpu_check.py --output multi_gpu_check $(MULTI_GPU)
 
 clean:  ## Remove the environment, caches and build products (runs stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sepllm_train.console import duration
+from sepllm_train.distributed.processes import children_of, send
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -207,20 +208,7 @@ def pick(chance: random.Random, choices: Sequence[tuple[str, int]]) -> str:
 
 def ranks_of(launcher: int) -> list[int]:
     """Process ids of the ranks that a torchrun has started."""
-    try:
-        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        return [int(pid) for pid in children if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    except OSError:
-        return []
-
-
-def send(pid: int, number: signal.Signals) -> bool:
-    """Send a signal; False when the process is gone."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+    return children_of(launcher, "pretrain.py")
 
 
 def status(run: Path) -> str | None:

@@ -21,7 +21,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from data_prep.errors import UserError  # noqa: E402 - needs the path above where nothing is installed
+from sepllm_train.distributed.processes import logged_process  # noqa: E402
 
 STAGE_SECONDS = 480
 BENCHMARKS = REPOSITORY / "kernels" / "benchmarks"
@@ -87,25 +87,12 @@ class Stage:
             return None
         command = [sys.executable, *map(str, arguments)]
         begin = time.monotonic()
-        with open(self.output / f"{name}.log", "w", encoding="utf8") as log:
-            log.write(f"$ {' '.join(command)}\n")
-            log.flush()
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.output,
-                env=self.environment,
-                start_new_session=True,  # so that what it starts ends with it
-            )
+        log = self.output / f"{name}.log"
+        with logged_process(command, log, environment=self.environment, folder=self.output) as process:
             try:
                 code: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:
                 code = None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
         verdict = "its time was over" if code is None else "done" if code == 0 else f"exit code {code}"
         print(f"{name}: {verdict} after {time.monotonic() - begin:.0f} s, see {name}.log", flush=True)
         return code

@@ -1,8 +1,8 @@
 # `make help` lists the targets. `make demo` and `make test` set up their own environment in .venv.
-PYTHON ?= python3
+# Empty: the first suitable of python3, python3.13, python3.12 and python3.11, which scripts/find_python.sh looks for.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
@@ -11,14 +11,9 @@ TEXT ?=
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## Make the environment .venv with everything the tests need
-
-$(STAMP): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+# Every target looks at the environment first: in a second where it is complete.
+install:  ## Make the environment .venv with everything the tests need
+	@sh scripts/install.sh "$(PYTHON)" --venv $(VENV)
 
 # Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder

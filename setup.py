@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).parent.joinpath("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.14",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
     # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
     # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
     packages=find_packages(include=["sepllm_train*", "data_prep*"])
@@ -27,11 +27,11 @@ setup(
         **{f"sepllm_train.configs.{group}": ["*.yaml"] for group in CONFIG_GROUPS},
     },
     install_requires=[
-        "torch>=2.11,<2.14",
-        "megatron-core==0.16.1",
+        "torch>=2.11,<2.16",
+        "megatron-core>=0.16.1,<0.20",
         "hydra-core>=1.3.2,<1.4",
-        "omegaconf>=2.3,<2.4",
-        "numpy<2.4",  # Triton 3.6's interpreter fails with newer ones
+        "omegaconf>=2.3",
+        "numpy>=1.26",  # Triton 3.6's interpreter fails with newer ones
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "gpu": [
-            "triton>=3.6; platform_system == 'Linux'",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
             "flash-attn; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
@@ -49,7 +49,7 @@ setup(
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
         "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf"],
         "dev": [
-            "triton>=3.7,<3.8; platform_system == 'Linux'",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
             "wandb>=0.31",
             "wandb-workspaces>=0.4",
             "tensorboard",

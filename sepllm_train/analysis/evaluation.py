@@ -90,8 +90,7 @@ def evaluate(
         for number in range(samples):
             sample = {key: value[None].to(device) for key, value in dataset[number].items()}
             plan = pattern.plan(sample["separator_class"], sample["document_start"])
-            positions = torch.arange(plan.sequence_length, device=device)[None]
-            nats.append(model(sample["tokens"], positions, plan, labels=sample["labels"]).float().cpu())
+            nats.append(model(sample["tokens"], plan, labels=sample["labels"]).float().cpu())
             pairs.append(sum(int(attended_pairs(plan, layer.window, layer.horizons)) for layer in pattern.layers))
             advance()
     length = nats[0].shape[1]

@@ -19,6 +19,11 @@ class TokenStore(IndexedDataset):
         super().__init__(prefix, multimodal=False, mmap=True)
         self.classes = open_classes(prefix)
 
+    def __setstate__(self, state: Any) -> None:
+        """megatron-core's dataset pickles its prefix alone: workers that are not forks open the classes again."""
+        super().__setstate__(state)
+        self.classes = open_classes(self.path_prefix)
+
     def first_token(self, document: int) -> int:
         """Position of a document's first token in the file, in tokens."""
         return int(self.index.sequence_pointers[document]) // DType.size(self.index.dtype)

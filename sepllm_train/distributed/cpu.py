@@ -67,6 +67,7 @@ def install() -> None:
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
     torch.cuda.synchronize = _do_nothing
+    torch.cuda.current_stream = _no_stream
     torch.cuda.get_rng_state = random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     torch.cuda.manual_seed = _manual_seed
@@ -88,6 +89,19 @@ def _called_by_optimizer() -> bool:
 
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
+
+
+class _NoStream:
+    """A stream of a device that has none: what waits on it has nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    wait_stream = wait_event
+
+
+def _no_stream(device: Any = None) -> Any:
+    return _NoStream()
 
 
 def _do_nothing(device: Any = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ IMPORT_WARNINGS = (
     ".*(Transformer Engine|transformer_engine).*not installed.*",
     ".*imports from `dynamic_context.py` will be removed.*",
     ".*torch.jit.script_method. is deprecated.*",
+    ".*MimoModelConfig is experimental.*",
 )
 
 
@@ -37,6 +39,9 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in IMPORT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
+        # Advice to whoever writes for megatron-core, and torch's about a CUDA toolkit without a GPU.
+        for name in ("megatron", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         yield
 
 

@@ -131,12 +131,11 @@ def _our_logits(sides: Sides, patterns: Sequence[AttentionPattern], ids: Tensor)
             parameter.copy_(parameter.to(sides.dtype))
         classes = torch.from_numpy(sides.classes)[ids]
         start = _document_start(ids, sides.end_of_document)
-        position = torch.arange(ids.shape[1])[None]
         result = []
         for pattern in patterns:
             plan = pattern.plan(classes.to(device), start.to(device))
             with attending(model, pattern):
-                logits = model(ids.to(device), position.to(device), plan)
+                logits = model(ids.to(device), plan)
             result.append(logits[..., : sides.vocabulary].float().cpu())
     return result
 

@@ -61,6 +61,8 @@ class NativeCache:
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._length_sum = torch.zeros_like(self._tokens)
         self._columns = 0
+        # Rotary angles [positions, R] of the first positions.
+        self._angle_table: Tensor | None = None
         # Of the piece that is running: what each group of layers sees, and cosines and sines of the new positions.
         self._masks: list[Tensor] = []
         self._rotation: tuple[Tensor, Tensor] | None = None
@@ -181,12 +183,13 @@ class NativeCache:
 
     def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [N, B, 1, R], at positions i64 [B, N]; None for a model without rotary embedding."""
-        if self.model.position_embedding_type != "rope":
+        if self.model.rotary_pos_emb is None:
             return None
         end = self.policies[0].capacity if self.moves else self._columns
-        # megatron-core keeps its tables, which are therefore of few lengths.
-        table = self.model.rotary_pos_emb(1 << (end or 1).bit_length())[:, 0, 0]
-        angles = table[position.clamp(min=0).t()][:, :, None]
+        if self._angle_table is None or len(self._angle_table) < (end or 1):
+            # Grown by doubling, so that few tables are made.
+            self._angle_table = self.model.rotary_pos_emb.get_emb(1 << (end or 1).bit_length())[:, 0, 0]
+        angles = self._angle_table[position.clamp(min=0).t()][:, :, None]
         dtype = self.model.config.params_dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

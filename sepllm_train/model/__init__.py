@@ -3,4 +3,4 @@
 from sepllm_train.distributed.optional import quiet_imports
 
 with quiet_imports():
-    import megatron.core.models.gpt.gpt_model  # noqa: F401  first import, where the warnings are
+    import megatron.core.models.common.language_module.language_module  # noqa: F401  where the warnings are

@@ -52,7 +52,6 @@ def transformer_config(config: Config) -> TransformerConfig:
             bf16=training.precision == "bf16",
             fp16=training.precision == "fp16",
             deterministic_mode=training.deterministic,
-            cuda_graph_scope=[],
             # Parameters are filled by `initialize`, on the CPU.
             use_cpu_initialization=True,
             perform_initialization=False,
@@ -142,19 +141,15 @@ def build_model(
         layer_norm=norm_class(model.norm, compiled=pointwise.compiled),
     )
     gpt = SepGPTModel(
-        config=settings,
-        transformer_layer_spec=block,
+        settings,
+        model,
+        block,
         vocab_size=padded_vocabulary(vocabulary, config.parallel.tensor),
         vocabulary=vocabulary,
         loss_chunk=config.training.loss_chunk,
         pointwise=pointwise,
-        max_sequence_length=config.data.sequence_length,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=model.tied_embeddings,
-        position_embedding_type="rope" if model.rotary_fraction > 0 else "none",
-        rotary_percent=model.rotary_fraction,
-        rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
     mark_split(gpt, gated=model.activation == "swiglu")

@@ -7,12 +7,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.nn import Parameter
@@ -71,9 +66,15 @@ def mark_split(model: SepGPTModel, gated: bool) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
             stride = 2 if gated and name.endswith("linear_fc1") else 1
-            set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
+            _mark(module.weight, 0, stride)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            _mark(module.weight, 1, 1)
+
+
+def _mark(weight: Parameter, dim: int, stride: int) -> None:
+    """megatron-core 0.18 and newer mark weights themselves, with stride 1, and refuse a second mark."""
+    weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    weight.partition_dim, weight.partition_stride = dim, stride  # type: ignore[attr-defined]
 
 
 def _global_names(model: SepGPTModel) -> Iterator[tuple[str, Parameter]]:

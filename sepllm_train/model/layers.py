@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -72,14 +73,32 @@ def apex_class(fused: type[Any]) -> type[Any]:
 class QueryKeyValueLinear(ColumnParallelLinear):
     """The one projection whose bias is not left to what comes after it: the matrix product adds it on the way.
 
-    megatron-core's reads and writes the product once more. Ranks that must exchange something go its way.
+    megatron-core's reads and writes the product once more. Ranks that must exchange something use its forward.
     """
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        exchange = options["allreduce_dgrad"] or options["sequence_parallel"]
-        if options["bias"] is None or exchange:
-            return super()._forward_impl(input, weight, **options)
-        return F.linear(input, weight, options["bias"])
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """input_ [S, B, hidden]; returns [S, B, this rank's features] and None, as the bias is already added."""
+        exchange = self.allreduce_dgrad or self.sequence_parallel
+        if exchange or self.bias is None or weight is not None:
+            return super().forward(input_, weight, runtime_gather_output)
+        return F.linear(input_, self.weight, self.bias), None
+
+
+class MLPProjections(MLP):
+    """The two projections of an MLP; the activation between them belongs to `Pointwise`.
+
+    A class rather than a ModuleSpec of MLP: megatron-core 0.19 rewrites such a spec in place and warns about it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **_: Any
+    ) -> None:
+        # Newer versions pass more keywords, which belong to variants of MLP that are not used here.
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
 
 
 class SeparatorLayer(TransformerLayer):
@@ -97,11 +116,9 @@ class SeparatorLayer(TransformerLayer):
         hidden_states: Tensor,
         *,
         packed_seq_params: SeparatorSequence,
-        rotary_pos_emb: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape and None."""
-        packed_seq_params.rotate_by(rotary_pos_emb, hidden_states.dtype)
         return _viewless(self._block(hidden_states, packed_seq_params)), None
 
     def _block(self, x: Tensor, sequence: SeparatorSequence) -> Tensor:
@@ -164,9 +181,6 @@ def layer_spec(
             k_layernorm=norm if attention.qk_norm else None,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
     return ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else SeparatorLayer,
         params={"pointwise": pointwise},
@@ -174,6 +188,6 @@ def layer_spec(
             input_layernorm=norm,
             self_attention=self_attention,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=MLPProjections,
         ),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from sep_attention import AttentionPlan
 from torch import Tensor
@@ -25,19 +24,9 @@ class SeparatorSequence(PackedSeqParams):
     rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, plan: AttentionPlan | ContextPlan) -> SeparatorSequence:
-        """Wrap the plan of B sequences of S tokens. S is set because the rotary embedding reads it from here, and cuts
-        out the part of a context-parallel rank itself."""
-        length = plan.sequence_length
-        return cls(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, plan=plan)
-
-    def rotate_by(self, angles: Tensor | None, dtype: torch.dtype) -> None:
-        """Let core attention rotate queries and keys by `angles` [S, 1, 1, R]; the layers after the first find it done.
-
-        megatron-core's attention would take the cosines anew in each layer, for queries and for keys.
-        """
-        if angles is not None and self.rotation is None:
-            self.rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+    def of(cls, plan: AttentionPlan | ContextPlan, rotation: tuple[Tensor, Tensor] | None = None) -> SeparatorSequence:
+        """Wrap the plan of B sequences, and the rotation of this rank's positions."""
+        return cls(qkv_format="sbhd", plan=plan, rotation=rotation)
 
 
 class KeyCache(Protocol):
@@ -59,8 +48,5 @@ class DecodeSequence(SeparatorSequence):
 
     @classmethod
     def of_cache(cls, cache: KeyCache) -> DecodeSequence:
-        """Wrap a cache that has been told which tokens come. One angle is all that megatron-core has to compute."""
-        return cls(qkv_format="sbhd", max_seqlen_q=1, max_seqlen_kv=1, cache=cache)
-
-    def rotate_by(self, angles: Tensor | None, dtype: torch.dtype) -> None:
-        """Nothing: the cache rotates, since it knows the positions."""
+        """Wrap a cache that has been told which tokens come. It rotates by itself, since it knows the positions."""
+        return cls(qkv_format="sbhd", cache=cache)

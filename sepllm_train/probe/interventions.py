@@ -56,9 +56,8 @@ class Text:
     def forward(self, model: SepGPTModel, pattern: AttentionPattern, *, loss: bool = True) -> Tensor:
         """Loss of each token, fp32 [S], or without `loss` the logits [S, padded vocabulary]."""
         plan = pattern.plan(self.batch["separator_class"], self.batch["document_start"])
-        positions = torch.arange(plan.sequence_length, device=self.classes.device)[None]
         labels = self.batch["labels"] if loss else None
-        return model(self.batch["tokens"], positions, plan, labels=labels)[0].float()
+        return model(self.batch["tokens"], plan, labels=labels)[0].float()
 
 
 def far_separators(pattern: AttentionPattern, sequence: Text) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config
 
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import virtual_stages
+from sepllm_train.distributed.optional import quiet_imports
 from sepllm_train.model.build import PRECISIONS, build_model
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
@@ -51,7 +52,9 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
         DistributedDataParallel(model_config, settings, module, disable_bucketing=number > 0)
         for number, module in enumerate(wrapped)
     ]
-    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    # From 0.19 on megatron-core imports more of itself here, with its warnings.
+    with quiet_imports():
+        optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
     _fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads

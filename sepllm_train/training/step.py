@@ -83,7 +83,6 @@ class Stepper:
         self.pattern = pattern
         self.length = length
         self.micro_batch = self.config.training.micro_batch * self.config.data.sequence_length // length
-        self.positions = self._part(torch.arange(length, device=self.device).expand(self.micro_batch, length))
         for attention in self._attention:
             attention.layer = pattern.layers[attention.number]
 
@@ -119,7 +118,7 @@ class Stepper:
                 layer_pairs.add_(self._layer_pairs(plan))
                 done["micro"] += 1
                 progress(done["micro"])
-            return model(tokens, self.positions, plan, labels=labels), self._mean_loss
+            return model(tokens, plan, labels=labels), self._mean_loss
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
         rate = learning_rate(training.optimizer)
@@ -156,7 +155,7 @@ class Stepper:
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             batch = next(iterator)
             tokens, labels, plan = self._inputs(batch)
-            output = model(tokens, self.positions, plan, labels=labels)
+            output = model(tokens, plan, labels=labels)
 
             def sums(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 counted = batch["counted"][:, None].double()

@@ -50,7 +50,7 @@ def update(optimizer: MegatronOptimizer, loss: Tensor, count: int, own: Sequence
     copies = dist.get_world_size() / dist.get_world_size(optimizer.get_grad_stats_parallel_group())
     square = torch.zeros_like(loss)
     if not overflow:
-        grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+        grads = [grad for part in parts for grad in _norm_grads(part)]
         square += torch.nn.utils.get_total_norm(grads).to(square) ** 2 / copies
     # Summed over the world, not over the ranks of one replica: then all judge by the very same numbers.
     totals = torch.cat((torch.stack((loss, square)), torch.tensor([count, *own], dtype=loss.dtype, device=loss.device)))
@@ -69,6 +69,12 @@ def update(optimizer: MegatronOptimizer, loss: Tensor, count: int, own: Sequence
                 clip_grads_with_norm_(part.get_parameters(), limit, torch.tensor(norm))
         optimizer.step_with_ready_grads()
     return Update(mean, norm, overflow, bad, sums)
+
+
+def _norm_grads(part: MegatronOptimizer) -> list[Tensor]:
+    """The gradients that count for the norm; megatron-core 0.19 renamed the method."""
+    method = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+    return method()
 
 
 def _lowest_scale(parts: list[MegatronOptimizer]) -> bool:

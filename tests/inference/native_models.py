@@ -94,8 +94,7 @@ def full_logits(model: SepGPTModel, pattern: TokenPattern, ids: Sequence[int], v
     One pass tells them all: what follows a token does not change them.
     """
     whole = torch.tensor([ids])
-    position = torch.arange(len(ids))[None]
-    return model(whole, position, pattern.plan(whole))[0, :, :vocabulary]
+    return model(whole, pattern.plan(whole))[0, :, :vocabulary]
 
 
 @dataclass

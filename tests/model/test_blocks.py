@@ -38,7 +38,7 @@ def test_logits_equal_the_handwritten_model(family: str, pattern: str, device: t
     weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
     visible = [separator_mask(data.classes.cpu(), 2, window) for window in windows]
     with torch.no_grad():
-        logits = model(data.tokens, data.positions, data.plan)[..., :VOCABULARY].cpu()
+        logits = model(data.tokens, data.plan)[..., :VOCABULARY].cpu()
     expected = handwritten(weights, config.model, data.tokens.cpu(), visible)[..., :VOCABULARY]
     assert expected.std() > 0.05
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -50,8 +50,8 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str, device: torch.devi
     model = build_model(config, VOCABULARY).to(device)
     data = micro_batch(config, device=device)
     with torch.no_grad():
-        logits = model(data.tokens, data.positions, data.plan)[..., :VOCABULARY]
-        loss = model(data.tokens, data.positions, data.plan, labels=data.labels)
+        logits = model(data.tokens, data.plan)[..., :VOCABULARY]
+        loss = model(data.tokens, data.plan, labels=data.labels)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.labels.flatten(), reduction="none")
     torch.testing.assert_close(loss.flatten(), expected, rtol=0, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_query_and_key_norm_is_applied_per_head(device: torch.device) -> None:
     seen: list[torch.Tensor] = []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     data = micro_batch(config, device=device)
-    model(data.tokens, data.positions, data.plan, labels=data.labels).mean().backward()
+    model(data.tokens, data.plan, labels=data.labels).mean().backward()
     assert seen[0].shape == (LENGTH, 2, 4, 16)
     torch.testing.assert_close(
         seen[0].var(-1, correction=0).mean(), torch.tensor(1.0, device=device), rtol=0, atol=0.02

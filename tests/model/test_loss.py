@@ -39,7 +39,7 @@ def outcome(model: dict[str, Any], training: dict[str, Any], device: torch.devic
         with torch.no_grad():
             gpt.output_layer.weight.mul_(scale)
     data = micro_batch(config, device=device)
-    loss = gpt(data.tokens, data.positions, data.plan, labels=data.labels)
+    loss = gpt(data.tokens, data.plan, labels=data.labels)
     (loss * torch.linspace(-0.5, 1.0, TOKENS, device=device).clamp_min(0).view_as(loss)).sum().backward()
     return loss.detach(), {name: parameter.grad for name, parameter in gpt.named_parameters()}
 
@@ -86,7 +86,7 @@ def test_padding_has_no_probability_and_no_gradient(device: torch.device) -> Non
     weight = gpt.output_layer.weight
     with torch.no_grad():
         weight[VOCABULARY:] = 100.0
-    loss = gpt(data.tokens, data.positions, data.plan, labels=data.labels)
+    loss = gpt(data.tokens, data.plan, labels=data.labels)
     loss.mean().backward()
     assert loss.max() < 20
     assert weight.grad[VOCABULARY:].abs().max() == 0
@@ -100,7 +100,7 @@ def test_logits_are_never_whole(chunk: int, whole: bool, device: torch.device) -
     gpt = build_model(config, 8 * PADDED).to(device)
     data = micro_batch(config, device=device)
     with Sizes() as sizes:
-        gpt(data.tokens, data.positions, data.plan, labels=data.labels).mean().backward()
+        gpt(data.tokens, data.plan, labels=data.labels).mean().backward()
     # The output layer's own gradient is as large as 16 tokens' logits.
     assert (sizes.largest >= TOKENS * 8 * PADDED) == whole
     assert whole or sizes.largest == 16 * 8 * PADDED

@@ -28,8 +28,8 @@ def test_padding_has_no_probability_and_no_gradient(tied: bool, device: torch.de
     with torch.no_grad():
         # Were the padding in the softmax, such rows would take nearly all of the probability.
         weight[VOCABULARY:] = 100.0
-    assert model(data.tokens, data.positions, data.plan).softmax(-1)[..., VOCABULARY:].sum() == 0
-    loss = model(data.tokens, data.positions, data.plan, labels=data.labels)
+    assert model(data.tokens, data.plan).softmax(-1)[..., VOCABULARY:].sum() == 0
+    loss = model(data.tokens, data.plan, labels=data.labels)
     loss.mean().backward()
     assert loss.max() < 20
     assert weight.grad is not None
@@ -41,7 +41,7 @@ def test_gradient_through_returned_logits_leaves_the_padding_alone(device: torch
     config = tiny_config()
     model = build_model(config, VOCABULARY).to(device)
     data = micro_batch(config, batch=1, device=device)
-    logits = model(data.tokens, data.positions, data.plan)
+    logits = model(data.tokens, data.plan)
     assert torch.isinf(logits[..., VOCABULARY:]).all()
     logits.logsumexp(-1).sum().backward()
     assert model.output_layer.weight.grad[VOCABULARY:].abs().max() == 0
@@ -56,8 +56,8 @@ def test_changing_a_document_leaves_the_logits_of_the_others_bitwise(device: tor
     changed[:, 17:34] = (changed[:, 17:34] + 1) % VOCABULARY
     other = planned(config, changed, data.classes, data.document_start, device)
     with torch.no_grad():
-        before = model(data.tokens, data.positions, data.plan)[..., :VOCABULARY]
-        after = model(other.tokens, other.positions, other.plan)[..., :VOCABULARY]
+        before = model(data.tokens, data.plan)[..., :VOCABULARY]
+        after = model(other.tokens, other.plan)[..., :VOCABULARY]
     outside = torch.tensor([*range(17), *range(34, LENGTH)], device=device)
     assert torch.equal(before[:, outside], after[:, outside])
     assert not torch.equal(before[:, 17:34], after[:, 17:34])
@@ -70,7 +70,7 @@ def test_joined_documents_do_see_each_other(device: torch.device) -> None:
     changed = data.tokens.clone()
     changed[:, 20] = (changed[:, 20] + 1) % VOCABULARY
     with torch.no_grad():
-        before, after = (model(t, data.positions, data.plan)[..., :VOCABULARY] for t in (data.tokens, changed))
+        before, after = (model(t, data.plan)[..., :VOCABULARY] for t in (data.tokens, changed))
     assert not torch.equal(before[:, -1], after[:, -1])
     assert torch.equal(before[:, :20], after[:, :20])
 
@@ -81,7 +81,7 @@ def test_sink_takes_probability_and_has_a_gradient(recompute: str, device: torch
     model = build_model(config, VOCABULARY).to(device)
     data = micro_batch(config, device=device)
     sinks = [layer.self_attention.core_attention.sink for layer in model.decoder.layers]
-    loss = model(data.tokens, data.positions, data.plan, labels=data.labels).mean()
+    loss = model(data.tokens, data.plan, labels=data.labels).mean()
     loss.backward()
     for sink in sinks:
         assert sink.shape == (4,)
@@ -89,9 +89,9 @@ def test_sink_takes_probability_and_has_a_gradient(recompute: str, device: torch
     with torch.no_grad():
         for sink in sinks:
             sink.fill_(-1e9)
-        closed = model(data.tokens, data.positions, data.plan, labels=data.labels).mean()
+        closed = model(data.tokens, data.plan, labels=data.labels).mean()
         plain = build_model(tiny_config(), VOCABULARY).to(device)
-        without = plain(data.tokens, data.positions, data.plan, labels=data.labels).mean()
+        without = plain(data.tokens, data.plan, labels=data.labels).mean()
     torch.testing.assert_close(closed, without, rtol=0, atol=1e-6)
     assert abs(loss - without) > 1e-4
 
@@ -104,7 +104,7 @@ def test_recompute_changes_no_gradient(recompute: str, model: dict, device: torc
         config = tiny_config(model, {"sink": "learned"}, training={"recompute": mode})
         gpt = build_model(config, VOCABULARY).to(device)
         data = micro_batch(config, device=device)
-        gpt(data.tokens, data.positions, data.plan, labels=data.labels).mean().backward()
+        gpt(data.tokens, data.plan, labels=data.labels).mean().backward()
         gradients.append({name: parameter.grad for name, parameter in gpt.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6, msg=name)
@@ -117,7 +117,7 @@ def test_half_precision_loss_is_near_the_fp32_one(precision: str, device: torch.
         config = tiny_config(attention={"sink": "learned"}, training={"precision": kind})
         model = build_model(config, VOCABULARY).to(device)
         data = micro_batch(config, device=device)
-        loss = model(data.tokens, data.positions, data.plan, labels=data.labels)
+        loss = model(data.tokens, data.plan, labels=data.labels)
         assert loss.dtype == torch.float32
         losses.append(loss.mean())
     assert {p.dtype for p in model.parameters()} == {getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])}
@@ -133,7 +133,7 @@ def test_model_without_rotary_embedding_runs(device: torch.device) -> None:
     config = tiny_config(PYTHIA | {"rotary_fraction": 0.0})
     model = build_model(config, VOCABULARY).to(device)
     data = micro_batch(config, device=device)
-    assert torch.isfinite(model(data.tokens, data.positions, data.plan, labels=data.labels)).all()
+    assert torch.isfinite(model(data.tokens, data.plan, labels=data.labels)).all()
 
 
 def test_pattern_that_does_not_fit_the_model_is_refused(device: torch.device) -> None:

@@ -57,7 +57,6 @@ class MicroBatch:
 
     tokens: Tensor
     labels: Tensor
-    positions: Tensor
     classes: Tensor
     document_start: Tensor
     plan: AttentionPlan
@@ -81,7 +80,6 @@ def planned(
     return MicroBatch(
         tokens=tokens[:, :-1].to(device).contiguous(),
         labels=tokens[:, 1:].to(device).contiguous(),
-        positions=torch.arange(LENGTH, device=device).expand(len(tokens), LENGTH),
         classes=classes,
         document_start=document_start,
         plan=pattern.plan(classes, document_start),

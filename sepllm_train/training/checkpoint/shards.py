@@ -212,7 +212,8 @@ def _held(optimizer: MegatronOptimizer) -> Iterator[_Part]:
         if isinstance(part, DistributedOptimizer):
             for model, (group, order) in part.model_param_group_index_map.items():
                 main = inner.param_groups[group]["params"][order]
-                start = part._get_model_param_range_map(model)["param"].start
+                buffer, dtype, bucket = part.model_param_gbuf_map[model]
+                start = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][model]["param"].start
                 yield _Part(model, main, start, inner.state[main], sharded=True)
         elif isinstance(part, FP32Optimizer):
             for main in (p for group in inner.param_groups for p in group["params"]):

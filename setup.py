@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).parent.joinpath("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-            "triton>=3.6,<3.10; platform_system == 'Linux'",
+    python_requires=">=3.11,<3.14",
     # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
     # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
     packages=find_packages(include=["sepllm_train*", "data_prep*"])

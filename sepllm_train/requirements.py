@@ -55,7 +55,10 @@ def declared() -> Declared | None:
     """
     root = checkout_of(Path(__file__).parent)
     if root is not None:
-        return read_setup(root / "setup.py")
+        try:
+            return read_setup(root / "setup.py")
+        except (OSError, SyntaxError, ValueError, KeyError, StopIteration):
+            pass  # in the middle of an edit or a merge: what was installed is the next best
     from importlib import metadata
 
     try:
@@ -67,7 +70,7 @@ def declared() -> Declared | None:
 
 
 def read_setup(path: Path) -> Declared:
-    """Ranges in a setup.py, which is parsed and not run. Raises ValueError where they are not written as literals."""
+    """Ranges in a setup.py, which is parsed and not run. Raises SyntaxError, KeyError or ValueError."""
     call = next(
         node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8")))

@@ -4,9 +4,10 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 TEXT ?=
+MATRIX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
+.PHONY: help install matrix test lint types demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ lint: install  ## ruff: rules and format
 
 types: install  ## mypy
 	$(BIN)/mypy
+
+matrix: install  ## The fast tests in the oldest, shipped and newest versions; results to docs/versions.md (MATRIX='--only newest')
+	$(BIN)/python scripts/matrix.py --record $(MATRIX)
 
 chaos: install  ## Kill a two-rank run 50 times at random, resume it, compare it bitwise (CHAOS_ARGS='--kills 200 --seed 7')
 	$(BIN)/python scripts/chaos.py $(CHAOS_ARGS)

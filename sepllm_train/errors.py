@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from data_prep.errors import UserError
+from sepllm_train.quiet import mute
 
 __all__ = [
     "EXIT_BAD_STEPS",
@@ -74,6 +75,7 @@ def exit_on_user_error(program: Callable[[], None]) -> None:
 
     Rank 0 prints what all ranks know, the rank itself what it alone knows.
     """
+    mute()
     try:
         program()
     except (UserError, RunStopped) as error:
@@ -89,6 +91,7 @@ def exit_on_user_error(program: Callable[[], None]) -> None:
 
 def exit_code(program: Callable[[], None]) -> int:
     """Run a `program` that writes nothing before its end: 0, or 2 after one sentence on a user's mistake."""
+    mute()
     try:
         program()
     except UserError as error:

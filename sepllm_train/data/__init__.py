@@ -1,6 +1,6 @@
 """What a run reads: corpora, samples with separator classes, micro-batches."""
 
-from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.quiet import quiet
 
-with quiet_imports():
+with quiet():
     import megatron.core.datasets.gpt_dataset  # noqa: F401  first import, where the warnings are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from data_prep.sidecar import open_classes
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A .npy file in the place of the array that is mapped from it."""
+
+    file: str
 
 
 class TokenStore(IndexedDataset):
@@ -40,6 +48,18 @@ class SeparatorDataset(GPTDataset):
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TokenStore:
         """Open PREFIX.bin, PREFIX.idx and PREFIX.sep.bin."""
         return TokenStore(dataset_path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State with the files of the mapped indices: workers that are not forks map them again, and copy nothing."""
+        return {
+            key: _Mapped(str(value.filename)) if isinstance(value, np.memmap) and value.filename else value
+            for key, value in self.__dict__.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what `__getstate__` returned."""
+        for key, value in state.items():
+            self.__dict__[key] = np.load(value.file, mmap_mode="r") if isinstance(value, _Mapped) else value
 
     @property
     def all_tokens(self) -> int:

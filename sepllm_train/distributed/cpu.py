@@ -1,10 +1,9 @@
 """Runs megatron-core without a GPU: what it hard-codes to CUDA, met in one place.
 
-Patched by `install`, with the call sites in megatron-core 0.16.1 that need it:
+Patched by `install`, with the call sites in megatron-core 0.16.1 to 0.19.2 that need it:
 
 - `device="cuda"` literals become "cpu": the overflow buffers and norms of `optimizer/clip_grads.py`, `found_inf` of
   `optimizer/optimizer.py`, the result checks of `dist_checkpointing/strategies/state_dict_saver.py`.
-- `pin_memory=True` is left out: `models/common/embeddings/rope_utils.py` (context parallelism).
 - `Tensor.cuda()` returns the tensor: `pipeline_parallel/schedules.py` (token counts), tied embeddings in
   `models/common/language_module/language_module.py`, `dist_checkpointing/exchange_utils.py`.
 - `Tensor.type()` names a CUDA type, for `optimizer/` only: `clip_grads.py` and `optimizer.py` compare it with strings.
@@ -12,8 +11,11 @@ Patched by `install`, with the call sites in megatron-core 0.16.1 that need it:
   `pipeline_parallel/p2p_communication.py`, `distributed/param_and_grad_buffer.py`,
   `models/common/embeddings/rotary_pos_embedding.py`, `utils.py`.
 - `torch.cuda.synchronize` does nothing: `p2p_communication.py`, `dist_checkpointing/strategies/filesystem_async.py`.
+- `torch.cuda.current_stream` is a stream without work: `distributed/param_and_grad_buffer.py` from 0.19 on.
 - `torch.cuda.get_rng_state`, `torch.cuda.manual_seed` and `tensor_parallel.random._get/_set_cuda_rng_state` act on the
   CPU's generator: activation recompute and sequence parallelism fork it (`tensor_parallel/random.py`).
+
+The last two are the only private names of megatron-core that this package uses: it has no public way to replace them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.quiet import quiet
 
 _active: CudaOnCpu | None = None
 
@@ -35,8 +37,6 @@ class CudaOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `func`, its CUDA device replaced by the CPU."""
         kwargs = kwargs or {}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if func is torch.Tensor.cuda:
@@ -62,7 +62,7 @@ def install() -> None:
         raise RuntimeError("a GPU is available: megatron-core must not be redirected to the CPU")
     if _active is not None:
         return
-    with quiet_imports():
+    with quiet():
         from megatron.core.tensor_parallel import random
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
@@ -92,10 +92,10 @@ def _cpu_device() -> torch.device:
 
 
 class _NoStream:
-    """A stream of a device that has none: what waits on it has nothing to wait for."""
+    """A stream of a device that has none: nothing ever runs on it, so that nothing has to be waited for."""
 
     def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
     wait_stream = wait_event
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 # (name shown, module looked for, what it does, what does it instead). NVIDIA's apex is recognised by its compiled
@@ -20,29 +16,6 @@ OPTIONAL = (
 # Compiled extensions without which NVIDIA's apex has no fused norms, and the norms that it has.
 APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda")
 APEX_NORMS = {"layernorm": "FusedLayerNorm", "rmsnorm": "FusedRMSNorm"}
-# What megatron-core and torch say on import about the above and about each other.
-IMPORT_WARNINGS = (
-    ".*Apex (is|are) not installed.*",
-    ".*(Transformer Engine|transformer_engine).*not installed.*",
-    ".*imports from `dynamic_context.py` will be removed.*",
-    ".*torch.jit.script_method. is deprecated.*",
-    ".*MimoModelConfig is experimental.*",
-)
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Import megatron-core inside this block: its warnings about missing optional packages are left out.
-
-    `optional_packages` says the same in one line.
-    """
-    with warnings.catch_warnings():
-        for message in IMPORT_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        # Advice to whoever writes for megatron-core, and torch's about a CUDA toolkit without a GPU.
-        for name in ("megatron", "torch.utils.cpp_extension"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield
 
 
 def optional_packages() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.source import Source, open_source
 from sepllm_train.model.build import PRECISIONS
+from sepllm_train.quiet import quiet
 from sepllm_train.training.checkpoint.files import newest, step_of
 from sepllm_train.training.checkpoint.load import SafeReader
 
@@ -191,8 +191,7 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             entry = entries[name]
             assert isinstance(entry, TensorStorageMetadata)
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            with quiet():
                 torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:

@@ -22,7 +22,6 @@ from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.console import say
 from sepllm_train.data.corpus import Corpus, open_corpus
-from sepllm_train.distributed.optional import quiet_imports
 from sepllm_train.errors import UserError, first_line
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
@@ -33,12 +32,13 @@ from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 from sepllm_train.inference.pattern import TokenPattern
 from sepllm_train.inference.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
+from sepllm_train.quiet import quiet
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
 from sepllm_train.training.setup import Training
 from sepllm_train.training.state import TrainState
 
-with quiet_imports():
+with quiet():
     from megatron.core.optimizer import ChainedOptimizer
 
 # By safetensors' name of a type.

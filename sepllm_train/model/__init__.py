@@ -1,6 +1,6 @@
 """The GPT on megatron-core with separator attention."""
 
-from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.quiet import quiet
 
-with quiet_imports():
+with quiet():
     import megatron.core.models.common.language_module.language_module  # noqa: F401  where the warnings are

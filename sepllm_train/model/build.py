@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.initialization import initialize, mark_split
 from sepllm_train.model.layers import layer_spec, norm_class
 from sepllm_train.model.pointwise import Pointwise
+from sepllm_train.quiet import quiet
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -37,9 +37,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's settings for a run. Raises UserError for an odd number of rotary features."""
     training = config.training
     dtype = PRECISIONS[training.precision]
-    with warnings.catch_warnings():
-        # Selective recompute makes megatron-core warn about Transformer Engine's attention, which is not used.
-        warnings.filterwarnings("ignore", message=".*core_attn is from transformer_engine.*")
+    with quiet():
         return TransformerConfig(
             **_block(config.model),
             **_split(config.parallel),

@@ -55,6 +55,7 @@ class SepGPTModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
+        self.vocab_size = vocab_size
         self.vocabulary = vocabulary
         self.loss_chunk = loss_chunk
         self.pointwise = pointwise

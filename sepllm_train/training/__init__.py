@@ -1,6 +1,6 @@
 """The training run: setup, steps, loop, run folder."""
 
-from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.quiet import quiet
 
-with quiet_imports():
+with quiet():
     import megatron.core.optimizer  # noqa: F401  first import, where the warnings are

@@ -19,8 +19,8 @@ from megatron.core.utils import get_model_config
 
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import virtual_stages
-from sepllm_train.distributed.optional import quiet_imports
 from sepllm_train.model.build import PRECISIONS, build_model
+from sepllm_train.quiet import quiet
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
 
@@ -53,7 +53,7 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
         for number, module in enumerate(wrapped)
     ]
     # From 0.19 on megatron-core imports more of itself here, with its warnings.
-    with quiet_imports():
+    with quiet():
         optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
     _fuse_adam(optimizer)
     model_config.grad_scale_func = optimizer.scale_loss

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,35 @@ def test_one_document_cannot_be_split(prefixes: tuple[str, str], tmp_path: Path)
     corpus = open_corpus(config_for([prefixes[0]], tmp_path).data)
     with pytest.raises(UserError, match="holds one document.*data.validation_fraction=0"):
         held_out_from(np.array([5000], dtype=np.int32), 0.1, corpus.sources[0])
+
+
+def test_a_dataset_travels_without_its_indices(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    config = config_for([prefixes[0]], tmp_path)
+    dataset, _ = build_datasets(config, open_corpus(config.data))
+    index = dataset.dataset.shuffle_index
+    travelled = pickle.loads(pickle.dumps(dataset))
+    again = travelled.dataset.shuffle_index
+    assert isinstance(index, np.memmap) and isinstance(again, np.memmap) and again.filename == index.filename
+    # Its tokens and classes are mapped again too: what is pickled does not grow with the text.
+    assert len(pickle.dumps(dataset)) < min(Path(prefixes[0] + ".bin").stat().st_size, 20_000)
+    assert all(torch.equal(travelled[7][key], value) for key, value in dataset[7].items())
+
+
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+)
+def test_samples_do_not_depend_on_how_workers_start(prefixes: tuple[str, str], tmp_path: Path, method: str) -> None:
+    config = config_for(list(prefixes), tmp_path)
+    dataset, _ = build_datasets(config, open_corpus(config.data))
+    sampler = MicroBatchSampler(range(3), global_batch=4, micro_batch=2, replica=0, replicas=1)
+    expected = list(micro_batches(dataset, sampler, workers=0, device=torch.device("cpu")))
+    usual = multiprocessing.get_start_method(allow_none=True)
+    # The default of Python 3.14 on Linux is forkserver, and of macOS spawn.
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        found = list(micro_batches(dataset, sampler, workers=2, device=torch.device("cpu")))
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert len(found) == len(expected) == 6
+    for batch, wanted in zip(found, expected, strict=True):
+        assert batch.keys() == wanted.keys() and all(torch.equal(batch[key], wanted[key]) for key in wanted)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sepllm_train.distributed import cpu
-from sepllm_train.distributed.optional import OPTIONAL, optional_packages, quiet_imports
+from sepllm_train.distributed.optional import OPTIONAL, optional_packages
+from sepllm_train.quiet import quiet
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available: nothing is redirected there")
 
@@ -91,7 +92,7 @@ def test_only_the_optimizer_is_told_a_cuda_type() -> None:
 @without_gpu
 def test_forked_random_state_comes_back() -> None:
     cpu.install()
-    with quiet_imports():
+    with quiet():
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     tracker = CudaRNGStatesTracker()
     torch.manual_seed(5)

@@ -10,10 +10,10 @@ import torch
 from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import Launch, launch_from_environment, model_parallel, process_grid
-from sepllm_train.distributed.optional import quiet_imports
+from sepllm_train.quiet import quiet
 from tests.model.tiny import LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
-with quiet_imports():
+with quiet():
     from megatron.core import parallel_state
 
     from sepllm_train.training.setup import build_training

@@ -1,24 +1,20 @@
 # `make help` lists the targets. `make demo` and `make test` set up their own environment in .venv.
-PYTHON ?= python3
+# Empty: the first suitable of python3, python3.13, python3.12 and python3.11, which scripts/find_python.sh looks for.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 TEXT ?=
+MATRIX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
+.PHONY: help install matrix test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## Make the environment .venv with everything the tests need
-
-$(STAMP): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+# Every target looks at the environment first: in a second where it is complete.
+install:  ## Make the environment .venv with everything the tests need
+	@sh scripts/install.sh "$(PYTHON)" --venv $(VENV)
 
 # Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -38,6 +34,9 @@ GOLDEN ?=
 
 golden: install  ## Compare losses, checkpoints, exports and more with b31b21f, bit by bit (minutes on two cores)
 	@$(BIN)/python -m tests.golden $(GOLDEN)
+
+matrix: install  ## The fast tests in the oldest, shipped and newest versions; results to docs/versions.md (MATRIX='--only newest')
+	$(BIN)/python scripts/matrix.py --record $(MATRIX)
 
 chaos: install  ## Kill a two-rank run 50 times at random, resume it, compare it bitwise (CHAOS_ARGS='--kills 200 --seed 7')
 	$(BIN)/python scripts/chaos.py $(CHAOS_ARGS)

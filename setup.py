@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).parent.joinpath("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
     # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
     packages=find_packages(include=["sepllm_train*", "data_prep*"])
@@ -40,13 +40,16 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "gpu": ["triton>=3.6", "flash-attn; platform_machine == 'x86_64'"],
+        "gpu": [
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
+            "flash-attn; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
         "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf"],
         "dev": [
-            "triton>=3.7",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
             "wandb>=0.31",
             "wandb-workspaces>=0.4",
             "tensorboard",
@@ -64,9 +67,9 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "sepllm-pretrain=sepllm_train.pretrain:main",
-            "sepllm-prepare-data=data_prep.cli:main",
-            "sepllm-compare-runs=sepllm_train.compare_runs:main",
+            "sepllm-pretrain=sepllm_train.programs:pretrain",
+            "sepllm-prepare-data=sepllm_train.programs:prepare_data",
+            "sepllm-compare-runs=sepllm_train.programs:compare_runs",
         ]
     },
 )

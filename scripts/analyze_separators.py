@@ -6,6 +6,8 @@ python scripts/analyze_separators.py loss runs/books_sep --drop-classes --window
 python scripts/analyze_separators.py ablate runs/books_dense --window 64 --output analysis/ablation
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.analysis.cli import main
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ One process; the optimizer's state is that after one update. Run it on an otherw
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import statistics
 import tempfile

@@ -11,6 +11,8 @@ whether it stays as fast.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import platform

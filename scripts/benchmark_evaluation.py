@@ -8,6 +8,8 @@ use the processor too, the ratio of the processor's seconds tells more than that
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import os

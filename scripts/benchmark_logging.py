@@ -10,6 +10,8 @@ out, for it takes no time of the training thread but may take some of its cores.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import contextlib
 import io

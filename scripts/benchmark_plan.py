@@ -8,6 +8,8 @@ pair counts and the plan's block layout - is timed apart on the same micro-batch
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import statistics
 import time

@@ -9,6 +9,8 @@ processor time. Without chromium and chromedriver the browser's part is left out
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import math

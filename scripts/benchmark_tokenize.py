@@ -10,6 +10,8 @@ separators, and writes and syncs the dataset.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import os

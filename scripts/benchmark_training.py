@@ -13,6 +13,8 @@ arguments are overrides of the configuration, for both.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import os

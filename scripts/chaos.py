@@ -12,6 +12,8 @@ how many disturbances there were; the exit code is 1 when anything differs or ca
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import json
 import os

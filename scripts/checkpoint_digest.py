@@ -6,6 +6,8 @@ python scripts/checkpoint_digest.py --each runs/first/checkpoints/step_00000100
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 from pathlib import Path
 

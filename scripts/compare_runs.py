@@ -3,6 +3,8 @@
 python scripts/compare_runs.py runs/demo_dense runs/demo_sep --output runs/comparison
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.compare_runs import main
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ python scripts/dashboard.py --entity ME --group first --dry-run first.json
 python scripts/dashboard.py --entity ME --group dense sep --name "dense against sep"
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.dashboard import main
 from sepllm_train.errors import exit_on_user_error
 

@@ -5,6 +5,8 @@ python scripts/demo.py [--output demo]
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import shutil
 import subprocess

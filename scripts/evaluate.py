@@ -5,6 +5,8 @@ python scripts/evaluate.py models/pythia-160m --tasks gsm8k_cot --attention cach
 torchrun --standalone --nproc-per-node=2 scripts/evaluate.py runs/pythia160m_sep --tasks arc_easy --output results
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.evaluation.cli import main
 
 if __name__ == "__main__":

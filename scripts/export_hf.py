@@ -9,6 +9,8 @@ the run's pattern.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 from pathlib import Path
 

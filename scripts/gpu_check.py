@@ -15,6 +15,8 @@ Runs from the checkout with the machine's own Python and no network. Stages 1 an
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 import importlib.machinery
 import importlib.util

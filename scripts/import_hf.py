@@ -9,6 +9,8 @@ were found equal to those of the model.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 import argparse
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 python scripts/kv_share.py --task gsm8k_cot --data-dir data/eval --tokenizer 20B_tokenizer.json --window 256 --initial 3
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.evaluation.kv_share import main
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ one that has neighbours alone.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 from dataclasses import replace
 from typing import Any
 

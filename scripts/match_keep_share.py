@@ -9,6 +9,8 @@ overrides to add for the run with thinned separators.
 
 from __future__ import annotations
 
+import check_environment  # noqa: F401
+
 from dataclasses import replace
 from typing import Any
 

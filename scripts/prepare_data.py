@@ -4,6 +4,8 @@ python scripts/prepare_data.py --help
 python scripts/prepare_data.py tokenize books/*.txt --tokenizer tokenizer.json --output data/books
 """
 
+import check_environment  # noqa: F401
+
 import sys
 
 from data_prep.cli import main

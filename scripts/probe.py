@@ -4,6 +4,8 @@ python scripts/probe.py text books.jsonl --tokenizer data/books.tokenizer.model 
 python scripts/probe.py ask runs/probe_seed1 runs/probe_seed2 runs/probe_seed3 --text unseen.txt --output runs/probe
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.probe.cli import main
 
 if __name__ == "__main__":

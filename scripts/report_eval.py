@@ -3,6 +3,8 @@
 python scripts/report_eval.py evaluation/dense evaluation/sep --output evaluation/table.md
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.evaluation.report import main
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python scripts/stream.py chat runs/NAME --temperature 0.8
 python scripts/stream.py report streams/sep streams/streaming --at 1048576,4194304
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.streaming.cli import main
 
 if __name__ == "__main__":

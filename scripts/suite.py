@@ -7,6 +7,8 @@
 The same command typed again continues. Every key: sepllm_train/suite/config.py, or --cfg job.
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.suite.main import main
 
 if __name__ == "__main__":

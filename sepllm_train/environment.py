@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sepllm_train import requirements
 from sepllm_train.distributed.all_reduce import measure, measure_here
 
-PROJECT = "sepllm-train"
+PROJECT = requirements.PROJECT
 OPTIONAL = ("triton", "flash-attn", "transformer-engine", "apex", "wandb")
 # Variables that change what a run does. Keys and passwords have other names.
 VARIABLES = ("CUDA_", "GLOO_", "HYDRA_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "SEPLLM_", "TORCH", "TRITON_")
@@ -78,8 +80,10 @@ def advice(found: dict[str, dict[str, Any]]) -> list[str]:
     """One sentence for everything in `found` (of `facts`) that will go wrong, with what to do."""
     told = [*found["packages"]["unmet"]]
     torch, gpu, machine = found["torch"], found["gpu"], found["machine"]
-    if not (3, 11) <= tuple(map(int, found["python"]["version"].split(".")[:2])) <= (3, 12):
-        told.append(f"Python {found['python']['version']} is not 3.11 or 3.12: make a .venv with one of these.")
+    ranges = requirements.declared()
+    version = tuple(map(int, re.findall(r"\d+", found["python"]["version"])[:3]))
+    if ranges and (wrong := requirements.python_problem(version, ranges.python)):
+        told.append(wrong)
     if torch.get("error"):
         told.append(f"torch cannot be imported ({torch['error']}): install the build for this machine again.")
     elif gpu["devices"] and not torch["cuda"]:
@@ -165,20 +169,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _packages() -> dict[str, Any]:
     """Versions of what the project requires and can use, and `unmet`: a sentence for each requirement that is not."""
-    from packaging.requirements import Requirement
-
-    versions: dict[str, Any] = {PROJECT: _version(PROJECT)}
-    unmet = []
-    for line in metadata.requires(PROJECT) or [] if versions[PROJECT] else []:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        version = versions[wanted.name] = _version(wanted.name)
-        asked = f"{wanted.name}{wanted.specifier}"
-        if version is None:
-            unmet.append(f"{wanted.name} is missing: pip install '{asked}'.")
-        elif not wanted.specifier.contains(version, prereleases=True):
-            unmet.append(f"{wanted.name} {version} is not {wanted.specifier}: pip install '{asked}'.")
+    ranges = requirements.declared()
+    wanted = ranges.packages if ranges else []
+    names = [re.split(r"[^\w-]", line)[0] for line in wanted]
+    versions: dict[str, Any] = {name: _version(name) for name in (PROJECT, *names)}
+    unmet = [one.sentence() for one in requirements.unmet(wanted)]
     versions |= {name: _version(name) for name in OPTIONAL}
     # NVIDIA's apex is known by its compiled extension.
     if importlib.util.find_spec("apex") is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.small_run import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,41 @@ def test_entry_points_exist(unpacked: Path) -> None:
         module, name = target.split(":")
         done = run_python(f"from {module} import {name} as main; assert callable(main)", unpacked)
         assert done.returncode == 0, done.stderr
+
+
+def test_programs_look_at_their_environment(unpacked: Path, tmp_path: Path) -> None:
+    """The wheel's own metadata hold the ranges there."""
+    place = tmp_path / "torch-2.9.1.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sepllm_train.programs import pretrain; pretrain()"
+    done = run_python(code, unpacked, "+experiment=demo_sep")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "error: torch 2.9.1 is not <2.16,>=2.11: pip install" in done.stderr
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+
+checkout = Path(sys.argv.pop(1))
+from sepllm_train.programs import pretrain
+pretrain()
+ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "scripts", "configs")]
+files = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+assert not [file for file in files for folder in ours if file.is_relative_to(folder)]
+"""
+
+
+@pytest.mark.slow
+def test_training_away_from_the_checkout(unpacked: Path, repository: Path, sample_cache: Path, tmp_path: Path) -> None:
+    """A dry run and five steps, with no module of the checkout."""
+    words = ["+experiment=demo_sep", *SMALL_MODEL, "training.steps=5", f"run_root={tmp_path}"]
+    words += [f"data.cache={sample_cache}", "training.validation_interval=5", "training.checkpoint_interval=5"]
+    done = run_python(TRAINING, unpacked, str(repository), *words, "dry_run=true")
+    assert done.returncode == 0 and "dry run: the configuration is sound" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+    done = run_python(TRAINING, unpacked, str(repository), *words)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "demo_sep" / "metrics.jsonl").read_text().splitlines()]
+    assert len([record for record in records if "train/loss" in record]) == 5

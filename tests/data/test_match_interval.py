@@ -79,6 +79,7 @@ def test_only_separators_are_matched(text: dict[str, torch.Tensor]) -> None:
 def run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """The script with `words` on its command line."""
     monkeypatch.setattr("sys.argv", ["match_interval.py", *words])
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
     runpy.run_path(str(repository / "scripts" / "match_interval.py"), run_name="__main__")
 
 

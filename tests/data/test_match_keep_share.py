@@ -17,6 +17,7 @@ from sepllm_train.config.load import config_folder, register_schema, to_config
 def run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """The script with `words` on its command line."""
     monkeypatch.setattr("sys.argv", ["match_keep_share.py", *words])
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
     runpy.run_path(str(repository / "scripts" / "match_keep_share.py"), run_name="__main__")
 
 

@@ -368,6 +368,7 @@ def test_scripts_export_and_import(
 ) -> None:
     def run(script: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(repository / "scripts"))
         runpy.run_path(str(repository / "scripts" / script), run_name="__main__")
         return capsys.readouterr().out
 
@@ -386,6 +387,7 @@ def test_scripts_end_with_one_sentence_without_transformers(repository: Path, tm
     for script in ("export_hf.py", "import_hf.py"):
         program = (
             "import runpy, sys; sys.modules['transformers'] = None; sys.argv = ['x', 'run', 'out']; "
+            f"sys.path.insert(0, {str(repository / 'scripts')!r}); "
             f"runpy.run_path({str(repository / 'scripts' / script)!r}, run_name='__main__')"
         )
         done = subprocess.run(

@@ -14,13 +14,14 @@ from data_prep.sample import prepare_sample, sample_documents
 from data_prep.sidecar import read_header
 from data_prep.tokenizers import load_tokenizer
 from data_prep.verify import verify
+from tests.waiting import HANG_SECONDS
 
 
 def test_two_processes_make_it_once(tmp_path: Path) -> None:
     code = f"from data_prep.sample import prepare_sample; print(prepare_sample({str(tmp_path)!r}, vocab_size=1024))"
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=HANG_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     messages = [message for _, message in outputs if message]

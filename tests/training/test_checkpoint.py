@@ -149,7 +149,7 @@ def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, train
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
     (outcome,) = saver.finish()
-    assert outcome.error is None and 0 < outcome.stall_seconds < outcome.seconds + 1 and outcome.bytes > 1_000_000
+    assert outcome.error is None and outcome.stall_seconds > 0 and outcome.bytes > 1_000_000
     load(outcome.checkpoint, training)
     assert all(p.isfinite().all() for chunk in training.chunks for p in chunk.parameters())
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_prep import files
 from data_prep.sample import prepare_sample
@@ -30,6 +31,9 @@ def restore_signals() -> None:
 
 
 restore_signals()
+# On a busy machine an example may take any time.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

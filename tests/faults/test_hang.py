@@ -180,13 +180,26 @@ class SimulatedTime:
         return self.now == self.last
 
 
-@pytest.mark.parametrize(("interval", "hangs"), [(10, []), (12, [11, 23])])
+@pytest.mark.parametrize(
+    ("interval", "allowed", "hangs"),
+    [(10, None, []), (12, None, [11, 23]), (12, 6, [23]), (30, 6, [*range(19, 30)])],
+)
 def test_limit_is_on_the_time_between_beats(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int, hangs: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int, allowed: int | None, hangs: list[int]
 ) -> None:
-    """A limit of 10 seconds in a run of 30, with a beat every `interval`: `hangs` are the times that are too late."""
+    """A limit of 10 seconds in a run of 30, with a beat every `interval` and 2 seconds more at the time `allowed`.
+
+    `hangs` are the times that are too late.
+    """
     watchdog = watchdog_module.Watchdog(tmp_path, 10.0, 0, 1)
-    simulated = SimulatedTime(lambda now: watchdog.beat("a step") if now % interval == 0 else None, 30)
+
+    def progress(now: int) -> None:
+        if now % interval == 0:
+            watchdog.beat("a step")
+        if now == allowed:
+            watchdog.allow(2.0)
+
+    simulated = SimulatedTime(progress, 30)
     found: list[int] = []
     monkeypatch.setattr(watchdog_module, "time", simulated)
     monkeypatch.setattr(watchdog, "_stop", simulated)

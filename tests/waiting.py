@@ -6,8 +6,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
-# After so long a test that waits is taken to hang and fails: many times what the slowest needs on a busy machine.
-HANG_SECONDS = 600.0
+# After so long a test that waits is taken to hang and fails: many times what the slowest takes on an idle machine.
+HANG_SECONDS = 1800.0
 
 
 def wait_until(condition: Callable[[], object], what: str, process: subprocess.Popen | None = None) -> None:

@@ -34,6 +34,7 @@ from sepllm_train.training.checkpoint import Saver, digest, digests, files, load
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
+from tests.waiting import HANG_SECONDS
 
 VOCABULARY = 1000
 
@@ -327,7 +328,7 @@ def test_lock_ends_with_the_process_that_trained(tmp_path: Path) -> None:
             worker = os.fork()
             if worker:
                 os.write(writing, f"{worker} {lock.fileno()}\n".encode())
-            time.sleep(60)
+            time.sleep(HANG_SECONDS)
         finally:
             os._exit(0)
     os.close(writing)

@@ -7,7 +7,7 @@ TEXT ?=
 MATRIX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install matrix test lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
+.PHONY: help install matrix test test-slow test-all lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,9 +18,17 @@ install:  ## Make the environment .venv with everything the tests need
 
 # Two test processes of one thread each: threads that wait for one another in turn are slower than one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# More for pytest: make test-slow ARGS=--collect-only lists the slow tests.
+ARGS ?=
 
-test: install lint types sm90  ## Lint, types, compiled kernels and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: install lint types sm90  ## Lint, types, compiled kernels and all tests but the slow ones
+	$(PYTEST) $(PYTEST_ARGS) -m 'not slow' $(ARGS)
+
+test-slow: install  ## The slow tests
+	$(PYTEST) $(PYTEST_ARGS) -m 'slow' $(ARGS)
+
+test-all: test test-slow  ## All checks and tests
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -24,6 +24,10 @@ FLAGS = (
 )
 
 
+# A browser that does nothing for so long is taken to hang; a busy machine can make it wait for a minute.
+PATIENCE_SECONDS = 300.0
+
+
 def programs() -> tuple[str, str] | None:
     """Paths of chromium and chromedriver; None unless both are installed."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +62,7 @@ class Chromium:
             self._end()
             raise
         self._base += f"/session/{session}"
-        self._call("POST", "/timeouts", {"script": 120_000})
+        self._call("POST", "/timeouts", {"script": round(1000 * PATIENCE_SECONDS)})
 
     def __enter__(self) -> Chromium:
         return self
@@ -77,7 +81,7 @@ class Chromium:
         self._profile.cleanup()
 
     def _await_driver(self) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 self._call("GET", "/status")
@@ -91,7 +95,7 @@ class Chromium:
         data = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=150) as answer:
+            with urllib.request.urlopen(request, timeout=2 * PATIENCE_SECONDS) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise RuntimeError(json.load(error)["value"]["message"]) from None
@@ -111,7 +115,7 @@ class Chromium:
             raise RuntimeError(value["failed"])
         return value
 
-    def await_true(self, script: str, *arguments: Any, seconds: float = 20) -> None:
+    def await_true(self, script: str, *arguments: Any, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until JavaScript returns what is true. Raises TimeoutError."""
         end = time.monotonic() + seconds
         while not self.run(script, *arguments):

@@ -5,15 +5,35 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_prep import files
 from data_prep.sample import prepare_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def restore_signals() -> None:
+    """Give the signals that tests send their default handling, which the processes that tests start inherit.
+
+    A shell starts what it puts in the background with SIGINT and SIGQUIT ignored; other launchers block or ignore more.
+    """
+    handlers = dict.fromkeys((signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_DFL)
+    for number, handler in {signal.SIGINT: signal.default_int_handler, **handlers}.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, *handlers])
+
+
+restore_signals()
+# On a busy machine an example may take any time.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.free_ports import free_port
+from tests.waiting import HANG_SECONDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *, time_limit: float = 120, **arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *, time_limit: float = HANG_SECONDS, **arguments: Any
+) -> list[Any]:
     """Call `function(**arguments)` in `world_size` processes; gives what it returns on each rank.
 
     The processes see what torchrun would tell them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and no
@@ -75,7 +78,7 @@ def _wait(ranks: list[subprocess.Popen], time_limit: float, folder: Path) -> Non
             raise AssertionError(f"rank {rank} ended with code {process.returncode}:\n{_tail(folder, rank)}")
     for rank, process in enumerate(ranks):
         if process.poll() is None:
-            raise AssertionError(f"rank {rank} was still running after {time_limit} seconds:\n{_tail(folder, rank)}")
+            raise AssertionError(f"rank {rank} was still running after {time_limit:g} seconds:\n{_tail(folder, rank)}")
 
 
 def _tail(folder: Path, rank: int) -> str:

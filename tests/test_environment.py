@@ -18,6 +18,7 @@ import torch
 from sepllm_train import requirements
 from sepllm_train.distributed.all_reduce import measure_here
 from sepllm_train.environment import advice, facts
+from tests.waiting import HANG_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,12 @@ def test_report_is_of_this_machine(repository: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     command = [sys.executable, str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
     done = subprocess.run(
-        [*command, f"--run-root={tmp_path}/a/b"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        [*command, f"--run-root={tmp_path}/a/b"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=True,
     )
     report = json.loads(done.stdout)
     assert report["python"]["executable"] == sys.executable

@@ -16,6 +16,7 @@ import torch
 
 from sepllm_train.analysis.runs import Run, alone, load_run
 from tests.small_run import SMALL_MODEL
+from tests.waiting import HANG_SECONDS
 
 TRAINING = [
     "+experiment=demo_sep",
@@ -46,7 +47,13 @@ def trained(repository: Path, sample_cache: Path, tmp_path_factory: pytest.TempP
     folders = [f"run_root={root}", f"data.cache={sample_cache}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *folders], capture_output=True, text=True, timeout=300, env=environment, cwd=root, check=False
+        [*command, *folders],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env=environment,
+        cwd=root,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (root / "small" / "metrics.jsonl").read_text().splitlines()

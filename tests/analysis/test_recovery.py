@@ -23,6 +23,8 @@ from sepllm_train.analysis.recovery import recovery
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.pretrain import pretrain
 
+# The three runs take half a minute of a core.
+pytestmark = pytest.mark.slow
 STEPS, MORE = 400, 40
 MODEL = [
     "+experiment=demo_dense",
@@ -97,7 +99,6 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "recovery.json").read_text()))
 
 
-@pytest.mark.slow
 def test_a_tenth_of_the_steps_recovers_the_gap(report: Path) -> None:
     (row,) = read(report)["runs"]
     assert row["steps_share"] <= 0.1 and row["tokens_share"] <= 0.1

@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.waiting import HANG_SECONDS
+
 
 def _run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = repository / "kernels" / "benchmarks" / "cpu_attention.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
 
 
 def test_figures_of_a_prepared_text(repository: Path, tmp_path: Path) -> None:

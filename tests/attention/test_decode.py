@@ -17,6 +17,7 @@ from interpreter_process import passes_in_the_interpreter
 from sep_attention import FOREVER, DecodeCache, advance, attend, write
 
 from tests.triton_support import needs_triton
+from tests.waiting import HANG_SECONDS
 
 BENCHMARK = "kernels/benchmarks/decode.py"
 
@@ -175,7 +176,7 @@ def test_in_the_interpreter() -> None:
 
 def _benchmark(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repository / BENCHMARK), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

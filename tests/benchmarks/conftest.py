@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.triton_support import with_repairs
+from tests.waiting import HANG_SECONDS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -25,6 +26,6 @@ def program(repository: Path) -> Program:
     def run(path: str, *arguments: object, interpret: bool = False) -> subprocess.CompletedProcess[str]:
         environment = with_repairs(os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "2"})
         command = [sys.executable, str(repository / path), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
 
     return run

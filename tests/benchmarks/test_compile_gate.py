@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.triton_support import NO_TRITON
+from tests.waiting import HANG_SECONDS
 
 from .conftest import Program
 
@@ -74,7 +75,9 @@ except UserError as error:
     refused = str(error)
 print(json.dumps([found, violations(target, "no such thing", {{}}), budgets, refused]))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
+    )
     found, broken, budgets, refused = json.loads(result.stdout)
     for (_, sentence), problems in zip(CHANGES, found, strict=True):
         assert problems == [] if sentence is None else len(problems) == 1 and sentence in problems[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.triton_support import NO_TRITON
+from tests.waiting import HANG_SECONDS
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
@@ -50,7 +51,7 @@ def test_candidates_scores_and_table(repository: Path) -> None:
     """In a process of its own: the module takes Triton's interpreter, which other tests may have on, out."""
     table = repository / "kernels" / "sep_attention" / "tuning.py"
     code = CODE.format(paths=sys.path, table=str(table))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     changed, tiles, refused, scores, candidates, lacking = json.loads(result.stdout)
     ((before, after),) = changed

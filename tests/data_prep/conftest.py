@@ -1,10 +1,9 @@
-"""A small real tokenizer and corpus, made from the source of modules that every Python has."""
+"""A small real tokenizer and corpus, made from the source of this project: the same with every Python."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,16 @@ import pytest
 from data_prep.tokenize import tokenize_files
 from data_prep.train_tokenizer import train_tokenizer
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Forty documents of real text."""
-    source = "\n".join(Path(module.__file__).read_text(encoding="utf8") for module in (argparse, textwrap, json))
+    source = "".join(path.read_text(encoding="utf8") for path in sorted((REPOSITORY / "data_prep").glob("*.py")))
     lines = source.splitlines(keepends=True)
-    return ["".join(lines[start : start + len(lines) // 40]) for start in range(0, len(lines), len(lines) // 40)]
+    ends = [len(lines) * number // 40 for number in range(41)]
+    return ["".join(lines[start:end]) for start, end in pairwise(ends)]
 
 
 @pytest.fixture(scope="session", params=["bpe", "unigram"])

@@ -61,7 +61,7 @@ def test_damaged_datasets(dataset: Path, small_tokenizer: Path) -> None:
     with pytest.raises(UserError, match=r"set\.bin holds [\d,]+ tokens where set\.idx says [\d,]+: copy or make"):
         annotate(dataset, small_tokenizer, overwrite=True)
     for content, message in (
-        (whole_index[:-10], r"set\.idx is cut short \(it announces 41 sequences\)"),
+        (whole_index[:-10], r"set\.idx is cut short \(it announces 40 sequences\)"),
         (whole_index[:20], r"set\.idx is not an index of megatron-core"),
         (b"x" + whole_index, r"set\.idx is not an index of megatron-core"),
         (whole_index[:17] + b"\x06" + whole_index[18:], r"set\.idx has version 1 and token type 6"),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
-import re
-import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.density import STRENGTHS, TOLERANCE, class_names, select
-from data_prep.indexed import open_indexed, token_chunks
 from data_prep.readers import Corpus
-from data_prep.sample import sample_documents
 from data_prep.separators import CLASSES, class_numbers, classify
-from data_prep.sidecar import read_header
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 LEAST, MOST = 0.08, 0.16
 CHARACTERS = 200_000
 PIECE = 20_000
@@ -80,16 +76,14 @@ def english(request: pytest.FixtureRequest) -> Iterator[str]:
     return (document.text for document in Corpus([corpus]))
 
 
-def documentation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """English about programs: the sample corpus."""
-    prefix = request.getfixturevalue("sample_prefix")
-    tokenizer = load_tokenizer(prefix.parent / read_header(prefix).tokenizer.file)
-    yield from (tokenizer.decode(chunk.tolist()) for chunk in token_chunks(open_indexed(prefix).tokens[:90_000], 5000))
+def documentation(request: pytest.FixtureRequest | None = None) -> Iterator[str]:
+    """English about programs: this project's pages."""
+    return (file.read_text(encoding="utf8") for file in sorted((REPOSITORY / "docs").glob("*.md")))
 
 
-def python(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Source of the standard library."""
-    return (document.text for document in sample_documents("code"))
+def python(request: pytest.FixtureRequest | None = None) -> Iterator[str]:
+    """Source of this project."""
+    return (file.read_text(encoding="utf8") for file in sorted((REPOSITORY / "sepllm_train").rglob("*.py")))
 
 
 def latex(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -101,27 +95,13 @@ def latex(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def chinese(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What machines have of it: texts of Python's own tests, and the translated documentation of a language."""
-    folder = Path(sysconfig.get_path("stdlib"), "test", "cjkencodings")
-    files = [folder / f"{name}-utf8.txt" for name in ("gb18030", "gb2312", "big5")]
-    files += sorted((Path.home() / ".rustup").glob("toolchains/*/share/doc/rust/html/rust-by-example/zh/**/*.html"))
-    found = False
-    for file in filter(Path.is_file, files):
-        text = file.read_text(encoding="utf8")
-        if main := re.search("<main>(.*?)</main>", text, re.DOTALL):
-            prose = re.sub("<[^>]+>", "", re.sub("<pre.*?</pre>", "", main[1], flags=re.DOTALL))
-            text = re.sub(r"\s*\n\s*", "\n", html.unescape(prose))
-        if len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * len(text):
-            found = True
-            yield text
-    if not found:
-        pytest.skip("this machine has no Chinese text: neither Python's tests nor translated documentation")
+    """A short text about separators."""
+    yield Path(__file__).with_name("chinese.txt").read_text(encoding="utf8")
 
 
 def json_files(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The JSON files of installed packages, as they are."""
-    files = sorted(Path(sysconfig.get_path("purelib")).rglob("*.json"))
-    return (file.read_text(encoding="utf8") for file in files if file.stat().st_size < 10 * PIECE)
+    """This project's results, as they are."""
+    return (file.read_text(encoding="utf8") for file in sorted((REPOSITORY / "docs").rglob("*.json")))
 
 
 def json_lines(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -172,9 +152,16 @@ def test_text_lands_in_the_budget(pieces: Callable, tokenizer: Tokenizer, kind: 
     assert LEAST <= chosen.density <= MOST
 
 
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer as small as that of the sample corpus, trained on two kinds of text."""
+    path = tmp_path_factory.mktemp("own") / "own.model"
+    train_tokenizer(itertools.chain(documentation(), python()), path, vocab_size=4096)
+    return load_tokenizer(path)
+
+
 @pytest.mark.parametrize("kind", [documentation, python, json_files, json_lines], ids=lambda kind: kind.__name__)
-def test_text_lands_in_the_budget_with_the_samples_tokenizer(
-    pieces: Callable, sample_prefix: Path, kind: Callable
+def test_text_lands_in_the_budget_with_a_small_tokenizer(
+    pieces: Callable, own_tokenizer: Tokenizer, kind: Callable
 ) -> None:
-    tokenizer = load_tokenizer(sample_prefix.parent / read_header(sample_prefix).tokenizer.file)
-    assert LEAST <= select(shares_of(pieces(kind), tokenizer), LEAST, MOST).density <= MOST
+    assert LEAST <= select(shares_of(pieces(kind), own_tokenizer), LEAST, MOST).density <= MOST

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from data_prep.sidecar import open_classes, read_header
 from data_prep.tokenize import tokenize_documents, tokenize_files
 from data_prep.tokenizers import load_tokenizer
 from data_prep.writer import DatasetWriter
+from tests.waiting import HANG_SECONDS, wait_until
 
 FINAL = {"set.bin", "set.idx", "set.sep.bin", "set.sep.json", "set.tokenizer.model"}
 
@@ -144,12 +144,9 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(
         [*command, "--output", str(prefix), "--tokenizer", str(small_tokenizer), "--workers", "1"]
     )
     partial = Path(f"{prefix}.bin.partial")
-    deadline = time.monotonic() + 60
-    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: partial.exists() and partial.stat().st_size > 0, "the first tokens", process)
     process.send_signal(end)
-    assert process.wait() == code
+    assert process.wait(HANG_SECONDS) == code
     left = {path.name for path in prefix.parent.iterdir()}
     assert not left & FINAL
     assert (partial.name in left) == (end is signal.SIGKILL)

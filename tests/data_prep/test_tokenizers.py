@@ -15,6 +15,8 @@ from data_prep.errors import UserError
 from data_prep.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from data_prep.train_tokenizer import sample_lines, train_tokenizer
 
+# Examples share what fixtures made, and may take any time.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 TRICKY = " \n\t\r\0\u2581\u3000\ufeff\u0301.,aé😀<>0x1FAs/'1"
 
 
@@ -50,7 +52,7 @@ def cutting(shared_data: Path) -> HuggingFaceTokenizer:
 
 
 @given(text=st.text(alphabet=" \n\t\r\u2028\x1c\x85ab.'s1(é\u0301\u3000", max_size=80) | st.text(max_size=40))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=UNCHECKED)
 def test_cutting_keeps_the_ids_of_any_text(cutting: HuggingFaceTokenizer, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "_PIECE_CHARACTERS", 1)
@@ -89,7 +91,7 @@ def test_other_definitions_are_not_cut(shared_data: Path, tmp_path: Path, part: 
 
 
 @given(text=st.text(max_size=60) | st.text(alphabet=TRICKY, max_size=60))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=UNCHECKED)
 def test_trained_tokenizer_is_lossless(trained: Path, text: str) -> None:
     tokenizer = _loaded(trained)
     [ids] = tokenizer.encode_batch([text])

@@ -11,6 +11,7 @@ import torch
 from sepllm_train.distributed import cpu
 from sepllm_train.distributed.optional import OPTIONAL, optional_packages
 from sepllm_train.quiet import quiet
+from tests.waiting import HANG_SECONDS
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available: nothing is redirected there")
 
@@ -18,7 +19,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is ava
 def run_python(code: str) -> str:
     """Standard output and error of `code` in a fresh interpreter that shows every warning."""
     done = subprocess.run(
-        [sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

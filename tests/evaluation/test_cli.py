@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from sepllm_train.evaluation import cli, kv_share
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import choice, words, write_lines
+from tests.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -106,7 +107,7 @@ def test_two_ranks_give_the_results_of_one(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *torchrun, *command, "--output", str(tmp_path / "two")],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run(*command[1:], "--output", tmp_path / "one")

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.free_ports import free_port
 from tests.small_run import SMALL_MODEL
+from tests.waiting import HANG_SECONDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -40,9 +41,9 @@ class Run:
         """What a process has printed so far."""
         return self.logs[number].read_text(errors="replace")
 
-    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for `condition`; fails with what was printed when it does not come or all processes end before."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             ended = all(process.poll() is not None for process in self.processes)
             if (ended and not condition()) or time.monotonic() > deadline:
@@ -54,9 +55,9 @@ class Run:
         """Wait until a process prints `words`."""
         self.wait_until(lambda: words in self.text(number), words)
 
-    def code(self, number: int = 0, seconds: float = 60) -> int:
+    def code(self, number: int = 0) -> int:
         """Exit code of a process, waited for."""
-        return self.processes[number].wait(seconds)
+        return self.processes[number].wait(HANG_SECONDS)
 
     def status(self) -> str:
         """Of run.json."""

@@ -51,9 +51,7 @@ def outcomes(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     runs += [{"name": "spike", **spiky}, {"name": "spike_resumed", "resume": resumed, **spiky}]
     stopped = {"spoiled": dict.fromkeys(range(3, 9), NAN), "rank": 1, "training": {"steps": 9, "max_bad_steps": 3}}
     runs.append({"name": "stopped", **stopped})
-    ranks = run_ranks(
-        bad_step_worker.train_spoiled, 2, time_limit=400, root=str(root), cache=str(sample_cache), runs=runs
-    )
+    ranks = run_ranks(bad_step_worker.train_spoiled, 2, root=str(root), cache=str(sample_cache), runs=runs)
     return root, ranks
 
 

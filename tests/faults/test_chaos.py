@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.faults.processes import REPOSITORY
+from tests.waiting import HANG_SECONDS
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-def test_five_kills_end_bitwise_alike(sample_cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "chaos.py"), "--kills=5", "--steps=60"]
+@pytest.mark.parametrize(("kills", "steps"), [(1, 20), pytest.param(5, 60, marks=pytest.mark.slow)])
+def test_kills_end_bitwise_alike(sample_cache: Path, tmp_path: Path, kills: int, steps: int) -> None:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "chaos.py"), f"--kills={kills}", f"--steps={steps}"]
     folders = [f"--folder={tmp_path}", f"--cache={sample_cache}"]
-    done = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 disturbances" in done.stdout and "every run ended bitwise like the undisturbed one" in done.stdout
+    assert f"{kills} disturbance" in done.stdout and "every run ended bitwise like the undisturbed one" in done.stdout

@@ -157,8 +157,8 @@ def test_changed_data_ends_the_run_before_it_saves(launcher: Launcher, sample_pr
     options = (LONG, "data=prefixes", f"data.prefixes=[{prefix}]", "data.workers=1", "training.checkpoint_interval=20")
     with launcher.alone("changed", *options) as run:
         run.wait_until(lambda: bool(run.steps_saved()), "a checkpoint")
-        logged = records(run.folder)[-1]["step"]
         os.utime(f"{prefix}.sep.bin")
+        logged = records(run.folder)[-1]["step"]
         assert run.code() == EXIT_USER_ERROR
         assert f"error: {prefix}.sep.bin was written to while the run reads it" in run.text()
         assert "Traceback" not in run.text() and run.status() == "failed"

@@ -20,6 +20,7 @@ from sepllm_train.errors import LostRank, UserError
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training import run, run_folder
 from sepllm_train.training.checkpoint import save
+from tests.waiting import HANG_SECONDS
 
 
 def line(step: int) -> bytes:
@@ -78,7 +79,7 @@ def test_lost_store_ends_the_run_with_a_sentence(alone: Any, tmp_path: Path, mon
     assert saver.poll() == []
     del server
     begin.set()
-    saver._job.thread.join(20)
+    saver._job.thread.join(HANG_SECONDS)
     with pytest.raises(LostRank, match="could not agree on checkpoint .*step_00000005"):
         saver.poll()
     saver.abandon()

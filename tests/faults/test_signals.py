@@ -30,11 +30,8 @@ def saved_where_it_says(run: Run) -> int:
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher: Launcher) -> None:
     with launcher.ranks("usr1", LONG, "data.workers=1") as run:
         run.wait_for_text("step 3/")
-        begin = time.monotonic()
         kill(run.processes[1].pid, signal.SIGUSR1)
         assert [run.code(0), run.code(1)] == [EXIT_INTERRUPTED] * 2
-        # Seconds on an idle machine; tests share theirs.
-        assert time.monotonic() - begin < 30
         assert "a signal to another process stopped the run" in run.text()
         saved_where_it_says(run)
 

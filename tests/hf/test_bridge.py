@@ -36,6 +36,7 @@ from sepllm_train.hf.importing import import_model  # noqa: E402
 from sepllm_train.inference.pattern import TokenPattern  # noqa: E402
 from tests.hf.bridge_models import LLAMA_BLOCK, MODELS, VOCABULARY  # noqa: E402
 from tests.hf.bridge_worker import split_logits  # noqa: E402
+from tests.waiting import HANG_SECONDS  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- mapping
 
@@ -201,7 +202,12 @@ print(AutoTokenizer.from_pretrained(folder)("A line.\\n\\nNext  one").input_ids)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=HANG_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ids = load_tokenizer(exported / "tokenizer.model").encode_batch(["A line.\n\nNext  one"])[0]
@@ -391,7 +397,12 @@ def test_scripts_end_with_one_sentence_without_transformers(repository: Path, tm
             f"runpy.run_path({str(repository / 'scripts' / script)!r}, run_name='__main__')"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=HANG_SECONDS,
+            check=False,
         )
         assert done.returncode == 2 and done.stderr.startswith("error: transformers is missing"), done.stderr
         assert "pip install -e '.[hf]' in the checkout" in done.stderr and done.stderr.count("\n") == 1

@@ -20,6 +20,7 @@ from sepllm_train.inference.cli import main
 from sepllm_train.inference.opened import config_for, load_run
 from sepllm_train.inference.source import open_source
 from tests.inference.native_models import full_logits
+from tests.waiting import HANG_SECONDS
 
 PROMPTS = ["The quick brown fox, ", "A", "Return a string. The file, which\tis open,"]
 Records = Callable[..., list[dict[str, Any]]]
@@ -118,7 +119,7 @@ def test_two_processes_share_a_model_that_one_has_trained(
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, check=False)
 
 
 def test_only_the_tokenizer_of_the_data_is_needed(

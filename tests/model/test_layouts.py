@@ -97,7 +97,7 @@ def test_layout_equals_one_process(
     world_size: int, number: int, trained: dict[int, list[Any]], one_process: dict[str, dict[str, list[Any]]]
 ) -> None:
     if world_size not in trained:
-        trained[world_size] = run_ranks(train_all, world_size, layouts=LAYOUTS[world_size], time_limit=300)
+        trained[world_size] = run_ranks(train_all, world_size, layouts=LAYOUTS[world_size])
     layout = LAYOUTS[world_size][number]
     ranks = [results[number] for results in trained[world_size]]
     assert set(ranks[0]) == set(layout.get("patterns", PATTERNS))

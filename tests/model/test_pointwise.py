@@ -58,6 +58,7 @@ def test_names_of_weights_stay(device: torch.device) -> None:
     assert names[0] == names[1] and "decoder.layers.0.mlp.linear_fc1.weight" in names[0]
 
 
+@pytest.mark.slow
 def test_gelu_is_the_exact_one_and_half_precision_compiles() -> None:
     """The tanh approximation is off by up to 4.7e-4. Both biases have the same gradient in the sum."""
     pointwise = Pointwise(ModelConfig(), TrainingConfig(compile=True))

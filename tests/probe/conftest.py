@@ -15,6 +15,7 @@ from data_prep.tokenize import tokenize_files
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.probe.cli import main
 from tests.small_run import SMALL_MODEL
+from tests.waiting import HANG_SECONDS
 
 TRAINING = [
     "+experiment=demo_sep",
@@ -58,7 +59,7 @@ def probed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed
             [*command, *own],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_SECONDS,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             cwd=root,
             check=False,

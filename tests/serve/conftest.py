@@ -20,6 +20,7 @@ from sepllm_train.serve.follow import CURVES
 from sepllm_train.serve.server import Server
 from sepllm_train.serve.watch import Watch
 from tests.compare.run_records import COMPARABLE, training, validation
+from tests.waiting import HANG_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -100,7 +101,7 @@ class Client:
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
         """An answer to one request; underscores in names of headers stand for dashes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
         try:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request(method, path, headers=named)

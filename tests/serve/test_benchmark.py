@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import HANG_SECONDS
+
 
 def test_figures(repository: Path) -> None:
     command = [sys.executable, repository / "scripts/benchmark_serve.py", "--runs", "2", "--rows", "300"]
     # Without a browser on the path its part is left out.
     alone = os.environ | {"PATH": str(repository)}
-    done = subprocess.run([*command, "--refreshes", "2"], capture_output=True, text=True, timeout=120, env=alone)
+    done = subprocess.run(
+        [*command, "--refreshes", "2"], capture_output=True, text=True, timeout=HANG_SECONDS, env=alone
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 runs of 300 training records, ")
     figures = re.findall(r"^(.*?) +median +([\d.]+) ms, p95 +([\d.]+) ms", done.stdout, flags=re.MULTILINE)

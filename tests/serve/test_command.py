@@ -19,6 +19,7 @@ from sepllm_train.compare_runs import main
 from sepllm_train.serve.server import Server
 from sepllm_train.serve.watch import Watch
 from tests.serve.conftest import GrowingRun
+from tests.waiting import HANG_SECONDS
 
 NewRun = Callable[..., GrowingRun]
 
@@ -47,7 +48,7 @@ def test_it_serves_until_ctrl_c(new_run: NewRun, repository: Path) -> None:
         with urllib.request.urlopen(url[1] + "settings") as answer:
             assert b'"flops": "paper"' in answer.read()
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, output.strip(), errors) == (0, "", "")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.compare.run_records import COMPARABLE
 from tests.serve.conftest import Client, GrowingRun
+from tests.waiting import HANG_SECONDS
 
 NewRun = Callable[..., GrowingRun]
 Serving = Callable[..., Client]
@@ -116,7 +117,7 @@ def test_runs_of_one_name_are_told_apart(new_run: NewRun, serving: Serving) -> N
 def test_no_path_reaches_the_filesystem(new_run: NewRun, serving: Serving, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     run = new_run("one")
-    with socket.create_connection(("127.0.0.1", serving(run).port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", serving(run).port), timeout=HANG_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.split(b" ")[1] in (b"400", b"404") and b"secret" not in answer

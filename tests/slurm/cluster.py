@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 
 from tests.free_ports import free_port
+from tests.waiting import HANG_SECONDS
 
 NODES = 2
+# Where the daemons live so long without a cluster that works, the tests skip.
+START_SECONDS = 180.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 # cred_expire is also what a requeued job waits; 5 s is the least. More CPUs than the machine has, so that jobs run side
@@ -94,23 +97,23 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._spawn("munged", "--foreground", *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items()))
-        self._until(lambda: (self.folder / "munge.socket").exists(), 10, "munged")
+        self._until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._spawn("slurmctld", "-D", "-c")
         for number in range(1, NODES + 1):
             self._spawn("slurmd", "-D", "-N", f"node{number}")
-        self._until(lambda: self._idle_nodes() == NODES, 30, "Slurm")
+        self._until(lambda: self._idle_nodes() == NODES, "Slurm")
 
     def stop(self) -> None:
         """End all jobs, then the daemons."""
         if (self.folder / "slurm.conf").exists():
             self.call("scancel", "--user=root", check=False)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + HANG_SECONDS
             while self.call("squeue", "--noheader", check=False) and time.monotonic() < deadline:
                 time.sleep(0.5)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
-            daemon.wait(20)
+            daemon.wait(HANG_SECONDS)
 
     def call(self, program: str, *arguments: str, check: bool = True) -> str:
         """Run one of Slurm's programs and give what it prints."""
@@ -120,7 +123,7 @@ class Cluster:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=False,
         )
         assert done.returncode == 0 or not check, f"{program} {arguments}: {done.stderr}"
@@ -139,18 +142,18 @@ class Cluster:
         """What Slurm knows of a job (of a task: 7_1), by the names of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", job)))
 
-    def wait(self, job: str, seconds: float) -> dict[str, str]:
+    def wait(self, job: str) -> dict[str, str]:
         """Wait until a job is over, requeued attempts included."""
 
         def over() -> bool:
             return self.job(job)["JobState"] in FINAL_STATES
 
-        self.until(over, seconds, job)
+        self.until(over, job)
         return self.job(job)
 
-    def until(self, condition: Callable[[], Any], seconds: float, job: str) -> None:
+    def until(self, condition: Callable[[], Any], job: str) -> None:
         """Wait for a condition; fails with the job's output when it does not come about in time."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             assert time.monotonic() < deadline, f"{self.job(job)}\n{self.output(job)[-4000:]}"
             time.sleep(0.1)
@@ -169,8 +172,8 @@ class Cluster:
     def _idle_nodes(self) -> int:
         return self.call("sinfo", "--noheader", "--Node", "--format=%t", check=False).split().count("idle")
 
-    def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
         while not condition():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
                 logs = [*self.folder.glob("*.log"), *self.folder.glob("*.stderr")]

@@ -58,16 +58,16 @@ def test_time_limit_saves_requeues_and_resumes_bitwise(cluster: Cluster, small: 
         "pretrain.sbatch", "+experiment=demo_sep", *small, "name=limited", options=(*nodes, "--signal=B:USR1@120")
     )
     undisturbed = cluster.submit("pretrain.sbatch", "+experiment=demo_sep", *small, "name=undisturbed", options=nodes)
-    cluster.until(lambda: records(runs / "limited"), 180, limited)
+    cluster.until(lambda: records(runs / "limited"), limited)
     # Slurm looks at time limits twice a minute: until then the run stands still.
     cluster.call("scancel", "--signal=STOP", limited)
     minutes = int(cluster.job(limited)["RunTime"].split(":")[1])
     cluster.call("scontrol", "update", f"JobId={limited}", f"TimeLimit={minutes + 2}")
-    cluster.until(lambda: "the time limit is near" in cluster.output(limited), 90, limited)
+    cluster.until(lambda: "the time limit is near" in cluster.output(limited), limited)
     cluster.call("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
     cluster.call("scancel", "--signal=CONT", limited)
-    assert cluster.wait(limited, 240)["JobState"] == "COMPLETED"
-    assert cluster.wait(undisturbed, 240)["JobState"] == "COMPLETED"
+    assert cluster.wait(limited)["JobState"] == "COMPLETED"
+    assert cluster.wait(undisturbed)["JobState"] == "COMPLETED"
     assert (cluster.job(limited)["Restarts"], cluster.job(undisturbed)["Restarts"]) == ("1", "0")
 
     output = cluster.output(limited)
@@ -105,22 +105,22 @@ def test_array(cluster: Cluster, small: tuple[str, ...]) -> None:
     array = cluster.submit("sweep.sbatch", str(listed), *small, options=("--array=1-4", "--time=30"),
                            SEPLLM_REQUEUE_CRASHES="1")  # fmt: skip
     killed, cancelled, wrong, signalled = (f"{array}_{number}" for number in range(1, 5))
-    cluster.until(lambda: len(records(runs / "killed")) > 10, 180, killed)
+    cluster.until(lambda: len(records(runs / "killed")) > 10, killed)
     os.kill(ranks("killed")[0], signal.SIGKILL)
-    cluster.until(lambda: records(runs / "signalled"), 180, signalled)
+    cluster.until(lambda: records(runs / "signalled"), signalled)
     cluster.call("scancel", "--batch", "--signal=USR1", signalled)
-    cluster.until(lambda: records(runs / "cancelled"), 180, cancelled)
+    cluster.until(lambda: records(runs / "cancelled"), cancelled)
     cluster.call("scancel", cancelled)
 
-    assert cluster.wait(wrong, 120)["ExitCode"] == "2:0"
+    assert cluster.wait(wrong)["ExitCode"] == "2:0"
     assert "there is no key attention.windw (did you mean attention.window?)" in cluster.output(wrong)
     assert "exit code 2 and is not requeued" in cluster.output(wrong)
-    assert cluster.wait(cancelled, 120)["JobState"] == "CANCELLED"
+    assert cluster.wait(cancelled)["JobState"] == "CANCELLED"
     assert status(runs / "cancelled") == "interrupted"
-    cluster.until(lambda: "resumed from" in cluster.output(signalled), 240, signalled)
+    cluster.until(lambda: "resumed from" in cluster.output(signalled), signalled)
     cluster.call("scancel", signalled)
-    assert cluster.wait(signalled, 120)["JobState"] == "CANCELLED"
-    assert cluster.wait(killed, 240)["JobState"] == "COMPLETED", cluster.output(killed)
+    assert cluster.wait(signalled)["JobState"] == "CANCELLED"
+    assert cluster.wait(killed)["JobState"] == "COMPLETED", cluster.output(killed)
     assert status(runs / "killed") == "finished" and records(runs / "killed")[-1]["step"] == STEPS
     assert "was killed by SIGKILL" in cluster.output(killed)
     # Only the tasks that were meant: the first number of an array is also that of one of its tasks.
@@ -131,5 +131,5 @@ def test_array(cluster: Cluster, small: tuple[str, ...]) -> None:
 
 def test_array_beyond_the_list(cluster: Cluster) -> None:
     array = cluster.submit("sweep.sbatch", "demo_dense", "demo_sep", "--", "name=x", options=("--array=3",))
-    assert cluster.wait(f"{array}_3", 30)["ExitCode"] == "2:0"
+    assert cluster.wait(f"{array}_3")["ExitCode"] == "2:0"
     assert "there is no run 3: the command line names 2, so the array is --array=1-2." in cluster.output(f"{array}_3")

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.waiting import HANG_SECONDS, wait_until
+
 pytestmark = pytest.mark.distributed
 
 WORKER = """
@@ -24,8 +26,7 @@ rank = int(os.environ["RANK"])
 open(sys.argv[1] + f"/ready{rank}", "w").close()
 if sys.argv[2] == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-end = time.monotonic() + 60
-while time.monotonic() < end and {signal.SIGUSR1, signal.SIGTERM} - set(signals):
+while {signal.SIGUSR1, signal.SIGTERM} - set(signals):
     # A rank that lost another one is ended by SIGTERM.
     if sys.argv[2] == "killed" and signal.SIGTERM in signals:
         sys.exit(1)
@@ -50,11 +51,9 @@ def test_signals_reach_the_workers_and_their_exit_code_comes_back(tmp_path: Path
     """As Slurm sends them: to every process, again and again, also before the workers listen."""
     process = launch(tmp_path, "signalled")
     # From here on the launcher is deaf: /proc says so.
-    deadline = time.monotonic() + 30
-    while not ignored(process.pid, signal.SIGUSR1):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    while process.poll() is None and time.monotonic() < deadline + 60:
+    wait_until(lambda: ignored(process.pid, signal.SIGUSR1), "the launcher ignores SIGUSR1", process)
+    deadline = time.monotonic() + HANG_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
         listening = all((tmp_path / f"ready{rank}").exists() for rank in range(2))
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(process.pid)
@@ -76,7 +75,7 @@ def ignored(pid: int, number: int) -> bool:
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     process = launch(tmp_path, "killed")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 128 + signal.SIGKILL
     assert errors.splitlines()[-1].startswith("error: rank 1 on ") and "was killed by SIGKILL." in errors
 
@@ -85,7 +84,7 @@ def test_nodes_that_do_not_meet(tmp_path: Path) -> None:
     """One of two nodes alone."""
     options = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=join_timeout=1"]
     command = [sys.executable, "-m", "sepllm_train.distributed.torchrun", *options, "worker.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 1
     assert "has no contact with the other nodes of the run" in done.stderr.splitlines()[-1]
 
@@ -93,7 +92,9 @@ def test_nodes_that_do_not_meet(tmp_path: Path) -> None:
 def test_env_report_measures_the_launch(repository: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "sepllm_train.distributed.torchrun", "--standalone", "--nproc-per-node=2"]
     script = [str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
-    done = subprocess.run([*launcher, *script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [*launcher, *script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
     report = json.loads(done.stdout)
     assert report["variables"]["WORLD_SIZE"] == "2"
     (test,) = report["self_test"].values()

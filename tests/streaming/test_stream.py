@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from data_prep.tokenizers import load_tokenizer
 from sepllm_train.hf import load_model
 from sepllm_train.streaming.cli import main
 from tests.hf.tiny_models import Oracle
+from tests.waiting import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -90,12 +90,9 @@ def test_sigterm_saves(repository: Path, model_folder: Path, text_file: Path, tm
                "--output", str(tmp_path), *SIZES, "--chunk", "64", "--every", "64", "--save-every", "0.2"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "state").is_dir():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until((tmp_path / "state").is_dir, "a saved state", process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130 and "the same command continues" in output
     assert json.loads((tmp_path / "state" / "progress.json").read_text())["progress"]["tokens"] % 64 == 0
 

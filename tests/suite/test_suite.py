@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sepllm_train.suite.main import main
 from sepllm_train.suite.prepare import prepare_data
 from sepllm_train.training.run_folder import claim
 from tests.suite.test_plan import suite as suite_config
+from tests.waiting import HANG_SECONDS, wait_until
 
 TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_turns=1")
 
@@ -48,7 +48,12 @@ class Suite:
     def __call__(self, *overrides: str) -> subprocess.CompletedProcess[str]:
         """Run to the end."""
         return subprocess.run(
-            self.command(*overrides), capture_output=True, text=True, timeout=500, env=self.environment, check=False
+            self.command(*overrides),
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            env=self.environment,
+            check=False,
         )
 
     def here(self, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -194,11 +199,9 @@ def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite, p
         suite.command(*choice), env=suite.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     metrics = suite.folder / "runs" / "sep_128_seed1" / "metrics.jsonl"
-    end = time.monotonic() + 200
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "a record", process)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=HANG_SECONDS)
     assert "stopping 1 runs, which save first" in output
     assert process.returncode == 75 and "SIGTERM stopped the suite: the same command continues it." in errors
     assert suite.status("sep_128_seed1") == "interrupted"

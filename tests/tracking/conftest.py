@@ -67,9 +67,7 @@ def tracked(no_account: Path, sample_cache: Path, tmp_path_factory: pytest.TempP
     for package in ("wandb", "tensorboard"):
         pytest.importorskip(package, reason=f"the extra {package} is not installed")
     root = tmp_path_factory.mktemp("tracked")
-    told = run_ranks(
-        tracked_worker.train_tracked, 2, time_limit=400, root=str(root), cache=str(sample_cache), runs=RUNS
-    )
+    told = run_ranks(tracked_worker.train_tracked, 2, root=str(root), cache=str(sample_cache), runs=RUNS)
     return Tracked(root, no_account, told[0])
 
 

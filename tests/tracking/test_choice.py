@@ -21,6 +21,7 @@ from sepllm_train.tracking import check_tracker, start_mirror, wandb_mode
 from sepllm_train.tracking import mirror as mirror_module
 from sepllm_train.tracking.mirror import Mirror
 from tests.tracking.wandb_file import read
+from tests.waiting import HANG_SECONDS
 
 KEY = "0" * 40
 
@@ -150,7 +151,7 @@ class Collector:
 
     def wait(self, call: str) -> None:
         if call in self.hold:
-            self.hold[call].wait(20)
+            self.hold[call].wait(HANG_SECONDS)
 
 
 def test_tracker_gets_the_steps_that_it_lacks(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from pytest import MonkeyPatch
 
 from sepllm_train.config.schema import Config, LoggingConfig
 from sepllm_train.config.validate import validate
@@ -22,6 +23,7 @@ from sepllm_train.tracking import mirror
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.run import train
 from tests.training.resume_worker import small_run
+from tests.waiting import HANG_SECONDS
 
 STEPS = 4
 
@@ -42,7 +44,7 @@ def train_tracked(root: str, cache: str, runs: list[dict[str, Any]]) -> dict[str
                 PREPARE[run["prepare"]](folder)
             dist.barrier()
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                with disturbing(DISTURB.get(run.get("disturb", ""))):
+                with disturbing(run.get("disturb")):
                     train_once(config, launch)
                 if "forget" in run:
                     if launch.main:
@@ -83,23 +85,26 @@ def cores() -> list[psutil.Process]:
 
 
 @contextmanager
-def disturbing(action: Callable[[], Any] | None) -> Iterator[None]:
-    """Do something when rank 0 mirrors the first record of step 2, and do not wait long for what does not come."""
-    log, limit = mirror.Mirror.log, mirror.END_SECONDS
-    done = action is None
+def disturbing(disturbance: str | None) -> Iterator[None]:
+    """Do what DISTURB has by that name when rank 0 mirrors the first record of step 2.
+
+    A tracker that is stopped is not waited for long, any other as long as a busy machine may need.
+    """
+    log = mirror.Mirror.log
+    done = disturbance is None
 
     def disturbed(self: mirror.Mirror, record: dict[str, Any]) -> None:
         nonlocal done
-        if not done and action is not None and record["step"] >= 2:
+        if not done and disturbance is not None and record["step"] >= 2:
             done = True
-            action()
+            DISTURB[disturbance]()
         log(self, record)
 
-    mirror.Mirror.log, mirror.END_SECONDS = disturbed, 2.0  # type: ignore[method-assign]
-    try:
+    with MonkeyPatch.context() as patch:
+        patch.setattr(mirror.Mirror, "log", disturbed)
+        patch.setattr(mirror, "END_SECONDS", 2.0 if disturbance == "stop" else HANG_SECONDS)
+        patch.setattr(mirror, "INTERRUPTED_SECONDS", HANG_SECONDS)
         yield
-    finally:
-        mirror.Mirror.log, mirror.END_SECONDS = log, limit  # type: ignore[method-assign]
 
 
 PREPARE: dict[str, Callable[[Path], Any]] = {

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from sepllm_train.pretrain import main
 from tests.small_run import SMALL_RUN
+from tests.waiting import HANG_SECONDS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Trainer:
         command = [*launcher, script, *(SMALL_RUN if small else ()), *self._folders, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root, check=False
+            command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, cwd=self.root, check=False
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

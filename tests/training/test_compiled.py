@@ -1,21 +1,33 @@
-"""Runs with training.compile, started as a user starts them."""
+"""Runs with training.compile."""
 
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sepllm_train.training.checkpoint import digests
+from sepllm_train.training.compilation import ALLOWED_SECONDS, Compilation
 
-# A second of silence is a hang, and each compilation takes longer than that on a slow machine.
 COMPILED = (
     "training.compile=true",
     "training.loss_chunk=100",
     "training.deterministic=true",
-    "training.hang_seconds=4",
 )
+
+
+def test_watchdog_waits_for_a_compilation() -> None:
+    allowed: list[float] = []
+    watchdog: Any = SimpleNamespace(allow=allowed.append)
+    torch._dynamo.reset()
+    with Compilation(watchdog) as compilation:
+        doubled = torch.compile(lambda x: 2 * x, backend="eager")
+        assert doubled(torch.ones(1)) == 2 and allowed == [ALLOWED_SECONDS, 0.0]
+        assert doubled(torch.ones(1)) == 2 and allowed == [ALLOWED_SECONDS, 0.0]
+    assert compilation.graphs == 1
 
 
 @pytest.mark.slow

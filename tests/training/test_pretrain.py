@@ -64,6 +64,7 @@ def test_flops_follow_from_the_attended_share(trainer: Any, finished: Callable) 
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
+        ("tensor2", ["parallel.tensor=2"]),
         ("pipeline2", ["parallel.pipeline=2"]),
         ("data2", []),
     ],

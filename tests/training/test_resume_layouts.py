@@ -97,7 +97,7 @@ def results(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             for name, groups in LAYOUTS[size].items():
                 runs += [{"name": name, **groups}, resumed(f"{name} again", name, groups)]
             runs += [resumed(crossing_name(pair), pair[0], settings[pair[1]]) for pair in CROSSINGS[size]]
-            ranks = run_ranks(train_all, size, root=str(root), cache=str(sample_cache), runs=runs, time_limit=400)
+            ranks = run_ranks(train_all, size, root=str(root), cache=str(sample_cache), runs=runs)
             done[size] = ranks[0]
         return {name: result for found in done.values() for name, result in found.items()}
 

@@ -77,7 +77,7 @@ def trained(name: str, *overrides: str, ranks: int = 1, needs: tuple[str, ...] =
 
 
 def order(name: str, *overrides: str) -> Case:
-    """The samples of more than one epoch: `guide` has 118 samples to train on."""
+    """The samples of more than one epoch: `guide` has 111 samples to train on."""
     return Case(name, {"kind": "data_order", "arguments": [*SMALL, *overrides], "batches": 36})
 
 

@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,13 @@ def transformers_cache(tree: Tree, job: Job) -> Outcome:
         for name, options in job["caches"].items():
             sizes = {key: value for key, value in options.items() if key != "class"}
             given = {tree.get("cache_argument")(model): tree.get(options["class"])(model, **sizes)}
-            logits[name] = greedy(ids, job["tokens"], lambda new, given=given: model(new, **given).logits[:, -1])
-        logits["pattern as a mask"] = tensor_hash(model(ids).logits)
-    return {"logits": logits}
+            logits[name] = greedy(ids, job["tokens"], partial(last_logits, model, given))
+        return {"logits": logits, "pattern as a mask": tensor_hash(model(ids).logits)}
+
+
+def last_logits(model: Any, given: dict[str, Any], ids: Any) -> Any:
+    """Logits after the last of ids i64 [1, N] of a transformers model with its cache, fp32 [1, vocabulary]."""
+    return model(ids, **given).logits[:, -1]
 
 
 def greedy(ids: Any, count: int, feed: Callable[[Any], Any]) -> Outcome:

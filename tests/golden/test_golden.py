@@ -21,7 +21,7 @@ from tests.golden.cases import BY_NAME, CASES, DATA, Case, with_needs
 from tests.golden.compare import differences, largest
 from tests.golden.side import KINDS, Tree, without_machine
 
-OUTCOME = {
+OUTCOME: dict[str, Any] = {
     "records": [{"step": 1, "train/loss": 6.5, "val/loss": None}, {"step": 2, "train/loss": 6.25, "empty": []}],
     "digest": "ab" * 32,
     "tensors": {"weight": "12" * 32, "bias": "34" * 32},

@@ -126,6 +126,10 @@ class Tree:
         path = last if module else str(self.folder / last)
         printed = io.StringIO()
         sys.argv = [path, *arguments]
+        before = sys.path[:]
+        if not module:
+            # As the interpreter does for a script: its folder comes first.
+            sys.path.insert(0, str(Path(path).parent))
         try:
             with contextlib.redirect_stdout(printed):
                 if module:
@@ -136,6 +140,7 @@ class Tree:
             if end.code:
                 raise RuntimeError(f"{program} ended with {end.code}: {printed.getvalue()[-2000:]}") from None
         finally:
+            sys.path[:] = before
             sys.stderr.write(printed.getvalue())
         return printed.getvalue()
 

@@ -109,7 +109,7 @@ def gpu_scale(memory_bytes: int, model: str = "pythia160m") -> Scale:
         train_seconds=4,
         time_seconds=16,
         kill_seconds=210,
-        slack=8,
+        slack=12,
     )
 
 
@@ -319,6 +319,6 @@ def timing(
         "data.validation_fraction=0.1",  # of the sample corpus, which must hold out a long sequence
         f"training.micro_batch={micro}",
         f"training.global_batch={micro * micro_batches * processes}",
-        "parallel.timeout_seconds=120",
+        "parallel.timeout_seconds=240",  # a pipeline stage waits for those before it to compile
         *layout,
     )

@@ -81,7 +81,7 @@ def test_rehearsal_compares_layouts_with_one_process(rehearsal: Path) -> None:
         assert len(found["losses"]) == cpu_scale().steps == len(set(found["losses"])), id
         for key, bar in zip(("losses", "norms"), BARS[record["precision"]], strict=True):
             assert found[key] == pytest.approx(expected[key], rel=bar), id
-            assert record["figures"][f"{key}_difference"] <= bar
+            assert "one GPU" in id or record["figures"][f"{key}_difference"] <= bar
     tensor = records["layouts/tensor 2, fp32"]["runs"]["run"]
     assert tensor["norms"] != records["layouts/one GPU, fp32"]["runs"]["run"]["norms"]  # another order of sums
 

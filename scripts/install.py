@@ -166,7 +166,8 @@ def constraints(folder: Path, torch: str | None) -> list[str]:
     wanted = next(line for line in declared if line.startswith("torch"))
     if not in_range(torch, wanted.removeprefix("torch")):
         raise Failure(f"{folder} has torch {torch}, which is not {wanted.removeprefix('torch')}: install one that is.")
-    return [line for line in lines if not line.startswith("torch==")] + [f"torch=={torch}"]
+    # Triton's version follows torch's.
+    return [line for line in lines if not line.startswith(("torch==", "triton"))] + [f"torch=={torch}"]
 
 
 def in_range(version: str, specifier: str) -> bool:

@@ -62,13 +62,10 @@ PACKAGES = ("torch", "megatron-core", "triton", "numpy", "transformers", "hydra-
 RESULTS = ROOT / "docs" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 REGION = re.compile(r"(<!-- matrix: written by scripts/matrix.py -->\n).*?(<!-- end of matrix -->)", re.DOTALL)
-UNAVAILABLE: tuple[str, ...] = (
-    "No matching distribution found",
-    "ResolutionImpossible",
-    "conflicting dependencies",
-    "Network is",
+UNAVAILABLE = (
+    *("No matching distribution found", "ResolutionImpossible", "conflicting dependencies", "Network is unreachable"),
+    *("Max retries exceeded", "Failed to establish a new connection", "No space left", "Read timed out"),
 )
-UNAVAILABLE += ("Max retries exceeded", "Failed to establish a new connection", "No space left", "Read timed out")
 
 _VERSIONS = """
 import json, platform

@@ -89,7 +89,7 @@ def test_disks() -> None:
 @pytest.mark.parametrize(
     ("section", "changes", "words"),
     [
-        ("python", {"version": "3.10.1"}, "is not 3.11 or 3.12"),
+        ("python", {"version": "3.13.1"}, "is not 3.11 or 3.12"),
         ("torch", {"error": "ImportError: libcudnn.so.9"}, "torch cannot be imported"),
         ("run_root", {"free": 1 << 30}, "has 1.0 GiB left"),
         ("machine", {"shared_memory": 64 << 20}, "/dev/shm holds 64 MiB"),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,7 @@ import pytest
 import torch
 
 from sepllm_train.analysis.runs import Run, alone, load_run
-from tests.small_run import SMALL_MODEL
-from tests.waiting import HANG_SECONDS
+from tests.small_run import SMALL_MODEL, train_here
 
 TRAINING = [
     "+experiment=demo_sep",
@@ -40,22 +36,10 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(repository: Path, sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of two layers with windows 8 and 16 on 128 tokens, trained by scripts/pretrain.py."""
+def trained(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of two layers with windows 8 and 16 on 128 tokens."""
     root = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(repository / "scripts" / "pretrain.py"), *TRAINING]
-    folders = [f"run_root={root}", f"data.cache={sample_cache}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *folders],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        env=environment,
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_here(*TRAINING, f"run_root={root}", f"data.cache={sample_cache}")
     lines = (root / "small" / "metrics.jsonl").read_text().splitlines()
     return Trained(root / "small", [json.loads(line) for line in lines])
 

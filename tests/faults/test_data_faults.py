@@ -166,6 +166,7 @@ def test_changed_data_ends_the_run_before_it_saves(launcher: Launcher, sample_pr
         assert all(step <= last for step in run.steps_saved()) and last - logged < 100
 
 
+@pytest.mark.slow
 def test_run_outlives_its_data_worker(launcher: Launcher) -> None:
     """kill -9 of the worker process of a real run: the losses are those of a run without workers."""
     options = ("training.steps=40",)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
@@ -14,8 +11,7 @@ import pytest
 from data_prep.tokenize import tokenize_files
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.probe.cli import main
-from tests.small_run import SMALL_MODEL
-from tests.waiting import HANG_SECONDS
+from tests.small_run import SMALL_MODEL, train_here
 
 TRAINING = [
     "+experiment=demo_sep",
@@ -42,7 +38,7 @@ class Probed:
 
 
 @pytest.fixture(scope="session")
-def probed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Probed:
     """All of it, made by the programs themselves."""
     root = tmp_path_factory.mktemp("probe")
     text = root / "text.txt"
@@ -52,17 +48,7 @@ def probed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed
     made = ["text", str(text), "--tokenizer", str(tokenizer), "--output", str(facts), "--documents", "24"]
     assert main([*made, "--sentences", "40", "--facts", "4", "--shares", "0.5"]) == 0
     tokenize_files([facts], root / "facts", tokenizer, progress=False)
-    command = [sys.executable, str(repository / "scripts" / "pretrain.py"), *TRAINING]
     for seed in (1, 2):
         own = [f"run_root={root}", f"name=seed{seed}", f"seed={seed}", f"data.prefixes=[{root / 'facts'}]"]
-        done = subprocess.run(
-            [*command, *own],
-            capture_output=True,
-            text=True,
-            timeout=HANG_SECONDS,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=root,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        train_here(*TRAINING, *own)
     return Probed(text, tokenizer, facts, [root / "seed1", root / "seed2"])

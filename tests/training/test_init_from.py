@@ -49,6 +49,7 @@ def test_a_damaged_checkpoint_that_is_skipped_is_told(trainer: Any, source: Path
     assert f"skipped the damaged checkpoint {damaged} ({damaged / 'common.pt'} is missing)" in done.errors
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_in_another_layout(trainer: Any, finished: Callable) -> None:
     """The optimizer's copy of the weights is theirs too: half precision has one."""

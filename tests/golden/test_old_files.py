@@ -1,11 +1,15 @@
 """Files that b31b21f wrote are read by this tree. They stay: a tree that cannot read them is wrong.
 
+`run` was written with Python 3.11, torch 2.13 and megatron-core 0.16.1; `run_megatron_core_0.19` is the same run,
+written later with Python 3.13, torch 2.15 and megatron-core 0.19.2. Every supported environment reads both.
+
 Hashes are of stored bytes; what is computed from them is compared with a tolerance, since bits differ between machines.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from tests.golden.cases import DATA
 from tests.golden.make_files import STORED_RUN
@@ -21,6 +26,7 @@ from tests.golden.side import Tree
 from tests.golden.sides import REPOSITORY
 
 FILES = Path(__file__).resolve().parent / "files"
+RUNS = ("run", "run_megatron_core_0.19")
 EXPECTED: dict[str, Any] = json.loads((FILES / "expected.json").read_text())
 
 
@@ -38,22 +44,30 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
     parallel_state.destroy_model_parallel()
 
 
-def test_the_checkpoint_holds_what_was_stored(tree: Tree) -> None:
-    stored, found = EXPECTED["checkpoint"], dict(tree.get("digests")(FILES / "run"))
+@pytest.mark.parametrize("run", RUNS)
+def test_the_checkpoint_holds_what_was_stored(tree: Tree, run: str) -> None:
+    stored, found = EXPECTED["checkpoint"], dict(tree.get("digests")(FILES / run))
     other = sorted(key for key in stored.keys() | found if stored.get(key) != found.get(key))
     assert not other, f"read otherwise than stored: {other}"
 
 
-def test_a_run_resumes_from_the_checkpoint_and_writes_the_same_keys(tree: Tree) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_resumes_from_the_checkpoint_and_writes_the_same_keys(
+    tree: Tree, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One step. The keys of a checkpoint are pinned: users' checkpoints have exactly these."""
     tree.run("pretrain", *STORED_RUN, "data=prefixes", f"data.prefixes=['{DATA / 'guide'}']", "name=again",
-             f"resume={FILES / 'run'}", "training.steps=5")  # fmt: skip
+             f"resume={FILES / run}", "training.steps=5")  # fmt: skip
     records = [json.loads(line) for line in Path("runs/again/metrics.jsonl").read_text().splitlines()]
     (loss,) = (record["train/loss"] for record in records if "train/loss" in record)
     assert loss == pytest.approx(EXPECTED["loss of step 5"], rel=1e-5)
     written = {name for name, _ in tree.get("digests")(Path("runs/again"))}
     gone, new = sorted(EXPECTED["checkpoint"].keys() - written), sorted(written - EXPECTED["checkpoint"].keys())
     assert (gone, new) == ([], []), f"keys of a checkpoint that are gone: {gone}, and new ones: {new}"
+    properties: list[int] = []
+    monkeypatch.setattr(TensorProperties, "__setstate__", lambda _, state: properties.append(len(state)))
+    pickle.loads(Path("runs/again/checkpoints/step_00000005/.metadata").read_bytes())
+    assert set(properties) == {5}, "torch 2.13 reads no more properties of a tensor than five"
 
 
 @pytest.mark.parametrize("name", ["guide", "notes"])

@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import (
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan
 
 from data_prep.files import PARTIAL
@@ -279,7 +279,7 @@ class _Job:
         common = io.BytesIO()
         torch.save({}, common)
         for name, data in {
-            ".metadata": pickle.dumps(metadata),
+            ".metadata": _pickled(metadata),
             # What else megatron-core's own loader looks for.
             "metadata.json": json.dumps(CheckpointingConfig("torch_dist", 1).__dict__).encode(),
             "common.pt": common.getvalue(),
@@ -350,6 +350,27 @@ def _plan(shards: Shards) -> tuple[SavePlan, list[Tensor]]:
     planner.set_up_planner(containers)
     plan = planner.create_local_plan()
     return plan, [planner.resolve_data(item) for item in plan.items]
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Writes metadata as all supported versions of torch read it.
+
+    A tensor's properties have a sixth field in torch 2.15 (strides, of no use to a checkpoint); torch 2.13 refuses more
+    than the first five, and newer versions read five.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        """The first five properties of a tensor; anything else as usual."""
+        if not isinstance(value, TensorProperties):
+            return NotImplemented
+        make, arguments, properties, *_ = value.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        return make, arguments, properties[:5]
+
+
+def _pickled(metadata: Metadata) -> bytes:
+    buffer = io.BytesIO()
+    _MetadataPickler(buffer).dump(metadata)
+    return buffer.getvalue()
 
 
 def _agree_on_plan(plan: SavePlan) -> tuple[SavePlan, Metadata | None]:

@@ -363,7 +363,7 @@ class _MetadataPickler(pickle.Pickler):
         """The first five properties of a tensor; anything else as usual."""
         if not isinstance(value, TensorProperties):
             return NotImplemented
-        make, arguments, properties, *_ = value.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        make, arguments, properties, *_ = cast("tuple[Any, ...]", value.__reduce_ex__(pickle.DEFAULT_PROTOCOL))
         return make, arguments, properties[:5]
 
 

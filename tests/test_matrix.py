@@ -93,3 +93,9 @@ def test_what_passed_is_not_run_again(matrix: Any, tmp_path: Path, monkeypatch: 
 def test_the_page_holds_the_recorded_results(matrix: Any) -> None:
     page = matrix.PAGE.read_text(encoding="utf8")
     assert matrix.REGION.search(page) and matrix.render(page, matrix._read(matrix.RESULTS)) == page
+
+
+def test_the_fast_half_is_that_of_make_test(matrix: Any, repository: Path) -> None:
+    makefile = (repository / "Makefile").read_text()
+    arguments, marker = " ".join(matrix.FAST).split(" -m ")
+    assert f"PYTEST_ARGS ?= {arguments}\n" in makefile and f"$(PYTEST_ARGS) -m '{marker}'" in makefile

@@ -11,6 +11,8 @@ continues: it keeps cases that passed with the same code, configuration and mach
 Exit code 0: no case failed; 1: one did; 2: a mistake, or fewer than two GPUs.
 """
 
+import check_environment  # noqa: F401
+
 from sepllm_train.multi_gpu.cli import main
 
 if __name__ == "__main__":

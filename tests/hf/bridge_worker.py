@@ -27,4 +27,4 @@ def split_logits(folder: str, tokens: list[int], tensor: int) -> Any:
         ids = torch.tensor([tokens])
         plan = resolve_pattern(config.attention, config.model.layers).plan(ids.byte() * 0, ids.int() * 0)
         with torch.no_grad():
-            return model(ids, torch.arange(len(tokens))[None], plan)[0, -1].clamp(min=-1e9).tolist()
+            return model(ids, plan)[0, -1].clamp(min=-1e9).tolist()

@@ -97,7 +97,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 def _extremes(values: NDArray[np.float64]) -> list[int]:
     """Positions of the lowest and the highest value in their order; of the first when all are nan."""
-    low, high = int(values.argmin()), int(values.argmax())
+    low, high = int(values.argmin(0)), int(values.argmax(0))
     if np.isnan(values[low]):
         if np.isnan(values).all():
             return [0]

@@ -31,7 +31,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3",
-        "numpy>=1.26",  # Triton 3.6's interpreter fails with newer ones
+        "numpy>=1.26",
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "sentencepiece>=0.2",
         "tokenizers>=0.20",

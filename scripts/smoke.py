@@ -29,6 +29,8 @@ SMALL = (
     *("training.validation_interval=5", "training.checkpoint_interval=5"),
 )
 STEPS = 5
+# A program that takes longer hangs: ten times what the slowest takes on two idle cores.
+PATIENCE_SECONDS = 300
 # Two processes add partial sums in another order; over five steps of this model the losses differ by less than this.
 TOLERANCE = 1e-4
 
@@ -80,7 +82,12 @@ def part(folder: Path, name: str, command: list[str]) -> None:
     """Run one program and report its seconds. Raises SmokeError with the end of what it printed."""
     started = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SmokeError(f"{name}: not done after {duration(PATIENCE_SECONDS)}.") from None
     if done.returncode:
         raise SmokeError(f"{name}: exit code {done.returncode}.\n{(done.stdout + done.stderr)[-3000:]}")
     print(f"{name}: {duration(time.monotonic() - started)}", flush=True)

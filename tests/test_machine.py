@@ -261,13 +261,19 @@ def test_scripts_of_another_checkout(repository: Path, tmp_path: Path) -> None:
 
 
 def test_scripts_look_before_they_import(repository: Path) -> None:
-    """Only the report of what is wrong, and modules that are no programs, do without."""
+    """But for the report of what is wrong, what runs on a machine's own Python, and modules that are no programs."""
     without = {
         path.name
         for path in (repository / "scripts").glob("*.py")
         if "\nimport check_environment" not in path.read_text()
     }
-    assert without == {"env_report.py", "check_environment.py", "chromium.py", "install.py"}
+    assert without == {"env_report.py", "gpu_check.py", "check_environment.py", "chromium.py", "install.py"}
+
+
+def test_the_check_of_a_gpu_needs_no_installation(repository: Path) -> None:
+    command = [sys.executable, "-S", "-E", str(repository / "scripts" / "gpu_check.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "--stage" in done.stdout
 
 
 def installed(folder: Path, package: str, version: str) -> Path:

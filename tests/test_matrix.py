@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def interpreter_is_found(matrix: Any, monkeypatch: pytest.MonkeyPatch, pip: str 
             python.parent.mkdir(parents=True)
             python.write_text(f"#!/bin/sh\n{pip}\n")
             python.chmod(0o755)
-            return None
+            return SimpleNamespace(returncode=0)
         return real(command, **options)
 
     real = matrix.subprocess.run
@@ -85,9 +86,16 @@ def test_what_passed_is_not_run_again(matrix: Any, tmp_path: Path, monkeypatch: 
         return {"outcome": outcome, "commit": matrix.commit(), "what": "fast tests", "seconds": 1}
 
     monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix, "commit", lambda: "0123456")
     for _ in range(2):
         assert matrix.main(["--only", "shipped", "--only", "newest", "--folder", str(tmp_path)]) == 1
     assert ran == ["shipped", "newest", "shipped"]
+    # A changed tree is another one each time.
+    monkeypatch.setattr(matrix, "commit", lambda: "0123456-dirty")
+    ran.clear()
+    for _ in range(2):
+        assert matrix.main(["--only", "newest", "--folder", str(tmp_path)]) == 0
+    assert ran == ["newest", "newest"]
 
 
 def test_the_page_holds_the_recorded_results(matrix: Any) -> None:

@@ -24,6 +24,7 @@ from sepllm_train.multi_gpu.plan import estimate, launches_of, within_budget
 from sepllm_train.multi_gpu.report import render
 from sepllm_train.multi_gpu.results import Results, without_secrets
 from sepllm_train.multi_gpu.verdicts import BARS, judge
+from tests.waiting import HANG_SECONDS
 
 from .conftest import Program
 
@@ -47,7 +48,7 @@ def kit(repository: Path, sample_cache: Path) -> Rehearse:
 def rehearsal(kit: Rehearse, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a whole rehearsal."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    result = kit("--cpu", "--output", folder, "--budget-minutes", 60, seconds=3600)
+    result = kit("--cpu", "--output", folder, "--budget-minutes", 60, seconds=HANG_SECONDS)
     logs = "".join(path.read_text(errors="replace")[-2000:] for path in sorted(folder.glob("logs/*.log")))
     assert result.returncode == 0, result.stdout + result.stderr + logs
     assert result.stdout.splitlines()[-1] == f"Please send back this one file: {folder}/results.json"

@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.golden.cases import BY_NAME, CASES, Case, with_needs
 from tests.golden.compare import SHOWN, differences, flatten, largest
-from tests.golden.sides import REPOSITORY, BadInput, Processes, Side, commit_of, fingerprint, worktree
+from tests.golden.sides import REPOSITORY, BadInput, Processes, Side, check_versions, commit_of, fingerprint, worktree
 
 # The last revision before work that must keep every result.
 REFERENCE = "b31b21f"
@@ -80,6 +80,8 @@ def run(names: list[str], commit: str, output: Path, jobs: int) -> list[str]:
     prints = fingerprint(commit)
     stored = read_outcomes(output / "reference.json", prints)
     missing = with_needs([name for name in names if name not in stored])
+    if missing:
+        check_versions(commit)
     kept = sum(name in stored for name in names)
     print(f"{len(names)} cases, {jobs} at a time | reference {commit[:7]}" + (f", {kept} cases kept" if kept else ""))
     processes = Processes()

@@ -2,7 +2,7 @@
 
     python side.py TREE JOB.json RESULT.json
 
-`run.py` starts it, under torchrun for several ranks, with nothing but TREE and TREE/kernels on PYTHONPATH and outside
+`sides.py` starts it, under torchrun for several ranks, with nothing but TREE and TREE/kernels on PYTHONPATH and outside
 of both trees. It imports nothing of this folder, so that it runs with trees that do not have it.
 
 GENERATIONS is the one place that knows how a tree is used. Work that renames programs or moves modules adds an entry

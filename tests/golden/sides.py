@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from sepllm_train.requirements import read_setup, unmet
 from tests.golden.cases import DATA, Case
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -148,6 +150,21 @@ def commit_of(revision: str) -> str:
     if git("rev-parse", "--is-shallow-repository").stdout.strip() == "true":
         raise BadInput(f"this clone is shallow and lacks the revision {revision}: git fetch --unshallow brings it.")
     raise BadInput(f"--reference {revision} is not a revision of {REPOSITORY}.")
+
+
+def check_versions(commit: str) -> None:
+    """Raise BadInput where a commit is not made for the megatron-core or the torch of this environment."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "setup.py"
+        file.write_text(git("show", f"{commit}:setup.py").stdout, encoding="utf8")
+        wanted = [line for line in read_setup(file).packages if line.startswith(("torch", "megatron-core"))]
+    missed = unmet(wanted)
+    if missed:
+        raise BadInput(
+            f"{commit[:7]} does not run here: {missed[0].name} {missed[0].installed} is not {missed[0].wanted}. "
+            "Both sides need one environment: for b31b21f make it with Python 3.11 (make clean, then "
+            "make PYTHON=python3.11 golden)."
+        )
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import math
 import os
 import sys
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +20,7 @@ from tests.golden import sides
 from tests.golden.cases import BY_NAME, CASES, DATA, Case, with_needs
 from tests.golden.compare import differences, largest
 from tests.golden.side import KINDS, Tree, without_machine
+from tests.waiting import wait_until
 
 OUTCOME: dict[str, Any] = {
     "records": [{"step": 1, "train/loss": 6.5, "val/loss": None}, {"step": 2, "train/loss": 6.25, "empty": []}],
@@ -125,6 +126,7 @@ def two_sides(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(sides.Side, "run", run)
     monkeypatch.setattr(golden, "fingerprint", lambda commit: made["prints"])
+    monkeypatch.setattr(golden, "check_versions", lambda commit: None)
     monkeypatch.setattr(golden, "commit_of", lambda revision: "0" * 40)
     monkeypatch.setattr(golden, "worktree", lambda commit, folder: golden.nullcontext(folder))
     return made
@@ -203,11 +205,20 @@ def test_nothing_outlives_a_stop(tmp_path: Path) -> None:
     arguments = ([sys.executable, "-c", parent], tmp_path, dict(os.environ), tmp_path / "log")
     thread = threading.Thread(target=processes.run, args=arguments)
     thread.start()
-    children: list[psutil.Process] = []
-    while not children:
-        time.sleep(0.05)
-        children = [child for pid in list(processes.running) for child in psutil.Process(pid).children()]
+
+    def found() -> list[psutil.Process]:
+        return [child for pid in list(processes.running) for child in psutil.Process(pid).children()]
+
+    wait_until(found, "a child of the process")
+    children = found()
     processes.stop()
     thread.join()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+
+
+def test_a_reference_for_other_versions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = 'setup(python_requires=">=3.11", install_requires=["torch>=2.11", "megatron-core==0.1.0", "numpy<1"])'
+    monkeypatch.setattr(sides, "git", lambda *_: SimpleNamespace(stdout=setup))
+    with pytest.raises(sides.BadInput, match=r"abcdef0 does not run here: megatron-core \S+ is not ==0.1.0"):
+        sides.check_versions("abcdef0123")

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, train
     assert outcome.error is None and outcome.stall_seconds > 0 and outcome.bytes > 1_000_000
     load(outcome.checkpoint, training)
     assert all(p.isfinite().all() for chunk in training.chunks for p in chunk.parameters())
+
+
+def test_a_save_returns_before_the_checkpoint_is_written(
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned, publish = threading.Event(), files.publish
+
+    def publish_later(*arguments: Any) -> None:
+        assert returned.wait(HANG_SECONDS), "the save did not return before it was published"
+        publish(*arguments)
+
+    monkeypatch.setattr(files, "publish", publish_later)
+    saver = saver_for(tmp_path, training)
+    saver.save(TrainState(step=1))
+    returned.set()
+    (outcome,) = saver.finish()
+    assert outcome.error is None and outcome.checkpoint.is_dir()
 
 
 def test_old_checkpoints_are_dropped_and_latest_names_the_newest(tmp_path: Path, training: Training) -> None:

@@ -33,8 +33,13 @@ WITHOUT_TORCH = 2 * GB
 AGAIN = GB // 2
 # pip unpacks a wheel there before it moves it; torch's is the largest.
 TEMPORARY = 2 * GB
-# Written by this script alone: a folder without them is not its own.
+# Files in the folder, for the last complete installation and for the one under way. Environments that the user made
+# have them, too; what they say is in their lines, which are the three below.
 DONE, STARTED = ".installed", ".installing"
+# This script ran `python -m venv`; the folder is its own.
+MADE = "made by make"
+# Written when pip is started. A torch that is there without either was put there by the user.
+OF_MAKE, OF_USER = "torch follows constraints.txt", "torch was chosen by the user"
 
 _FACTS = """
 import importlib.util, json, sys
@@ -59,7 +64,10 @@ class Failure(Exception):
 
 
 class State(NamedTuple):
-    """An environment's folder as it was found. `python` is None where its interpreter does not run."""
+    """An environment's folder as it was found.
+
+    `own` says that this script made it and may delete it. `python` is None where its interpreter does not run.
+    """
 
     exists: bool
     own: bool
@@ -79,9 +87,26 @@ def requirements() -> ModuleType:
     return module
 
 
+def marks(folder: Path) -> list[str]:
+    """Lines of the mark files, the newest last."""
+    lines = []
+    for name in (DONE, STARTED):
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf8").strip()
+            # Earlier versions left .installed empty where pip had installed the torch.
+            lines += text.splitlines() or ([OF_MAKE] if name == DONE else [])
+    return lines
+
+
+def may_delete(folder: Path) -> bool:
+    """True where this script made the environment and the folder still is one, or never became one."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return MADE in marks(folder) and ("pyvenv.cfg" in names or names <= {DONE, STARTED})
+
+
 def look_at(folder: Path) -> State:
     """State of the environment in `folder`, asked of its own interpreter."""
-    own = (folder / DONE).exists() or (folder / STARTED).exists()
+    own = may_delete(folder)
     exists = folder.is_dir() and any(folder.iterdir())
     interpreter = folder / "bin" / "python"
     there = interpreter.exists()
@@ -132,20 +157,27 @@ def stale(folder: Path) -> bool:
 
 
 def make_folder(folder: Path, state: State) -> None:
-    """A new environment, or what an interrupted installation left made usable. The folder is this script's own."""
-    if state.exists and state.own and (state.python is None or not state.pip):
-        why = "its Python is gone" if state.python is None else "it has no pip"
-        print(f"{folder} is incomplete ({why}): it is made again", flush=True)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "bin" / "python").exists():
-        (folder / STARTED).touch()
-        run([sys.executable, "-m", "venv", str(folder)], "python -m venv")
+    """A new environment, or what an interrupted installation left made usable."""
+    if to_make(state):
+        if state.exists:
+            why = "its Python is gone" if state.python is None else "it has no pip"
+            print(f"{folder} is incomplete ({why}): it is made again", flush=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STARTED).write_text(f"{MADE}\n", encoding="utf8")
+        # This process may run in the environment that was just deleted.
+        base = getattr(sys, "_base_executable", None) or sys.executable
+        run([base, "-m", "venv", str(folder)], "python -m venv")
     if (folder / STARTED).exists():
         for left in folder.glob("lib/python3*/site-packages/*.dist-info"):
             # pip was killed while it wrote this package, and would take it for installed.
             if not (left / "RECORD").exists():
                 shutil.rmtree(left)
+
+
+def to_make(state: State) -> bool:
+    """True where `python -m venv` is to run, after refuse() has let the folder pass."""
+    return state.python is None or not state.pip
 
 
 def run(command: Sequence[str], what: str) -> None:
@@ -189,24 +221,32 @@ def in_range(version: str, specifier: str) -> bool:
     return True
 
 
-def needed(folder: Path, torch: str | None, lines: list[str]) -> tuple[int, str]:
+def needed(folder: Path, torch: str | None, lines: list[str], pip: bool) -> tuple[int, str]:
     """Bytes that the installation takes, and the reason in words."""
     if torch is not None:
         return AGAIN if (folder / DONE).exists() else WITHOUT_TORCH, f"torch {torch} is there already"
-    if cuda_build(folder, lines):
+    if cuda_build(folder / "bin" / "python" if pip else None, lines):
         return CUDA_BUILD, "with a CUDA build of torch"
     return CPU_BUILD, "with a CPU build of torch"
 
 
-def cuda_build(folder: Path, lines: list[str]) -> bool:
-    """True where pip would take a torch that brings CUDA's libraries; assumed on Linux where pip cannot find out."""
+def cuda_build(python: Path | None, lines: list[str]) -> bool:
+    """True where pip would take a torch that brings CUDA's libraries; assumed on Linux where pip cannot find out.
+
+    `python` is the environment's, with pip; without one a temporary environment is asked.
+    """
     if platform.system() != "Linux":
         return False
     wanted = next((line for line in lines if line.startswith("torch==")), "torch")
-    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--ignore-installed", "--report", "-", wanted.split(";")[0].strip()]
+    options = ["-m", "pip", "install", "--dry-run", "--no-deps", "--quiet"]
+    options += ["--disable-pip-version-check", "--ignore-installed", "--report", "-", wanted.split(";")[0].strip()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            if python is None:
+                python = Path(temporary) / "bin" / "python"
+                subprocess.run([sys.executable, "-m", "venv", temporary], capture_output=True, timeout=120, check=True)
+            command = [str(python), *options]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         (torch,) = json.loads(done.stdout)["install"]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return True
@@ -214,20 +254,25 @@ def cuda_build(folder: Path, lines: list[str]) -> bool:
     return any(line.startswith(("nvidia-", "cuda-")) for line in requires)
 
 
-def check_disk(folder: Path, torch: str | None, lines: list[str]) -> None:
-    """Raise Failure where the disk of `folder` is too small. pip is asked for its build only where that decides."""
+def check_disk(folder: Path, torch: str | None, lines: list[str], pip: bool = True, deleted: int = 0) -> None:
+    """Raise Failure where the disk of `folder`, which need not exist yet, is too small.
+
+    `torch` is the one that pip will keep, `deleted` the bytes that go before pip starts. pip, of the environment where
+    it has one, is asked for its build only where that decides.
+    """
     temporary = Path(tempfile.gettempdir())
-    if torch is None and temporary.stat().st_dev != folder.stat().st_dev:
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if torch is None and temporary.stat().st_dev != place.stat().st_dev:
         left = shutil.disk_usage(temporary).free
         if left < TEMPORARY:
             raise Failure(
                 f"{temporary} has {left / GB:.1f} GB left, and pip unpacks torch there, which takes about "
                 f"{TEMPORARY / GB:.0f} GB: set TMPDIR to a folder on a larger disk."
             )
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(place).free + deleted
     if free >= CUDA_BUILD:
         return
-    size, why = needed(folder, torch, lines)
+    size, why = needed(folder, torch, lines, pip)
     if free < size:
         help = " (on a machine without a GPU install PyTorch's CPU build first: README)" if size == CUDA_BUILD else ""
         raise Failure(
@@ -236,16 +281,30 @@ def check_disk(folder: Path, torch: str | None, lines: list[str]) -> None:
         )
 
 
+def size_of(folder: Path) -> int:
+    """Bytes that deleting `folder` frees."""
+    found = [path.lstat() for path in folder.rglob("*")]
+    return sum(status.st_blocks * 512 for status in found if status.st_nlink == 1)
+
+
 def install(folder: Path, state: State, extras: str) -> None:
-    """Install the checkout, editable, with `extras` into the environment."""
-    # Torch that was there before this script first came was chosen by the user, and stays; its own follows
-    # constraints.txt.
-    stamp = next((folder / name for name in (DONE, STARTED) if (folder / name).exists()), None)
-    chosen = state.torch if stamp is None else stamp.read_text().strip() and state.torch
-    lines = constraints(folder, chosen or None)
-    check_disk(folder, state.torch, lines)
-    (folder / STARTED).write_text("torch was chosen by the user\n" if chosen else "")
-    version = ".".join(map(str, sys.version_info[:3] if state.python is None else state.python))
+    """Install the checkout, editable, with `extras` into the environment, which is made where there is none."""
+    found = None if to_make(state) else state.torch
+    said = [line for line in marks(folder) if line in (OF_MAKE, OF_USER)]
+    chosen = None if said[-1:] == [OF_MAKE] else found
+    lines = constraints(folder, chosen)
+    kept = chosen
+    if found and not chosen:
+        shipped = next(line for line in lines if line.startswith("torch==")).removeprefix("torch")
+        kept = found if in_range(found, shipped) else None
+    # Before anything is written: a user who is told to install a CPU build comes back to a folder without marks.
+    deleted = size_of(folder) if to_make(state) and state.exists else 0
+    check_disk(folder, kept, lines, not to_make(state), deleted)
+    make_folder(folder, state)
+    made = [MADE] if MADE in marks(folder) else []
+    (folder / STARTED).write_text("\n".join([*made, OF_USER if chosen else OF_MAKE, ""]), encoding="utf8")
+    python = state.python if state.python and state.pip else sys.version_info[:3]
+    version = ".".join(map(str, python))
     print(f"installing into {folder} (Python {version}); the first time takes minutes", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         limits = Path(temporary) / "constraints.txt"
@@ -273,7 +332,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.ready:
             return 1
-        make_folder(folder, state)
         install(folder, state, options.extras)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)

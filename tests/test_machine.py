@@ -153,25 +153,127 @@ def test_environment_that_is_complete(script, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("markers", [(), (".installing",)])
-def test_half_made_environment(script, markers: tuple[str, ...], tmp_path: Path, monkeypatch, capsys) -> None:
-    """make's own folder is made again; another is left alone, and the user decides."""
-    folder = tmp_path / "venv"
-    folder.mkdir()
-    (folder / "bin").mkdir()
+@pytest.fixture
+def pip(script, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Constraints of each start of pip, which installs nothing; `-m venv` makes an environment."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], what: str) -> None:
+        if what == "python -m venv":
+            assert command[0] == sys._base_executable  # type: ignore[attr-defined]  # the only one that stays
+            environment(Path(command[-1]))
+            (Path(command[-1]) / "pyvenv.cfg").touch()
+        else:
+            started.append(Path(command[command.index("-c") + 1]).read_text().splitlines())
+
+    monkeypatch.setattr(script, "run", run)
+    return started
+
+
+def lose_python(folder: Path) -> None:
+    """As after an upgrade of the system, which leaves a link to nowhere."""
+    (folder / "bin" / "python").unlink()
     (folder / "bin" / "python").symlink_to("/nowhere/python3.12")
-    for marker in markers:
-        (folder / marker).touch()
-    monkeypatch.setattr(script, "run", lambda command, what: None)
+
+
+def test_environment_of_make_is_made_again(script, pip, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(script, "check_disk", lambda *_: None)
-    code = script.main(["--venv", str(folder)])
-    out, err = capsys.readouterr()
-    if markers:
-        assert code == 0 and "its Python is gone: it is made again" in out.replace("(", "").replace(")", "")
-        assert not (folder / "bin").exists() and (folder / ".installed").exists()
-    else:
-        assert code == 2 and "holds no environment whose Python runs: make clean && make install" in err
-        assert (folder / "bin" / "python").is_symlink()
+    folder = tmp_path / "venv"
+    assert script.main(["--venv", str(folder)]) == 0
+    assert "made by make" in (folder / ".installed").read_text()
+    for _ in range(2):  # the mark outlives the repair
+        (folder / "left").touch()
+        lose_python(folder)
+        assert script.main(["--venv", str(folder)]) == 0
+        assert "(its Python is gone): it is made again" in capsys.readouterr().out
+        assert not (folder / "left").exists() and (folder / ".installed").exists()
+    # Killed before `python -m venv` wrote anything.
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / ".installing").write_text("made by make\n")
+    assert script.main(["--venv", str(folder)]) == 0 and len(pip) == 4
+
+
+@pytest.mark.parametrize("case", ["made by the user", "marks of earlier versions", "no environment any more"])
+def test_environment_of_the_user_is_not_deleted(script, pip, case: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also after make has installed into it and left its marks there."""
+    monkeypatch.setattr(script, "check_disk", lambda *_: None)
+    folder = tmp_path / "venv"
+    if case != "no environment any more":
+        environment(folder)
+        (folder / "pyvenv.cfg").touch()
+    assert script.main(["--venv", str(folder)]) == 0
+    if case == "marks of earlier versions":
+        (folder / ".installed").write_text("")
+        (folder / ".installing").write_text("")
+    elif case == "no environment any more":
+        (folder / "pyvenv.cfg").unlink()
+    (folder / "notes").touch()
+    lose_python(folder)
+    capsys.readouterr()
+    assert script.main(["--venv", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "holds no environment whose Python runs: make clean && make install" in err and err.count("\n") == 1
+    assert (folder / "notes").exists() and (folder / "bin" / "python").is_symlink() and len(pip) == 1
+
+
+def test_nothing_is_written_before_the_disk_is_checked(script, pip, tmp_path: Path, monkeypatch, capsys) -> None:
+    """So that the CPU build which the sentence asks for is the user's, and kept."""
+    monkeypatch.setattr(script, "cuda_build", lambda *_: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 5 * 10**9))
+    folder = tmp_path / "deep" / "venv"
+    assert script.main(["--venv", str(folder)]) == 2
+    assert "install PyTorch's CPU build first" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    environment(folder)
+    assert os.listdir(folder) == ["bin"]
+    monkeypatch.setenv("PYTHONPATH", str(installed(tmp_path / "site", "torch", "2.15.0+cpu")))
+    for _ in range(2):
+        assert script.main(["--venv", str(folder)]) == 0
+        assert "torch was chosen by the user" in (folder / ".installed").read_text()
+        os.utime(folder / ".installed", (0, 0))
+    for lines in pip:
+        assert [line for line in lines if line.startswith(("torch", "triton"))] == ["torch==2.15.0+cpu"]
+    assert len(pip) == 2
+
+
+@pytest.mark.parametrize(
+    ("marker", "text", "kept"),
+    [
+        (".installing", "", True),
+        (".installing", "made by make\n", True),
+        (".installing", "made by make\ntorch follows constraints.txt\n", False),
+        (".installed", "", False),
+        (".installed", "torch was chosen by the user\n", True),
+        (".installed", "torch follows constraints.txt\n", False),
+    ],
+)
+def test_torch_of_make_and_of_the_user(script, pip, marker, text, kept: bool, tmp_path: Path, monkeypatch) -> None:
+    """The torch that make's own pip installed follows constraints.txt, and needs the disk of a new one then."""
+    sizes: list[str | None] = []
+    monkeypatch.setattr(script, "check_disk", lambda folder, torch, *_: sizes.append(torch))
+    monkeypatch.setenv("PYTHONPATH", str(installed(tmp_path / "site", "torch", "2.15.0+cpu")))
+    folder = environment(tmp_path / "venv")
+    (folder / marker).write_text(text)
+    os.utime(folder / marker, (0, 0))
+    assert script.main(["--venv", str(folder)]) == 0
+    assert sizes == ["2.15.0+cpu" if kept else None]
+    assert ("torch==2.15.0+cpu" in pip[0], "torch==2.13.0" in pip[0]) == (kept, not kept)
+    assert ("made by make" in (folder / ".installed").read_text()) == ("made by make" in text)
+
+
+def test_environment_is_completed_with_its_own_python(repository: Path, interpreters: Path, tmp_path: Path) -> None:
+    """The interpreter that it was made from may be off the PATH."""
+    checkout = copy_of_checkout(repository, tmp_path / "checkout")
+    stub = "import sys\nif '--ready' in sys.argv: sys.exit(1)\nprint('completed', *sys.argv[1:])\n"
+    (checkout / "scripts" / "install.py").write_text(stub)
+    folder = environment(tmp_path / "venv", ".installed")
+    command = ["sh", str(checkout / "scripts" / "install.sh"), "", "--venv", str(folder)]
+    variables = {"PATH": str(interpreters), "PYENV_ROOT": "/nowhere"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"completed --venv {folder}\n"), done.stderr
+    command[2] = "no-such-python"
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "PYTHON=no-such-python is no Python that runs" in done.stderr
 
 
 def test_environment_without_pip(script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

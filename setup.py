@@ -28,7 +28,10 @@ setup(
     },
     install_requires=[
         "torch>=2.11,<2.16",
-        "megatron-core>=0.16.1,<0.20",
+        "megatron-core>=0.16.1,<0.20; platform_system == 'Linux'",
+        # From 0.18 on megatron-core imports Triton, which has wheels for Linux alone.
+        "megatron-core>=0.16.1,<0.18; platform_system != 'Linux'",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3",
         "numpy>=1.26",
@@ -41,7 +44,6 @@ setup(
     ],
     extras_require={
         "gpu": [
-            "triton>=3.6,<3.10; platform_system == 'Linux'",
             "flash-attn; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
@@ -49,7 +51,6 @@ setup(
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
         "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf"],
         "dev": [
-            "triton>=3.6,<3.10; platform_system == 'Linux'",
             "wandb>=0.31",
             "wandb-workspaces>=0.4",
             "tensorboard",

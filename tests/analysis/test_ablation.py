@@ -66,7 +66,8 @@ def test_subsets_are_nested_and_matched_by_the_nearest(answers: dict[str, Any], 
     rows = rows_of(answers)
     for key in ("kv_kept", "kv_kept_mean", "attended_share"):
         shares = [rows[name][key] for name in ("none, n = 8", "period,newline", "four", "nine", "dense")]
-        assert shares == sorted(set(shares)) and shares[-1] == 1
+        # Two subsets keep the same keys of a text that has no separators of the larger one alone.
+        assert shares == sorted(shares) and shares[0] < shares[1] < shares[-2] < shares[-1] == 1
     assert rows["nine"]["density"] == pytest.approx(
         float(((text["separator_class"] > 0) & (text["separator_class"] < 10)).double().mean())
     )

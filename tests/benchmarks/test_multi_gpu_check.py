@@ -97,8 +97,8 @@ def test_rehearsal_resumes_kills_and_times(rehearsal: Path) -> None:
     kill = cases["kill/SIGKILL, SIGTERM, SIGUSR1"]["runs"]
     ends = {event["signal"]: event["code"] for event in kill["events"]}
     assert ends["SIGKILL"] in verdicts.KILLED and ends["SIGTERM"] == ends["SIGUSR1"] == EXIT_INTERRUPTED
-    steps = [event["step"] for event in kill["events"]]
-    assert 0 < steps[0] < steps[1] < steps[2] < cpu_scale().kill_steps
+    # In no order: a run continues from the checkpoint before the signal, and may meet the next one at an earlier step.
+    assert all(0 < event["step"] < cpu_scale().kill_steps for event in kill["events"])
     assert kill["digest"] == kill["expected_digest"]
     overlap = cases["overlap/losses, data"]["runs"]
     assert overlap["overlap_true"]["losses"] == overlap["overlap_false"]["losses"]

@@ -14,6 +14,8 @@ import torch
 import sep_attention
 from importlib.metadata import version
 
+from tests.waiting import HANG_SECONDS
+
 # From 0.18 on megatron-core imports Triton itself.
 if tuple(map(int, version("megatron-core").split(".")[:2])) < (0, 18):
     import sepllm_train.model
@@ -47,5 +49,5 @@ assert not [name for name in sys.modules if name.startswith("sep_attention.trito
 
 def test_the_package_the_model_and_the_cpu_backends(repository: Path) -> None:
     command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stderr

@@ -113,7 +113,7 @@ def test_rehearsal_resumes_kills_and_times(rehearsal: Path) -> None:
 @pytest.mark.distributed
 def test_rerun_keeps_finished_cases(kit: Rehearse, rehearsal: Path) -> None:
     before = read(rehearsal)["cases"]
-    result = kit("--cpu", "--output", rehearsal, "--stages", "layouts", "kill", seconds=600)
+    result = kit("--cpu", "--output", rehearsal, "--stages", "layouts", "kill", seconds=HANG_SECONDS)
     assert result.returncode == 0 and "\n0 cases to run" in result.stdout, result.stdout + result.stderr
     assert read(rehearsal)["cases"] == before
     assert "## kill" in (rehearsal / "report.md").read_text(encoding="utf8")

@@ -12,6 +12,8 @@ from records import NO_TRITON
 CODE = """
 import runpy, sys
 
+from tests.waiting import HANG_SECONDS
+
 sys.modules["triton"] = None  # as where it is not installed: its import raises ModuleNotFoundError
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {folder!r})
@@ -23,5 +25,5 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_one_message(repository: Path, program: str) -> None:
     folder = repository / "kernels" / "benchmarks"
     command = [sys.executable, "-c", CODE.format(folder=str(folder)), str(folder / program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {NO_TRITON}\n")

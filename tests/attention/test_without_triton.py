@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import HANG_SECONDS
+
 CODE = """
 import sys
 
@@ -13,8 +15,6 @@ sys.modules["triton"] = None  # as where it is not installed: its import raises 
 import torch
 import sep_attention
 from importlib.metadata import version
-
-from tests.waiting import HANG_SECONDS
 
 # From 0.18 on megatron-core imports Triton itself.
 if tuple(map(int, version("megatron-core").split(".")[:2])) < (0, 18):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from records import NO_TRITON
 
+from tests.waiting import HANG_SECONDS
+
 CODE = """
 import runpy, sys
-
-from tests.waiting import HANG_SECONDS
 
 sys.modules["triton"] = None  # as where it is not installed: its import raises ModuleNotFoundError
 sys.argv = sys.argv[1:]

@@ -36,7 +36,7 @@ def interpreter(path: Path, version: str, kind: str = "ok") -> None:
 
 
 def find(repository: Path, path: Path, *arguments: str, pyenv: Path = Path("/nowhere")) -> str:
-    """What find_python.sh answers: the path, or the sentence, with its exit code checked."""
+    """Answer of find_python.sh, with its exit code checked: the path, or the message."""
     done = subprocess.run(
         ["sh", str(repository / "scripts" / "find_python.sh"), *arguments],
         env={"PATH": str(path), "PYENV_ROOT": str(pyenv)},

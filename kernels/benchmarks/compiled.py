@@ -115,7 +115,7 @@ def compile_source(source: ASTSource, architecture: int, options: dict[str, Any]
 
 
 def assembler_log(ptx: str, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
-    """What ptxas reports of a kernel: its spills, and warnings such as C7510.
+    """Report of ptxas on a kernel: its spills, and warnings such as C7510.
 
     Triton's own last stage assembles the PTX a second time, so the assembler and its flags are those of the version
     at hand: 3.6 runs `ptxas`, 3.7 and 3.8 add --regAllocOptLevel=2, and 3.9 runs `ptxas-blackwell` for sm_90 as well

@@ -1,4 +1,4 @@
-"""Where Triton cannot be imported the package and the model do, and attention runs on the CPU."""
+"""The package and attention on the CPU in a process that cannot import Triton."""
 
 from __future__ import annotations
 

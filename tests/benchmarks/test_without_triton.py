@@ -1,4 +1,4 @@
-"""Where Triton cannot be imported, a program that needs it ends with one message and exit code 2."""
+"""Programs that need Triton end with one message and exit code 2 in a process that cannot import it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Generation:
-    """How trees of one layout are used.
+    """Programs and modules of the trees of one layout.
 
     Attributes:
         mark: a file that these trees have and older ones do not.
@@ -113,7 +113,7 @@ class Tree:
             raise RuntimeError(f"{what} come from {path}, not from {self.folder}")
 
     def get(self, name: str) -> Any:
-        """What this tree calls `name`."""
+        """Object that this tree calls `name`."""
         module, _, attribute = self.generation.names[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -290,7 +290,7 @@ def evaluation(tree: Tree, job: Job) -> Outcome:
 
 
 def suite_plan(tree: Tree, job: Job) -> Outcome:
-    """What a suite's dry run plans: the overrides of its runs, without the program that they are given to."""
+    """Plan of a suite's dry run: the overrides of its runs, without the program that they are given to."""
     printed = tree.run("suite", *job["arguments"], "suite.dry_run=true")
     commands = [shlex.split(line) for line in printed.splitlines() if "=" in line]
     return {"runs": [" ".join(word for word in words if "=" in word) for words in commands]}

@@ -187,7 +187,7 @@ def git(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def fingerprint(commit: str) -> dict[str, str]:
-    """What the outcomes of the reference depend on: its commit, the packages, the processor, and the cases."""
+    """Everything that the outcomes of the reference depend on: commit, packages, processor, cases."""
     packages = sorted({f"{one.name}=={one.version}" for one in metadata.distributions()})
     files = sorted(path for path in [*SIDE.parent.glob("*.py"), *DATA.rglob("*")] if path.is_file())
     own = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if not path.name.startswith("test_"))

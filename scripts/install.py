@@ -309,7 +309,10 @@ def install(folder: Path, state: State, extras: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         limits = Path(temporary) / "constraints.txt"
         limits.write_text("\n".join([*lines, ""]))
-        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+        if not sys.stdout.isatty():
+            # On a terminal pip shows what it downloads, several GB for a CUDA build, and how long that takes.
+            command.append("--quiet")
         run([*command, "-c", str(limits), "-e", f"{ROOT}[{extras}]"], "pip install")
     os.replace(folder / STARTED, folder / DONE)
     os.utime(folder / DONE)

@@ -49,7 +49,8 @@ setup(
         "wandb": ["wandb>=0.31", "wandb-workspaces>=0.4"],
         "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
-        "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf"],
+        # pyarrow, which lm_eval's datasets bring, refuses NumPy 1 from version 26 on and does not declare it.
+        "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf", "numpy>=2"],
         "dev": [
             "wandb>=0.31",
             "wandb-workspaces>=0.4",

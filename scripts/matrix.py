@@ -48,7 +48,7 @@ COMBINATIONS = (
         11,
         (
             *("torch==2.11.0", "megatron-core==0.16.1", "numpy==1.26.*", "transformers==5.5.*"),
-            *("hydra-core==1.3.2", "omegaconf==2.3.*"),
+            *("hydra-core==1.3.2", "omegaconf==2.3.*", "pyarrow<26"),
         ),
     ),
     Combination("shipped", 11, None),

@@ -22,13 +22,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data_prep.sample import cache_folder
 from sepllm_train import requirements
 from sepllm_train.distributed.all_reduce import measure, measure_here
 
 PROJECT = requirements.PROJECT
 OPTIONAL = ("triton", "flash-attn", "transformer-engine", "apex", "wandb")
-# Variables that change what a run does. Keys and passwords have other names.
+# Variables that change what a run does.
 VARIABLES = ("CUDA_", "GLOO_", "HYDRA_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "SEPLLM_", "TORCH", "TRITON_")
+# Words in the names of variables that may hold a secret: never part of a report, which is sent to others.
+SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL")
 EXACT_VARIABLES = (
     "LD_LIBRARY_PATH",
     "LD_PRELOAD",
@@ -71,7 +74,8 @@ def facts(run_root: Path, cache: Path) -> dict[str, dict[str, Any]]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(VARIABLES) or name in EXACT_VARIABLES
+            if (name.startswith(VARIABLES) or name in EXACT_VARIABLES)
+            and not any(word in name.upper() for word in SECRET)
         },
     }
 
@@ -157,10 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cache = os.environ.get("SEPLLM_CACHE") or str(Path.home() / ".cache" / "sepllm-train")
     parser = argparse.ArgumentParser(description="Print what a report of a fault needs to know about this machine.")
     parser.add_argument("--run-root", type=Path, default=Path("runs"), help="where runs are written (runs)")
-    parser.add_argument("--cache", type=Path, default=Path(cache), help="cache of the sample corpus and of indices")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="cache of the sample corpus and of indices")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--no-self-test", action="store_true", help="leave the all-reduce out")
     parser.add_argument("--mebibytes", type=int, default=64, help="size of the all-reduce (64)")

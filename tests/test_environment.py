@@ -40,6 +40,7 @@ def installed(folder: Path, package: str, version: str) -> None:
 def test_report_is_of_this_machine(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("NVIDIA_API_KEY", "secret")
     command = [sys.executable, str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
     done = subprocess.run(
         [*command, f"--run-root={tmp_path}/a/b"],

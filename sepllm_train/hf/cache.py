@@ -198,23 +198,23 @@ class SlotCache(TokenCache):
         self._recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove columns (a number of at most 0), as if they had not come.
+        """Take back the last -tokens_to_remove columns, as if they had not come.
 
-        Raises RuntimeError when keys were dropped since, without `activate_past_recording`.
+        A number above 0 is the count of columns that stay, as older versions of transformers give it. Raises
+        ValueError for more columns than there were, RuntimeError when keys were dropped since, without
+        `activate_past_recording`.
         """
         # transformers before 5.18 gives a tensor, which += would change.
         tokens_to_remove = int(tokens_to_remove)
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give how many tokens to take back as a negative number.")
-        target = self.columns_seen + tokens_to_remove
-        if target < 0:
+        target = tokens_to_remove if tokens_to_remove > 0 else self.columns_seen + tokens_to_remove
+        if not 0 <= target <= self.columns_seen:
             raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.columns_seen} tokens only.")
         # The newest state from which only columns are to be taken back.
         states = [self._state(), *reversed(self._log)]
         back = next((n for n, state in enumerate(states) if all(target >= held.dropped_at for held in state[1])), None)
         if back is None:
             raise RuntimeError(
-                f"the cache cannot go back by {-tokens_to_remove} tokens: it has dropped keys since. Call "
+                f"the cache cannot go back by {self.columns_seen - target} tokens: it has dropped keys since. Call "
                 "activate_past_recording() before those tokens come."
             )
         self._restore(states[back])

@@ -134,7 +134,7 @@ def cpu_scale() -> Scale:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One training: its folder below {runs} and overrides. With `digest` its last checkpoint is hashed."""
 
     name: str
@@ -155,7 +155,7 @@ class Case:
     name: str
     kind: str
     processes: int
-    runs: tuple[Run, ...]
+    runs: tuple[RunSpec, ...]
     seconds: float
     priority: int
     baseline: str | None = None
@@ -193,7 +193,7 @@ def layout_cases(processes: int, scale: Scale) -> list[Case]:
         one = f"one GPU, {precision}"
         variants = [(one, 1, ())] + [(f"{name}, {precision}", processes, own) for name, own in fitting(processes)]
         for name, count, own in variants:
-            run = Run("run", (*compared(processes, scale, precision), f"training.steps={scale.steps}", *own))
+            run = RunSpec("run", (*compared(processes, scale, precision), f"training.steps={scale.steps}", *own))
             baseline = None if count == 1 else one
             cases.append(
                 Case("layouts", name, "train", count, (run,), scale.train_seconds, 1 + 3 * number, baseline,
@@ -216,7 +216,7 @@ def resume_cases(processes: int, scale: Scale) -> list[Case]:
             "training.deterministic=true",
         )
         checkpoint = f"resume={{runs}}/whole/checkpoints/step_{half:08d}"
-        runs = (Run("whole", (*common, *first), same), Run("again", (*common, *second, checkpoint), same))
+        runs = (RunSpec("whole", (*common, *first), same), RunSpec("again", (*common, *second, checkpoint), same))
         return Case("resume", name, "train", processes, runs, seconds, 2, precision=precision)
 
     for layout, precision in RESUMED:
@@ -236,7 +236,7 @@ def kill_case(processes: int, scale: Scale) -> Case:
         "training.deterministic=true",
         "parallel.sharded_optimizer=true",
     )
-    run = Run("run", overrides, digest=True)
+    run = RunSpec("run", overrides, digest=True)
     return Case("kill", "SIGKILL, SIGTERM, SIGUSR1", "kill", processes, (run,), scale.kill_seconds, 3, precision="bf16")
 
 
@@ -248,7 +248,7 @@ def overlap_cases(processes: int, scale: Scale) -> list[Case]:
         short = (*compared(processes, scale, "fp32"), f"training.steps={scale.steps}", *layouts[layout])
         timed = timing(processes, scale, scale.lengths[0], 4, "sep", layouts[layout])
         for name, kind, overrides in ((f"losses, {layout}", "train", short), (f"speed, {layout}", "time", timed)):
-            runs = tuple(Run(f"overlap_{on}", (*overrides, f"parallel.overlap={on}")) for on in ("false", "true"))
+            runs = tuple(RunSpec(f"overlap_{on}", (*overrides, f"parallel.overlap={on}")) for on in ("false", "true"))
             seconds = 2 * (scale.train_seconds if kind == "train" else scale.time_seconds)
             cases.append(
                 Case("overlap", name, kind, processes, runs, seconds, 3 if kind == "train" else 7, rounds=scale.rounds)
@@ -262,7 +262,7 @@ def scaling_cases(processes: int, scale: Scale) -> list[Case]:
     for micro_batches, priority in ((4, 5), (1, 9)):
         counts = [count for count in (1 << power for power in range(20)) if count <= processes]
         for count in counts:
-            run = Run("run", timing(count, scale, scale.lengths[0], micro_batches, "sep"))
+            run = RunSpec("run", timing(count, scale, scale.lengths[0], micro_batches, "sep"))
             baseline = scaling_name(1, micro_batches) if count > 1 else None
             # The ends of the curve before its middle.
             rank = priority if count in (1, processes) else priority + 1
@@ -287,7 +287,7 @@ def throughput_cases(processes: int, scale: Scale) -> list[Case]:
             for layout in names:
                 if layout not in layouts:
                     continue
-                run = Run("run", timing(processes, scale, length, 4, pattern, layouts[layout]))
+                run = RunSpec("run", timing(processes, scale, length, 4, pattern, layouts[layout]))
                 baseline = None if layout == "data" else f"data, {pattern}, {length} tokens"
                 name, priority = f"{layout}, {pattern}, {length} tokens", 6 if pattern == "sep" else 8
                 cases.append(

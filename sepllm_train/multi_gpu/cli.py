@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.sample import cache_folder
 from sepllm_train.environment import facts as machine_facts
 from sepllm_train.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.multi_gpu.cases import PRECISIONS, STAGES, Case, Scale, all_cases, cpu_scale, gpu_scale
@@ -57,8 +58,7 @@ def run(options: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --output {options.output}: {error.strerror}.") from None
-    cache = Path(os.environ.get("SEPLLM_CACHE") or Path.home() / ".cache" / "sepllm-train")
-    facts = machine_facts(output, cache)
+    facts = machine_facts(output, cache_folder())
     processes = usable(options, facts)
     scale = cpu_scale() if options.cpu else gpu_scale(smallest_memory(facts), options.model)
     cases = [case for case in all_cases(processes, scale) if case.stage in options.stages]

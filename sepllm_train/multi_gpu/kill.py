@@ -14,10 +14,9 @@ from typing import Any
 
 from sepllm_train.distributed.processes import children_of, logged_process, send
 from sepllm_train.multi_gpu.cases import Case
-from sepllm_train.multi_gpu.results import SOURCES
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
-SCRIPT = SOURCES / "scripts" / "pretrain.py"
+PROGRAM = "sepllm_train.pretrain"
 
 
 class Stuck(Exception):
@@ -77,7 +76,7 @@ class Killing:
         log = self._log(f"disturbed-{number}-{name.name}")
         with self._start("disturbed", log) as process:
             step = self._wait_for_steps(process, log)
-            ranks = children_of(process.pid, "pretrain.py")
+            ranks = children_of(process.pid, PROGRAM)
             if not ranks or not send(random.Random(number).choice(ranks), name):
                 raise Stuck(f"the run ended before it got {name.name}, see {log.name}: {last_line(log)}")
             begin = time.monotonic()
@@ -114,7 +113,7 @@ class Killing:
         """The launch, see `logged_process`."""
         run = self.case.runs[0]
         overrides = (*run.overrides, f"run_root={self.folder}", f"name={name}", "training.keep_checkpoints=1")
-        command = [*self.launcher, str(SCRIPT), *overrides]
+        command = [*self.launcher, "-m", PROGRAM, *overrides]
         return logged_process(command, log, environment=self.environment, folder=self.logs)
 
     def _log(self, name: str) -> Path:

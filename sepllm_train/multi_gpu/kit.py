@@ -18,8 +18,8 @@ from sepllm_train.environment import advice, self_test
 from sepllm_train.errors import UserError, first_line
 from sepllm_train.multi_gpu.cases import Case, Scale
 from sepllm_train.multi_gpu.kill import Killing, OutOfTime, last_line
-from sepllm_train.multi_gpu.plan import Launch, estimate, launches_of, within_budget
-from sepllm_train.multi_gpu.results import FAILED, PASSED, SKIPPED, Results, without_secrets
+from sepllm_train.multi_gpu.plan import LaunchGroup, estimate, launches_of, within_budget
+from sepllm_train.multi_gpu.results import FAILED, PASSED, SKIPPED, Results
 from sepllm_train.multi_gpu.verdicts import Verdict, judge
 
 START_PATIENCE = 10  # times the seconds of a launch
@@ -74,25 +74,25 @@ class Kit:
             + (f"; {len(left_out)} do not fit the budget" if left_out else ""),
             flush=True,
         )
-        kinds: dict[str, Callable[[Launch], None]] = {
+        kinds: dict[str, Callable[[LaunchGroup], None]] = {
             "environment": self._environment,
             "kill": self._kill,
             "worker": self._worker,
         }
         try:
-            while self.left:
-                for launch in self._replanned()[:1]:
-                    try:
-                        kinds[launch.kind](launch)
-                    except UserError:
-                        raise
-                    except Exception as error:
-                        # A fault of the kit itself costs one case, not the others.
-                        self._failed(launch, f"{type(error).__name__}: {first_line(error)}")
+            while launches := self._replanned():
+                launch = launches[0]
+                try:
+                    kinds[launch.kind](launch)
+                except UserError:
+                    raise
+                except Exception as error:
+                    # A fault of the kit itself costs one case, not the others.
+                    self._failed(launch, f"{type(error).__name__}: {first_line(error)}")
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
 
-    def _replanned(self) -> list[Launch]:
+    def _replanned(self) -> list[LaunchGroup]:
         """Launches of the cases that are left and still fit, at the pace so far; the others are skipped."""
         pace = max(1.0, self._pace())
         seconds = max(0.0, self.deadline - time.monotonic()) / pace
@@ -108,23 +108,23 @@ class Kit:
         expected = self.planned - estimate(self.left, self.scale.launch_seconds)
         return (time.monotonic() - self.began) / expected if expected > 0 else 1.0
 
-    def _failed(self, launch: Launch, reason: str) -> None:
+    def _failed(self, launch: LaunchGroup, reason: str) -> None:
         """Record the first case of a launch that has no record yet as failed."""
         left = {case.id for case in self.left}
         for case in [case for case in launch.cases if case.id in left][:1]:
             self._finish(case, Verdict(FAILED, reason), {}, 0.0)
 
-    def _environment(self, launch: Launch) -> None:
+    def _environment(self, launch: LaunchGroup) -> None:
         """Facts of the machine and an all-reduce over its GPUs."""
         (case,) = launch.cases
         begin = time.monotonic()
         cpu = self.scale.device == "cpu"
         tests = self_test(1 if cpu else 256, 0 if cpu else case.processes)
         text = advice({**self.facts, "self_test": tests})
-        runs = {"facts": without_secrets(self.facts), "self_test": tests, "advice": text}
+        runs = {"facts": self.facts, "self_test": tests, "advice": text}
         self._finish(case, judge(case, runs, None), runs, time.monotonic() - begin)
 
-    def _kill(self, launch: Launch) -> None:
+    def _kill(self, launch: LaunchGroup) -> None:
         """The run that is disturbed."""
         (case,) = launch.cases
         begin = time.monotonic()
@@ -139,7 +139,7 @@ class Kit:
             return
         self._finish(case, judge(case, runs, None), runs, time.monotonic() - begin)
 
-    def _worker(self, launch: Launch) -> None:
+    def _worker(self, launch: LaunchGroup) -> None:
         """Cases in as many launches of the worker as it takes: a new one after each case that fails."""
         cases = list(launch.cases)
         attempts = 0

@@ -9,7 +9,7 @@ from sepllm_train.multi_gpu.cases import Case
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchGroup:
     """Cases of one launch, in order; those of kinds "environment" and "kill" start their own processes."""
 
     processes: int
@@ -29,13 +29,13 @@ def launch_key(case: Case) -> tuple[int, int]:
     return ({"train": 2, "kill": 3}.get(case.kind, 4), -case.processes)
 
 
-def launches_of(cases: Sequence[Case]) -> list[Launch]:
+def launches_of(cases: Sequence[Case]) -> list[LaunchGroup]:
     """Group cases into launches; inside a launch the important ones first, baselines before what they are for."""
     groups: dict[tuple[int, int], list[Case]] = {}
     for case in sorted(cases, key=lambda case: (launch_key(case), case.priority, case.baseline is not None)):
         groups.setdefault(launch_key(case), []).append(case)
     return [
-        Launch(
+        LaunchGroup(
             group[0].processes, group[0].kind if group[0].kind in ("environment", "kill") else "worker", tuple(group)
         )
         for group in groups.values()

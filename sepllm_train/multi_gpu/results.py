@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -12,27 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_whole
+from sepllm_train.config.load import config_folder
 from sepllm_train.errors import UserError
 from sepllm_train.multi_gpu.cases import Case
 
 FORMAT = 1
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 STATUSES = (PASSED, FAILED, SKIPPED)
-SOURCES = Path(__file__).resolve().parents[2]
-# Folders of the checkout that a measurement depends on.
-CODE = ("sepllm_train", "data_prep", "kernels/sep_attention", "configs")
+# Packages that a measurement depends on; the configurations are a folder of their own.
+PACKAGES = ("sepllm_train", "data_prep", "sep_attention")
 SETTINGS = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_")
-# Never in a file that is sent to others.
-SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL")
 
 
 def code_fingerprint() -> str:
     """SHA-256 over the names and contents of the project's Python and YAML files, changes not committed included."""
+    folders = {"configs": config_folder()}
+    for name in PACKAGES:
+        # Found without being imported: torch would come along.
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        folders[name] = Path(spec.origin).parent
     total = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((SOURCES / folder).rglob("*")):
+    for name, folder in sorted(folders.items()):
+        for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".yaml", ".json") and path.is_file():
-                total.update(f"{path.relative_to(SOURCES)}\n".encode() + path.read_bytes())
+                total.update(f"{name}/{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -50,13 +55,6 @@ def machine_fingerprint(facts: dict[str, Any], device: str) -> str:
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def without_secrets(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a machine without the variables that may hold a secret."""
-    variables = facts["variables"].items()
-    kept = {name: value for name, value in variables if not any(word in name.upper() for word in SECRET)}
-    return {**facts, "variables": kept}
 
 
 class Results:

@@ -18,11 +18,11 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.validate import validate
 from sepllm_train.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.multi_gpu import verdicts
-from sepllm_train.multi_gpu.cases import GIB, STAGES, Case, Run, all_cases, cpu_scale, fitting, gpu_scale
+from sepllm_train.multi_gpu.cases import GIB, STAGES, Case, RunSpec, all_cases, cpu_scale, fitting, gpu_scale
 from sepllm_train.multi_gpu.kit import Kit
 from sepllm_train.multi_gpu.plan import estimate, launches_of, within_budget
 from sepllm_train.multi_gpu.report import render
-from sepllm_train.multi_gpu.results import Results, without_secrets
+from sepllm_train.multi_gpu.results import Results
 from sepllm_train.multi_gpu.verdicts import BARS, judge
 from tests.waiting import HANG_SECONDS
 
@@ -126,7 +126,7 @@ def test_a_failed_case_is_recorded_and_the_rest_runs(
 ) -> None:
     monkeypatch.setenv("SEPLLM_CACHE", str(sample_cache))
     bad, good = (case for case in all_cases(2, cpu_scale()) if case.name.startswith("one GPU"))
-    bad = replace(bad, runs=(Run("run", (*bad.runs[0].overrides, "model.heads=7")),))
+    bad = replace(bad, runs=(RunSpec("run", (*bad.runs[0].overrides, "model.heads=7")),))
     results = Results(tmp_path / "results.json", "code", "machine")
     Kit(tmp_path, [bad, good], results, cpu_scale(), {}, 3600).run()
     failed, passed = (results.cases[case.id] for case in (bad, good))
@@ -151,7 +151,7 @@ def test_finished_cases_are_those_of_the_same_code_and_machine(tmp_path: Path) -
         again = Results(results.path, code, machine)
         again.load()
         assert again.finished(case) is expected
-    changed = replace(case, runs=(Run("run", ("training.steps=9",)),))
+    changed = replace(case, runs=(RunSpec("run", ("training.steps=9",)),))
     assert results.finished(case) and not results.finished(changed)
     results.put(case, {"status": "failed", "message": "", "runs": {}})
     assert not results.finished(case)
@@ -163,11 +163,6 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match="not a results file"):
             Results(path, "code", "machine").load()
-
-
-def test_secrets_are_not_sent() -> None:
-    facts = {"variables": {"NVIDIA_API_KEY": "x", "TORCH_TOKEN": "y", "NCCL_DEBUG": "INFO"}}
-    assert without_secrets(facts) == {"variables": {"NCCL_DEBUG": "INFO"}}
 
 
 def test_plan_of_eight_gpus_fits_twenty_minutes() -> None:

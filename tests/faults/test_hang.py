@@ -162,7 +162,7 @@ def test_run_that_ends_is_no_hang(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("stacks_*"))
 
 
-class SimulatedTime:
+class SimulatedWatch:
     """The watchdog's clock and what it waits on: a second passes in each wait, and `progress` hears of it."""
 
     def __init__(self, progress: Callable[[int], None], last: int) -> None:
@@ -199,7 +199,7 @@ def test_limit_is_on_the_time_between_beats(
         if now == allowed:
             watchdog.allow(2.0)
 
-    simulated = SimulatedTime(progress, 30)
+    simulated = SimulatedWatch(progress, 30)
     found: list[int] = []
     monkeypatch.setattr(watchdog_module, "time", simulated)
     monkeypatch.setattr(watchdog, "_stop", simulated)

@@ -213,8 +213,10 @@ def test_crop_takes_tokens_back(models: dict[str, Any]) -> None:
     lengths = Oracle(model, **SIZES)
     lengths.run(row)
     assert cache.mean_length == pytest.approx(sum(lengths.lengths) / 90)
-    for _ in range(15):
+    for _ in range(14):
         cache.crop(-1)
+    # The count that stays, as transformers before 5.18 gives it.
+    cache.crop(75)
     found = call(model, cache, row[None, 75:])[0]
     torch.testing.assert_close(found, known[75:], atol=TOLERANCE, rtol=TOLERANCE)
     call(model, cache, row[None].repeat(1, 30))
@@ -229,8 +231,8 @@ def test_crop_takes_tokens_back(models: dict[str, Any]) -> None:
     call(model, unrecorded, row[None])
     with pytest.raises(RuntimeError, match=r"cannot go back by 40 tokens: it has dropped keys since"):
         unrecorded.crop(-40)
-    with pytest.raises(ValueError, match="negative"):
-        unrecorded.crop(3)
+    with pytest.raises(ValueError, match=r"crop\(91\): the cache has seen 90 tokens only"):
+        unrecorded.crop(91)
 
 
 @pytest.mark.parametrize("helper", ["model", "prompt"])
@@ -242,10 +244,12 @@ def test_assisted_decoding(models: dict[str, Any], helper: str) -> None:
             parameter.add_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * parameter.std() / 10
             )
-    how = {"assistant_model": draft} if helper == "model" else {"prompt_lookup_num_tokens": 5}
-    found = model.generate(
-        row[None], max_new_tokens=60, do_sample=False, **{cache_argument(model): sep_cache(model)}, **how
-    )
+    # An end of text that never comes: transformers 5.5 looks for one in the prompt without asking if there is any.
+    how = {"assistant_model": draft} if helper == "model" else {"prompt_lookup_num_tokens": 5, "eos_token_id": 64}
+    cache = sep_cache(model)
+    # Newer versions of transformers call it themselves.
+    cache.activate_past_recording()
+    found = model.generate(row[None], max_new_tokens=60, do_sample=False, **{cache_argument(model): cache}, **how)
     assert found[0, 50:].tolist() == greedy(model, row, 60)
 
 

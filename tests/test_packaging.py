@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import SMALL_MODEL
+from tests.support.small_run import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")

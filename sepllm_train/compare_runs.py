@@ -10,8 +10,8 @@ from pathlib import Path
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.compare.report import REFERENCE, build_report, write_report
-from sepllm_train.compare.rows import read_rows
 from sepllm_train.compare.timing import read_timing
+from sepllm_train.compare.variants import read_variants
 from sepllm_train.metrics.flops import CONVENTIONS
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compare training runs: validation loss against FLOPs, seconds and tokens. "
-        "Runs that differ only in their seed form a row; ratios are taken to the first row.",
+        "Runs that differ only in their seed form a variant; ratios are taken to the first variant.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
     either = parser.add_mutually_exclusive_group(required=True)
@@ -52,20 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss",
         type=_loss,
-        help=f"validation loss to reach, or '{REFERENCE}': the first row's final one, seed by seed; default: the "
+        help=f"validation loss to reach, or '{REFERENCE}': the first variant's final one, seed by seed; default: the "
         "lowest that all reached",
     )
     parser.add_argument("--flops", choices=tuple(CONVENTIONS), default="model", help="how FLOPs are counted")
     parser.add_argument("--host", default="127.0.0.1", help="with --serve: the address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8765, help="with --serve: the port, 0 for any (%(default)s)")
     parser.add_argument("--title", help="heading of the page; default: the names of the runs")
-    parser.add_argument("--no-groups", dest="groups", action="store_false", help="every run is a row of its own")
+    parser.add_argument("--no-groups", dest="groups", action="store_false", help="every run is a variant of its own")
     parser.add_argument("--strict", action="store_true", help="a run that cannot be compared is an error, not left out")
     parser.add_argument(
         "--timing",
         type=Path,
         metavar="FILE",
-        help="seconds of a step by row, of a timing benchmark: they replace the seconds of the runs",
+        help="seconds of a step by variant, of a timing benchmark: they replace the seconds of the runs",
     )
     return parser
 
@@ -89,12 +89,12 @@ def compare(
     """Print the comparison of run folders and write page, figures, curves, numbers and Markdown to `output`.
 
     `loss` (nats per token, or REFERENCE) defaults to the lowest validation loss that every run reached; `flops` is a
-    key of CONVENTIONS; `groups` and `strict` are those of `read_rows`; `timing` names a timing file. Raises UserError
-    when runs are missing, broken, too short or not comparable, or `output` cannot be written.
+    key of CONVENTIONS; `groups` and `strict` are those of `read_variants`; `timing` names a timing file. Raises
+    UserError when runs are missing, broken, too short or not comparable, or `output` cannot be written.
     """
     notes: list[str] = []
-    rows = read_rows(folders, groups=groups, strict=strict, tell=notes.append)
-    report = build_report(rows, loss, flops, title, None if timing is None else read_timing(timing), notes)
+    variants = read_variants(folders, groups=groups, strict=strict, warn=notes.append)
+    report = build_report(variants, loss, flops, title, None if timing is None else read_timing(timing), notes)
     names = write_report(report, output)
     say(report.console())
     say(f"Wrote {', '.join(names)} to {output}")

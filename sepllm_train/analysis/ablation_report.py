@@ -7,9 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sepllm_train.analysis import plots
 from sepllm_train.analysis.loss_report import READING, clear_of_zero, shown, signed
-from sepllm_train.compare.plots import COLOURS, INK, MARKERS
+from sepllm_train.base.figures import COLOURS, INK, MARKERS, dressed, legend_below, picture
 from sepllm_train.compare.tables import Table
 
 SERIES = {
@@ -113,7 +112,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
 
 def _figure(result: dict[str, Any], key: str, title: str) -> Figure:
     def draw(figure: Figure) -> None:
-        plot = plots.dressed(
+        plot = dressed(
             figure.add_subplot(), title, "KV kept at the last token (percent)", "change in loss (nats per token)"
         )
         for number, (series, label) in enumerate(SERIES.items()):
@@ -135,9 +134,9 @@ def _figure(result: dict[str, Any], key: str, title: str) -> Figure:
             )
         plot.axhline(0, color=INK, linewidth=0.8)
         _name_subsets(plot, [row for row in result["rows"] if row["series"] == "subset"], key)
-        plot.legend(frameon=False, fontsize=9)
+        legend_below(figure)
 
-    return plots.picture((7.6, 5.2), draw)
+    return picture((7.6, 5.2), draw)
 
 
 def _name_subsets(plot: Axes, rows: list[dict[str, Any]], key: str) -> None:

@@ -13,9 +13,8 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import FILE, Plan, read_json
+from sepllm_train.suite.plan import FILE, Plan, finished, read_json
 from sepllm_train.suite.report import SHARES
-from sepllm_train.suite.runner import finished
 from sepllm_train.suite.timing import timing_file
 
 # Of environment.json, what says where a run was and not what it was.

@@ -21,8 +21,7 @@ from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from sepllm_train.distributed.orphans import end_with_parent
-from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished, quoted
 from sepllm_train.training.signals import STOPPING
 
 # Seconds between looks at the processes, and between lines of progress.
@@ -31,17 +30,12 @@ _TELL = 60.0
 
 
 @dataclass
-class Job:
+class RunningJob:
     """A run that is being trained; `log` is what it prints."""
 
     run: PlannedRun
     process: subprocess.Popen[bytes]
     log: Path
-
-
-def finished(plan: Plan, run: PlannedRun) -> bool:
-    """Whether a run has been trained to its end."""
-    return read_run(plan.run_root / run.name).get("status") == "finished"
 
 
 def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
@@ -53,8 +47,8 @@ def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     waiting = [run for run in runs if not finished(plan, run)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; {jobs} at a time")
     progress = _Progress(plan, waiting)
-    running: list[Job] = []
-    failed: list[Job] = []
+    running: list[RunningJob] = []
+    failed: list[RunningJob] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -100,7 +94,7 @@ def environment(jobs: int, processes: int = 1) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share), **os.environ}
 
 
-def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
+def _start(plan: Plan, run: PlannedRun, jobs: int) -> RunningJob:
     log = plan.folder / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -112,10 +106,10 @@ def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
             env=environment(jobs, plan.processes),
             preexec_fn=end_with_parent,
         )
-    return Job(run, process, log)
+    return RunningJob(run, process, log)
 
 
-def _ended(job: Job, failed: list[Job]) -> None:
+def _ended(job: RunningJob, failed: list[RunningJob]) -> None:
     """Tell how a run ended."""
     code = job.process.returncode
     if code == 0:
@@ -126,7 +120,7 @@ def _ended(job: Job, failed: list[Job]) -> None:
     say(f"warning: {job.run.name} {why}: {_last_line(job.log)}")
 
 
-def _stop(plan: Plan, running: Sequence[Job]) -> None:
+def _stop(plan: Plan, running: Sequence[RunningJob]) -> None:
     """Let the runs save and wait for them."""
     if not running:
         return
@@ -182,7 +176,7 @@ class _Progress:
         self.began = time.perf_counter()
         self.told = self.began
 
-    def tell(self, running: Sequence[Job], now: bool = False) -> None:
+    def tell(self, running: Sequence[RunningJob], now: bool = False) -> None:
         """A line, when one is due."""
         if not now and time.perf_counter() - self.told < _TELL:
             return

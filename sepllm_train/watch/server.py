@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare import plots
+from sepllm_train.base.figures import COLOURS
+from sepllm_train.compare.plots import axes_of
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.watch.follow import CURVES
 from sepllm_train.watch.thin import SCALES
@@ -193,10 +194,10 @@ def _pages(flops: str) -> dict[str, tuple[str, bytes]]:
 
 def _settings(flops: str) -> dict[str, Any]:
     """What the page must know besides the runs: colours, units of the axes, conventions, columns of the curves."""
-    axes = {axis.key: axis.units for convention in CONVENTIONS for axis in plots.axes_of(convention)}
+    axes = {axis.key: axis.units for convention in CONVENTIONS for axis in axes_of(convention)}
     return {
         "poll": POLL,
-        "colours": plots.COLOURS,
+        "colours": COLOURS,
         "axes": axes,
         "flops": flops,
         "conventions": {key: {"label": c.label, "words": c.words} for key, c in CONVENTIONS.items()},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare.comparable import REQUIRED, check_comparable
+from sepllm_train.compare.variants import REQUIRED, check_comparable
 from sepllm_train.runs.records import Run
 from sepllm_train.watch.follow import FollowedRun
 

@@ -13,8 +13,8 @@ import pytest
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.plots import mean_curve
 from sepllm_train.compare.report import REFERENCE, Report, build_report
-from sepllm_train.compare.rows import read_rows
 from sepllm_train.compare.timing import read_timing
+from sepllm_train.compare.variants import read_variants
 from sepllm_train.compare_runs import main
 from tests.compare.run_records import validation
 
@@ -23,7 +23,7 @@ Seeds = Callable[..., list[Path]]
 
 def report(*rows: list[Path], loss: float | str | None = 5.0, **options: Any) -> Report:
     """The comparison of rows of folders."""
-    return build_report(read_rows([folder for row in rows for folder in row], tell=lambda _: None), loss, **options)
+    return build_report(read_variants([folder for row in rows for folder in row], warn=lambda _: None), loss, **options)
 
 
 def cells(text: str, title: str) -> dict[str, list[str]]:
@@ -64,7 +64,7 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
         "2.000x [0.357, 11.190]",
     ]
     by_seed = found.markdown().split("**Seed by seed**")[1]
-    assert "| sep   |    3 |     5.0000 |   5.0000 |  120 MFLOPs | 3.000x |" in by_seed
+    assert "| sep     |    3 |     5.0000 |   5.0000 |  120 MFLOPs | 3.000x |" in by_seed
 
 
 def test_losses_at_equal_tokens_are_paired_by_seed(make_seeds: Seeds) -> None:
@@ -97,10 +97,10 @@ def test_only_what_excludes_one_is_called_a_difference(make_seeds: Seeds) -> Non
     assert "no difference in FLOPs, time or tokens is shown." in report(dense, noisy).verdict
 
 
-def test_several_rows_are_not_corrected_and_that_is_said(make_seeds: Seeds) -> None:
+def test_several_variants_are_not_corrected_and_that_is_said(make_seeds: Seeds) -> None:
     dense, sep = make_seeds("dense", {1: 20, 2: 20}), make_seeds("sep", {1: 21, 2: 22})
     found = report(dense, sep, make_seeds("late", {1: 30, 2: 31}), make_seeds("one", {1: 25}))
-    assert "they are not corrected for the 2 rows compared" in found.verdict
+    assert "they are not corrected for the 2 variants compared" in found.verdict
     assert "one reached validation loss 5.0000 with 1.250x the FLOPs (flops/model), 1.250x the seconds" in found.verdict
     assert "Of one this is one run against one of dense: how much another seed would move" in found.verdict
     assert found.data()["corrected_for_rows"] is False
@@ -182,13 +182,13 @@ def test_rows_without_a_common_seed_are_not_compared(make_seeds: Seeds) -> None:
         assert found.reaches[1].ratios["tokens"].estimate is None
         assert found.verdict == "sep has no seed in common with dense: nothing is said of it."
         assert cells(found.console(), "To reach")["sep"][2] == "-"
-    assert "ratios.png" not in found.files()
+    assert "ratios.svg" not in found.files()
 
 
 def test_means_and_bands_are_at_the_steps_all_seeds_share(make_seeds: Seeds) -> None:
     short = [validation(0, 6), validation(10, 5), validation(15, 4.8), validation(20, 4)]
     dense = make_seeds("dense", {1: short, 2: 20})
-    row = read_rows([*dense, *make_seeds("sep", {1: 20})])[0]
+    row = read_variants([*dense, *make_seeds("sep", {1: 20})])[0]
     found = [(point.spent, point.loss, point.low, point.high) for point in mean_curve(row, "tokens")]
     assert found == [(0, 6, 6, 6), (10_000, 5.25, 5, 5.5), (20_000, 4.5, 4, 5)]
 
@@ -219,7 +219,7 @@ def test_timed_steps_replace_the_seconds(make_seeds: Seeds, timing: Callable[...
     # FLOPs do not depend on the clock.
     assert found.reaches[1].ratios["flops/model"].estimate.low == pytest.approx(2)  # type: ignore[union-attr]
     console = found.console()
-    assert "seconds (timed steps)" in console and "3 turns of all rows in one process (threads 2)" in console
+    assert "seconds (timed steps)" in console and "3 rounds of all variants in one process (threads 2)" in console
     assert "1.500x (95% interval 0.548 to 4.107) the timed seconds" in found.verdict
     assert cells(found.markdown(), "Timed steps")["sep"] == ["3", "0.750x [0.274, 2.054]", "3"]
     assert "(steps x timed seconds of a step)" in found.files()["loss_vs_seconds.svg"].decode()
@@ -308,7 +308,7 @@ def test_the_command_with_seeds_writes_pages_and_numbers(
     assert numbers["reference"] == "dense" and numbers["confidence"] == 0.95
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "band: lowest to highest" in page and "quantile t of Student" in page and page.count("<svg") == 4
-    assert (tmp_path / "out" / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "ratios.svg").stat().st_size > 1000
     header, *lines = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert header.startswith("row,run,seed,step,") and lines[-1].startswith("sep,sep_seed2,2,40,")
 

@@ -32,8 +32,7 @@ from sepllm_train.analysis.probe.interventions import (
 from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
 from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.base.statistics import Estimate, token_mean
-from sepllm_train.compare.student import estimate
+from sepllm_train.base.statistics import Estimate, estimate, token_mean
 from sepllm_train.config.schema import require
 from sepllm_train.runs.evaluate import attending, samples_of, text_of
 from sepllm_train.runs.folder import Run, alone, describe, load_run, read_config

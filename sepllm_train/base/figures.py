@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 # Told apart on white, on black and by colour-blind readers; the markers and dashes go on where the colours end.
 COLOURS = ("#1f77c9", "#d9601a", "#12936a", "#b152b0", "#a08000", "#d6477a", "#5b6fd8", "#7a7f87")
@@ -58,14 +58,14 @@ def dressed(plot: Axes, title: str, across: str, up: str, *, axis: Literal["both
     return plot
 
 
-def headline(figure: Figure, title: str) -> None:
+def headline(figure: FigureBase, title: str) -> None:
     """Put a title over all panels, on as many lines as it takes."""
     figure.suptitle(textwrap.fill(title, _TITLE), x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
-def legend_below(figure: Figure, *, columns: int = 3, **more: Any) -> None:
+def legend_below(figure: FigureBase, *, columns: int = 3, **more: Any) -> None:
     """Put the legend under the axes, where it covers nothing."""
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=columns, **more)
+    figure.legend(frameon=False, fontsize=9, title_fontsize=9, loc="outside lower center", ncols=columns, **more)
 
 
 def svg(figure: Figure) -> str:

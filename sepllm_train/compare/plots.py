@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,9 +33,11 @@ from sepllm_train.runs.records import LOSS, Run
 
 # The first part of training, where every loss falls from the same height, is left above the figure.
 HIDDEN_START = 0.2
-# Variants whose bands can be told apart in one panel; more of them get a panel each.
-_TOGETHER = 4
+# Bands and lines that can be told apart in one panel; more variants get a panel each, so many side by side.
+_BANDS, _LINES = 2, 4
 _COLUMNS = 3
+# Height of a row of panels and of the legend under them, inches.
+_PANEL, _LEGEND = 2.2, 0.55
 BAND = (
     "Lines are means over the seeds of a variant, at the steps at which all of them were validated; the band reaches "
     "from the lowest seed to the highest, and each seed is a faint line. The band shows how far seeds lie apart, not "
@@ -125,7 +128,7 @@ def draw_curves(
 
     def panel(plot: Axes, shown: Sequence[int], *, first: bool) -> None:
         for number in shown:
-            _draw_variant(plot, variants[number], number, axis.key, size)
+            _draw_variant(plot, variants[number], number, axis.key, size, marked=not apart)
             cost = reaches[number].costs[axis.key] if reaches else None
             if cost is not None and loss is not None:
                 plot.vlines(cost / size, 0, loss, color=_colour(number), linewidth=1, linestyle=DASHES)
@@ -133,36 +136,42 @@ def draw_curves(
             plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
             if first:
                 # At the left, where every curve is still far above.
-                at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 9}
-                plot.annotate(f"{loss:.4f}", (0, loss), xytext=(4, 4), **at)
+                at = ("axes fraction", "data")
+                plot.annotate(
+                    f"{loss:.4f}", (0, loss), xycoords=at, xytext=(4, 4), textcoords="offset points", fontsize=9
+                )
         plot.set_xlim(0, 1.03 * spent / size)
         plot.set_ylim(low, high)
 
-    def together(figure: Figure) -> None:
+    def draw_together(figure: Figure) -> None:
         plot = dressed(figure.add_subplot(), axis.title, label, "loss (nats per token)")
         panel(plot, range(len(variants)), first=True)
-        legend_below(figure, title=_legend_title(variants), title_fontsize=9)
+        legend_below(figure, title=_legend_title(variants))
 
-    def apart(figure: Figure) -> None:
-        plots = figure.subplots(height, _COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+    def draw_apart(figure: Figure) -> None:
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height - _LEGEND, _LEGEND))
+        upper, lower = parts
+        plots = list(upper.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
         for plot, number in zip(plots, range(1, len(variants)), strict=False):
             dressed(plot, "", "", "").set_title(_name(variants[number]), loc="left", fontsize=10)
             for other in range(1, len(variants)):
                 _draw_mean(plot, variants[other], axis.key, size, color=FAINT, linewidth=0.8, zorder=1)
             panel(plot, (0, number), first=number == 1)
-        for plot in list(plots)[len(variants) - 1 :]:
-            plot.set_visible(False)
-        headline(figure, axis.title)
-        figure.supxlabel(label, fontsize=10)
-        figure.supylabel("loss (nats per token)", fontsize=10)
-        lines = [Line2D([], [], color=colour) for colour in (_colour(0), INK, FAINT)]
-        names = [f"{_name(variants[0])}", "the variant of the panel, in colour", "the others"]
-        legend_below(figure, title=_legend_title(variants), title_fontsize=9, handles=lines, labels=names)
+        for place in range(len(variants) - 1, len(plots)):
+            plots[place].set_visible(False)
+            plots[place - columns].tick_params(labelbottom=True)
+        headline(upper, axis.title)
+        upper.supxlabel(label, fontsize=10)
+        upper.supylabel("loss (nats per token)", fontsize=10)
+        handles = [Line2D([], [], color=colour) for colour in (_colour(0), FAINT)]
+        names = [_name(variants[0]), "the variants of the other panels"]
+        legend_below(lower, title=_legend_title(variants), handles=handles, labels=names)
 
-    if len(variants) <= _TOGETHER:
-        return picture((WIDTH, 4.9), together)
-    height = math.ceil((len(variants) - 1) / _COLUMNS)
-    return picture((WIDTH, 1.5 + 2.2 * height), apart)
+    apart = len(variants) > (_BANDS if any(variant.seeds > 1 for variant in variants) else _LINES)
+    columns = min(_COLUMNS, len(variants) - 1)
+    lines = math.ceil((len(variants) - 1) / columns)
+    height = 1.0 + _LEGEND + _PANEL * lines if apart else 4.9
+    return picture((WIDTH, height), draw_apart if apart else draw_together)
 
 
 def _colour(number: int) -> str:
@@ -180,7 +189,7 @@ def _legend_title(variants: Sequence[Variant]) -> str:
     return "validation, mean of seeds (faint: each seed; band: lowest to highest)"
 
 
-def _draw_variant(plot: Axes, variant: Variant, number: int, key: str, size: float) -> None:
+def _draw_variant(plot: Axes, variant: Variant, number: int, key: str, size: float, *, marked: bool) -> None:
     """Draw the curves of one variant; `size` is the unit of the horizontal axis."""
     colour = _colour(number)
     if variant.seeds == 1:
@@ -194,8 +203,7 @@ def _draw_variant(plot: Axes, variant: Variant, number: int, key: str, size: flo
         curve = mean_curve(variant, key)
         lows, highs = [point.low for point in curve], [point.high for point in curve]
         plot.fill_between([p.spent / size for p in curve], lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    few = len(points(variant.runs[0])) <= 60
-    marker = MARKERS[number % len(MARKERS)] if few else None
+    marker = MARKERS[number % len(MARKERS)] if marked and len(points(variant.runs[0])) <= 60 else None
     _draw_mean(plot, variant, key, size, color=colour, linewidth=1.8, marker=marker, markersize=4, label=_name(variant))
 
 
@@ -296,6 +304,6 @@ def draw_sweep(sweep: Sweep) -> Figure:
         plot.xaxis.set_minor_locator(NullLocator())
         words = "line: mean of seeds; dots: seeds; ring: lowest mean"
         missing = any(point.loss is None for curve in sweep.curves for point in curve.points)
-        legend_below(figure, title=words + ("; cross: not all seeds got there" if missing else ""), title_fontsize=9)
+        legend_below(figure, title=words + ("; cross: not all seeds got there" if missing else ""))
 
     return picture((WIDTH, 4.6), draw)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from sepllm_train.runs.records import CUMULATIVE, LOSS, Run
 
 # Value of --loss for the reference's final validation loss, seed by seed.
 REFERENCE = "reference"
+# Characters of a line on the terminal.
+CONSOLE = 120
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,10 @@ class Report:
         return [METHOD, *([SEEDS] if several_seeds(self.variants) else []), *([TIMED] if self.timing else [])]
 
     def console(self) -> str:
-        """What the terminal shows."""
-        shown = [table.markdown() for table in self.main_tables()]
-        return "\n".join([*shown, self.convention(), "", *self.notes, self.verdict, ""])
+        """Text for the terminal, at most CONSOLE characters wide."""
+        shown = [table.text(CONSOLE) for table in self.main_tables()]
+        prose = [_filled(text) for text in (self.convention(), *self.notes, self.verdict)]
+        return "\n".join([*shown, prose[0], "", *prose[1:], ""])
 
     def markdown(self) -> str:
         """The whole comparison as Markdown."""
@@ -303,3 +307,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _filled(text: str) -> str:
+    """Break a paragraph into lines of the terminal; paths stay whole."""
+    return textwrap.fill(text, CONSOLE, break_long_words=False, break_on_hyphens=False)

@@ -50,6 +50,22 @@ class Table:
         ]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
+    def text(self, width: int) -> str:
+        """Return the table for a terminal: in parts, each with the first column, where it is wider than `width`."""
+        header, *lines = [self.header, *self.rows]
+        widths = [max(3, *(len(line[i]) for line in [header, *lines])) + 3 for i in range(len(header))]
+        parts: list[str] = []
+        begin = 1
+        while begin < len(header):
+            end = begin + 1
+            while end < len(header) and 1 + widths[0] + sum(widths[begin : end + 1]) <= width:
+                end += 1
+            title = f"{self.title} (continued)" if parts else self.title
+            shown = [[line[0], *line[begin:end]] for line in (header, *lines)]
+            parts.append(Table(title, shown[0], shown[1:]).markdown())
+            begin = end
+        return "\n".join(parts)
+
 
 def several_seeds(variants: Sequence[Variant]) -> bool:
     """Whether any variant has more than one run."""

@@ -184,17 +184,15 @@ def sweep_verdict(sweep: Sweep) -> str:
     """
     parts = [_best_rate(sweep, curve) for curve in sweep.curves]
     first = sweep.curves[0]
-    compared = 0
     for curve in sweep.curves[1:]:
         if curve.best is None or first.best is None:
             continue
         change = difference(curve.best.variant, first.best.variant, value_at(sweep.tokens))
         if change is not None and change.low is not None:
-            compared += 1
-            words = "lower" if change.mean < 0 else "higher"
-            shown = f"is {words}" if change.excludes(0) else "is not shown to differ"
+            words = "lower than" if change.mean < 0 else "higher than"
+            shown = words if change.excludes(0) else "not shown to differ from"
             interval = f"{change.mean:+.4f}, 95% interval {change.low:+.4f} to {change.high:+.4f}"
-            parts.append(f"At its own best rate the loss of {curve.label} {shown} from {first.label}'s ({interval}).")
+            parts.append(f"At its own best rate the loss of {curve.label} is {shown} {first.label}'s ({interval}).")
     several = any(point.variant.seeds > 1 for curve in sweep.curves for point in curve.points)
     if several:
         parts.append(

@@ -13,6 +13,7 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
+from sepllm_train.compare.results import find_sweep
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.compare.variants import Variant, read_variants, runs_of
@@ -77,10 +78,10 @@ def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
     gathered = {variant: [run for run in found if variant_of[run.folder.name] == variant] for variant in order}
     variants = _with_a_seed_in_common([Variant(variant, own) for variant, own in gathered.items() if own], notes)
     timing = timing_file(plan.folder, length)
-    if not timing.exists():
+    if not timing.exists() and find_sweep(variants) is None:
         notes.append(
-            "The variants were not timed in interleaved rounds: seconds are those that the runs took beside each other and beside "
-            "whatever else ran, and do not compare."
+            "The variants were not timed in interleaved rounds: seconds are those that the runs took beside each other "
+            "and beside whatever else ran, and do not compare."
         )
     return build_report(
         variants,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sepllm_train.compare_runs import main
-from tests.compare.run_records import training, validation
+from tests.compare.run_records import training, unwrapped, validation
 
 GOOD = [validation(0, 6), validation(10, 5), validation(20, 4)]
 
@@ -58,7 +58,7 @@ def test_another_order_of_the_data_is_a_caveat(
     one = make_run("one", GOOD)
     two = make_run("two", GOOD, comparable={"seed_of_data_order": 7}, devices="NVIDIA H200", parameters=6_000_000)
     assert main([str(one), str(two), "--output", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
+    printed = unwrapped(capsys.readouterr().out)
     assert "different orders" in printed and "different devices" in printed and "different sizes" in printed
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.plots import mean_curve
-from sepllm_train.compare.report import REFERENCE, Report, build_report
+from sepllm_train.compare.report import CONSOLE, REFERENCE, Report, build_report
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.compare.variants import read_variants
 from sepllm_train.compare_runs import main
-from tests.compare.run_records import validation
+from tests.compare.run_records import unwrapped, validation
 
 Seeds = Callable[..., list[Path]]
 
@@ -53,7 +53,8 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
     # Geometric mean of 10, 20 and 10 thousand tokens: 12,599; times 2 is that of 40, 10 and 40.
     assert found.reaches[0].costs["tokens"] == pytest.approx(12_599.2, abs=0.1)
     assert found.reaches[1].costs["tokens"] == pytest.approx(25_198.4, abs=0.1)
-    row = cells(found.console(), "To reach validation loss 5.0000")["sep"]
+    assert max(map(len, found.console().splitlines())) <= CONSOLE
+    row = cells(found.markdown(), "To reach validation loss 5.0000")["sep"]
     assert row == [
         "3",
         "75.6 MFLOPs",
@@ -218,7 +219,7 @@ def test_timed_steps_replace_the_seconds(make_seeds: Seeds, timing: Callable[...
     assert (ratio.estimate.mean, ratio.estimate.high) == pytest.approx((1.5, 1.5 * math.exp(1.007236)), rel=1e-5)
     # FLOPs do not depend on the clock.
     assert found.reaches[1].ratios["flops/model"].estimate.low == pytest.approx(2)  # type: ignore[union-attr]
-    console = found.console()
+    console = unwrapped(found.console())
     assert "seconds (timed steps)" in console and "3 rounds of all variants in one process (threads 2)" in console
     assert "1.500x (95% interval 0.548 to 4.107) the timed seconds" in found.verdict
     assert cells(found.markdown(), "Timed steps")["sep"] == ["3", "0.750x [0.274, 2.054]", "3"]
@@ -295,7 +296,7 @@ def test_the_command_with_seeds_writes_pages_and_numbers(
     assert main([*arguments, "--strict"]) == 2
     assert str(sep[2]) in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(arguments) == 0
-    assert f"Left out: {sep[2] / 'metrics.jsonl'} has 0 validation points" in capsys.readouterr().out
+    assert f"Left out: {sep[2] / 'metrics.jsonl'} has 0 validation points" in unwrapped(capsys.readouterr().out)
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["label"], [run["seed"] for run in row["runs"]], row["pairs"]) for row in numbers["rows"]] == [
         ("dense", [1, 2], 2),

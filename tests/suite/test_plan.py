@@ -84,6 +84,30 @@ def test_seeds_are_the_outer_loop_so_that_a_part_is_a_whole_comparison() -> None
     assert [run.name for run in plan.selected(config.suite.only)] == ["dense_8192_seed2", "sep_8192_seed2"]
 
 
+def test_learning_rates_make_a_variant_of_each_pattern_and_rate() -> None:
+    config = suite("+suite=learning_rate", "suite.size=toy", "suite.lengths=[128]")
+    names = [f"{pattern}_lr{rate}" for pattern in ("dense", "sep") for rate in ("0.001", "0.004", "0.016")]
+    assert list(config.variants) == names and config.reference == "dense_lr0.004"
+    plan = make_plan(config, None)
+    assert {run.steps for run in plan.runs} == {config.size.steps}, "losses at equal tokens"
+    run = next(run for run in plan.runs if run.variant == "sep_lr0.016")
+    assert run.overrides[-2:] == ["optim.lr=0.016", "optim.min_lr=0.0016"]
+    only = suite("+suite=learning_rate", "suite.size=cpu", "~suite.variants.sep", "suite.learning_rates=[1e-4,3e-3]")
+    assert list(only.variants) == ["dense_lr0.0001", "dense_lr0.003"]
+    chosen = suite(
+        "+suite=paper", "suite.same_steps=true", "suite.learning_rates=[1e-3]", "suite.only.variants=[sep_lr0.001]"
+    )
+    assert [run.variant for run in make_plan(chosen, None).selected(chosen.suite.only)] == ["sep_lr0.001"] * 6
+
+
+def test_older_names_are_still_read() -> None:
+    config = suite(
+        "+suite=paper", "suite.only.rows=[dense]", "sizes.cpu.timing_turns=3", "+suite.rows.own=['model=pythia31m']"
+    )
+    assert config.suite.only.variants == ["dense"] and config.size.timing_rounds == 3
+    assert config.variants["own"] == ["model=pythia31m"] and config.variants["dense"] == ["attention=dense"]
+
+
 def test_a_fixed_plan_refuses_another_and_takes_the_same(tmp_path: Path, sample_prefix: Path) -> None:
     root = f"suite.root={tmp_path}"
     plan = make_plan(suite("+suite=paper", "suite.size=toy", root), str(sample_prefix))
@@ -135,6 +159,8 @@ def test_folders_reach_a_run_as_they_are(folder: str) -> None:
         (["+suite=paper", "suite.variants.sep=['seed=4']"], "seed=4 is part of the plan: set it by suite.seeds."),
         (["+suite=paper", "suite.size=toy", "sizes.toy.timing_rounds=9"], "take 10 steps, and a run has 6"),
         (["+suite=paper", "suite.name=../x"], "'../x' is no name for a suite or a variant"),
+        (["+suite=paper", "suite.learning_rates=[1e-3]"], "are compared at equal tokens: set suite.same_steps."),
+        (["+suite=learning_rate", "suite.learning_rates=[1e-3,1e-3]"], "suite.learning_rates=[0.001, 0.001] names one"),
         (["+suite=paper", "suite.prefix=a", "suite.text=[b.txt]"], "suite.prefix=a is prepared data"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the user reads on the terminal."""
+"""Output on the terminal, and numbers as people read them."""
 
 from __future__ import annotations
 

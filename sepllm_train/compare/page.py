@@ -78,7 +78,7 @@ def page(
     figures = "".join(
         f'<figure role="img" aria-label="{escape(name)}">{drawing}</figure>' for name, drawing in drawings
     )
-    told = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
+    paragraphs = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
     words = "".join(f"<dt>flops/{key}</dt><dd>{escape(c.words)}</dd>" for key, c in CONVENTIONS.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -99,7 +99,7 @@ def page(
 <h2>How FLOPs are counted</h2>
 <dl>{words}</dl>
 <h2>How the figures are made</h2>
-{told}
+{paragraphs}
 </body>
 </html>
 """

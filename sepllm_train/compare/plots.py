@@ -183,7 +183,7 @@ def _name(variant: Variant) -> str:
 
 
 def _legend_title(variants: Sequence[Variant]) -> str:
-    """What the lines and what is faint behind them are."""
+    """Meaning of the lines and of what is faint behind them."""
     if all(variant.seeds == 1 for variant in variants):
         return "validation (faint: training, averaged)"
     return "validation, mean of seeds (faint: each seed; band: lowest to highest)"

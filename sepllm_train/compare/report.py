@@ -89,11 +89,11 @@ class Report:
         return _target(self.variants, self.loss)
 
     def convention(self) -> str:
-        """How FLOPs are counted."""
+        """The convention by which FLOPs are counted."""
         return f"flops/{self.flops}: {CONVENTIONS[self.flops].words}"
 
     def method(self) -> list[str]:
-        """How the figures are made, in paragraphs."""
+        """Paragraphs on how the figures are made."""
         return [METHOD, *([SEEDS] if several_seeds(self.variants) else []), *([TIMED] if self.timing else [])]
 
     def console(self) -> str:
@@ -180,7 +180,7 @@ class Report:
         return curves
 
     def _legend(self) -> str:
-        """What the lines of the figures mean."""
+        """Meaning of the lines in the figures."""
         several = several_seeds(self.variants)
         reached = (
             f"Dashed lines mark where each {'variant' if several else 'run'} first reached the loss of the first table."
@@ -219,7 +219,7 @@ def build_report(
     reaches, equal = to_reach(variants, target), at_equal_tokens(variants)
     sweep = find_sweep(variants) if loss is None or target is None else None
     words = _target(variants, target)
-    told = [*notes, *pairing_notes(variants), *caveats(runs, _same_orders(variants), timing is not None)]
+    sentences = [*notes, *pairing_notes(variants), *caveats(runs, _same_orders(variants), timing is not None)]
     return Report(
         variants=variants,
         loss=target,
@@ -230,7 +230,7 @@ def build_report(
         verdict=sweep_verdict(sweep)
         if sweep is not None
         else verdict(Findings(variants, reaches, equal, words, words if target is not None else "that loss", flops)),
-        notes=told + ([timing.words()] if timing is not None else []),
+        notes=sentences + ([timing.words()] if timing is not None else []),
         timing=timing,
         sweep=sweep,
     )
@@ -288,7 +288,7 @@ def _reachable(loss: float, runs: Sequence[Run]) -> float:
 
 
 def _same_orders(variants: Sequence[Variant]) -> bool:
-    """Whether only runs of one seed are set against each other."""
+    """True if only runs of one seed are set against each other."""
     return all(run.seed == partner.seed for variant in variants for run, partner in pairs(variant, variants[0]))
 
 

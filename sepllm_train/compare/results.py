@@ -29,7 +29,7 @@ SWEEP = 3
 
 @dataclass(frozen=True)
 class Reach:
-    """What one run spent to first have the validation loss `target` (nats per token), by the names of CUMULATIVE.
+    """Costs of one run until it first had the validation loss `target` (nats per token), by the names of CUMULATIVE.
 
     `state` is REACHED; AT_MOST when already the first validation point is below the target, so that `spent` is an upper
     bound; or NOT_REACHED: then `spent` is the whole budget, which is a lower bound.
@@ -64,7 +64,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class VariantReach:
-    """What a variant spent to reach a loss: `costs` are geometric means, None unless every run reached it exactly."""
+    """Costs of a variant until it reached a loss: geometric means, None unless every run reached it exactly."""
 
     label: str
     runs: list[Reach]
@@ -166,7 +166,7 @@ def _variant_reach(variant: Variant, reference: Variant, loss: float | None) -> 
 
 
 def reach(run: Run, target: float) -> Reach:
-    """When a run first had validation loss `target`."""
+    """Costs of a run until it first had validation loss `target`."""
     found = first_reach(run, target)
     if found is None:
         last = points(run)[-1]
@@ -234,7 +234,7 @@ def _range(cost: Bounds, other: Bounds) -> Bounds:
 
 @dataclass(frozen=True)
 class FirstReach:
-    """What a run had spent when it first had a loss, by the names of CUMULATIVE.
+    """Costs of a run when it first had a loss, by the names of CUMULATIVE.
 
     `exact` is False when already the first validation point is below that loss: the true cost is at most this.
     """
@@ -264,7 +264,7 @@ def common_tokens(runs: Sequence[Run]) -> float:
 
 
 def first_reach(run: Run, loss: float) -> FirstReach | None:
-    """When the validation loss was first `loss` or lower; None when it never was."""
+    """Find the point at which the validation loss was first `loss` or lower; None when it never was."""
     before: Record | None = None
     for after in points(run):
         if after[LOSS] <= loss:

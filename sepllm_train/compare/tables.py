@@ -68,12 +68,12 @@ class Table:
 
 
 def several_seeds(variants: Sequence[Variant]) -> bool:
-    """Whether any variant has more than one run."""
+    """True if any variant has more than one run."""
     return any(variant.seeds > 1 for variant in variants)
 
 
 def to_reach(variants: Sequence[Variant], reaches: Sequence[VariantReach], flops: str, target: str) -> Table:
-    """What each variant spent to reach the loss that `target` names, and its ratio to the first variant's."""
+    """Costs of each variant until the loss that `target` names, and their ratios to the first variant's."""
     lines = []
     for number, (variant, found) in enumerate(zip(variants, reaches, strict=True)):
         alone = len(found.runs) < 2
@@ -207,7 +207,7 @@ def what_differs(variants: Sequence[Variant]) -> Table:
 
 
 def _kind(variants: Sequence[Variant]) -> str:
-    """What a line of a table is."""
+    """Name of what a line of a table is about."""
     return "variant" if several_seeds(variants) else "run"
 
 
@@ -237,7 +237,7 @@ def flops_text(value: float) -> str:
 
 
 def columns(flops: str) -> list[tuple[str, Show]]:
-    """What a run spends: keys of the records with the way to show a number of each."""
+    """Kinds of cost of a run: keys of the records with the way to show a number of each."""
     return [(f"flops/{flops}", flops_text), ("seconds", duration), ("tokens", quantity)]
 
 
@@ -265,7 +265,7 @@ def difference_text(estimate: Interval) -> str:
 
 
 def cost_text(variant: VariantReach, key: str, show: Show, first: bool) -> str:
-    """What a variant spent; a loss that was not reached is told in the `first` column of the costs."""
+    """Cost of a variant; a loss that was not reached is reported in the `first` column of the costs."""
     cost = variant.costs[key]
     if cost is not None:
         return show(cost)
@@ -277,14 +277,14 @@ def cost_text(variant: VariantReach, key: str, show: Show, first: bool) -> str:
 
 
 def not_reached(variant: VariantReach) -> str:
-    """How many runs of a variant reached the loss."""
+    """Number of runs of a variant that reached the loss, in words."""
     if len(variant.runs) == 1:
         return f"not reached (best {variant.runs[0].best:.4f})"
     return f"{variant.count(REACHED, AT_MOST)} of {len(variant.runs)} seeds reached it"
 
 
 def run_cost(run: Reach, key: str, show: Show) -> str:
-    """What one run spent; its whole budget, as a lower bound, when it did not reach the loss."""
+    """Cost of one run; its whole budget, as a lower bound, when it did not reach the loss."""
     word = {REACHED: "", AT_MOST: "at most ", NOT_REACHED: "over "}[run.state]
     return word + show(run.spent[key])
 

@@ -57,7 +57,7 @@ class VariantTiming:
 
 @dataclass(frozen=True)
 class Timing:
-    """A timing file: `variants` by label, and what it tells about the machine."""
+    """A timing file: `variants` by label, and what it records of the machine."""
 
     path: Path
     variants: dict[str, VariantTiming]
@@ -71,7 +71,7 @@ class Timing:
         raise UserError(f"--timing {self.path} has no row {label!r}: it holds {', '.join(self.variants)}.")
 
     def words(self) -> str:
-        """Where the seconds come from, in words for a reader."""
+        """Source of the seconds, in words for a reader."""
         rounds = len(next(iter(self.variants.values())).rounds)
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value not in (None, ""))
         where = f" ({machine})" if machine else ""
@@ -98,8 +98,8 @@ def read_timing(path: Path) -> Timing:
     variants = {str(label): _variant(value, f"--timing {path}: row {label!r}") for label, value in found.items()}
     counts = {label: len(variant.rounds) for label, variant in variants.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{label} {count}" for label, count in counts.items())
-        raise UserError(f"--timing {path} has rows of different numbers of turns ({told}): time them in one process.")
+        listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise UserError(f"--timing {path} has rows of different numbers of turns ({listed}): time them in one process.")
     machine = content.get("machine")
     return Timing(path, variants, machine if isinstance(machine, dict) else {})
 

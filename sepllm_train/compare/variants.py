@@ -30,7 +30,7 @@ REQUIRED = {
     "vocabulary": "vocabularies",
     "sequence_length": "sequence lengths",
 }
-# Noise between runs, not another task: told as a caveat.
+# Noise between runs, not another task: reported as a caveat.
 ALLOWED = "seed_of_data_order"
 # Another padding of the vocabulary, of a run resumed on more processes, moves FLOPs by less than this; another way to
 # count them by more.
@@ -206,7 +206,7 @@ def _labels(gathered: Sequence[list[Run]], groups: bool) -> list[str]:
 
 
 def _stem(variant: Sequence[Run]) -> str:
-    """What the names of a variant's runs have in common when the seed is taken off; the first name if nothing."""
+    """Common part of the names of a variant's runs without the seed; the first name if there is none."""
     found = [SEED_SUFFIX.search(run.label) for run in variant]
     stems = {run.label[: match.start()] if match else run.label for run, match in zip(variant, found, strict=True)}
     # A single run may well be called sep_s64 for another reason than its seed.
@@ -263,15 +263,15 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key in REQUIRED:
             if key not in run.info["comparable"]:
                 raise UserError(f"{run.folder / 'run.json'} has no comparable.{key}, so the run cannot be compared.")
-    first, told = runs[0].info["comparable"], flatten(runs[0].info["comparable"])
+    first, settings = runs[0].info["comparable"], flatten(runs[0].info["comparable"])
     for run in runs[1:]:
         other = flatten(run.info["comparable"])
         for key in [*REQUIRED, *sorted((first.keys() | run.info["comparable"].keys()) - REQUIRED.keys() - {ALLOWED})]:
-            for name in sorted(n for n in told.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
-                if told.get(name) != other.get(name):
+            for name in sorted(n for n in settings.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
+                if settings.get(name) != other.get(name):
                     raise UserError(
                         f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
-                        f"{told.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "
+                        f"{settings.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "
                         f"{run.folder}."
                     )
 
@@ -279,9 +279,9 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings of run.json that differ between the runs: dotted name to the value in each run."""
     groups = ("parameters", "attention", "world_size", "devices", "status", "steps", "curriculum")
-    told = [flatten({key: run.info[key] for key in groups if key in run.info}) for run in runs]
-    names = list(dict.fromkeys(name for settings in told for name in settings))
-    values = {name: [settings.get(name) for settings in told] for name in names}
+    found = [flatten({key: run.info[key] for key in groups if key in run.info}) for run in runs]
+    names = list(dict.fromkeys(name for settings in found for name in settings))
+    values = {name: [settings.get(name) for settings in found] for name in names}
     return {name: variant for name, variant in values.items() if any(value != variant[0] for value in variant)}
 
 
@@ -301,12 +301,12 @@ def check_counts(run: Run) -> None:
                 )
     if _curriculum(run):
         return
-    told = [record for record in records if record["tokens"] > 0]
-    for record in told[1:]:
-        if not math.isclose(dense_flops(record), dense_flops(told[0]), rel_tol=SAME_COUNT):
+    counted = [record for record in records if record["tokens"] > 0]
+    for record in counted[1:]:
+        if not math.isclose(dense_flops(record), dense_flops(counted[0]), rel_tol=SAME_COUNT):
             raise UserError(
-                f"{run.metrics_file} counts {dense_flops(told[0]):,.0f} flops/dense per token up to step "
-                f"{told[0]['step']} and {dense_flops(record):,.0f} up to step {record['step']}: its conventions "
+                f"{run.metrics_file} counts {dense_flops(counted[0]):,.0f} flops/dense per token up to step "
+                f"{counted[0]['step']} and {dense_flops(record):,.0f} up to step {record['step']}: its conventions "
                 "are mixed."
             )
 
@@ -332,7 +332,7 @@ def dense_flops(record: Record) -> float:
 
 
 def _shape(run: Run) -> Any:
-    """What flops/dense per token depends on."""
+    """Everything that flops/dense per token depends on."""
     identity = run.info.get("identity")
     settings = identity if isinstance(identity, dict) else {}
     model = {key: value for key, value in settings.items() if key.startswith("model.")}
@@ -349,25 +349,25 @@ def caveats(runs: Sequence[Run], paired: bool = False, timed: bool = False) -> l
 
     `paired`: only runs of one order of the data are set against each other; `timed`: the seconds are not the runs'.
     """
-    told = []
+    sentences = []
     for run in runs:
         if run.info.get("status") != "finished":
-            told.append(f"{run.label} is not finished: its curve may still go on.")
+            sentences.append(f"{run.label} is not finished: its curve may still go on.")
         if run.info["comparable"].get("earlier_data"):
-            told.append(f"{run.label} went on with other data: its earlier losses are of the data before.")
+            sentences.append(f"{run.label} went on with other data: its earlier losses are of the data before.")
     hardware = [(run.info.get("devices"), run.info.get("world_size")) for run in runs]
     if not timed and any(h != hardware[0] for h in hardware):
-        told.append("The runs used different devices or numbers of processes: their seconds do not compare.")
+        sentences.append("The runs used different devices or numbers of processes: their seconds do not compare.")
     orders = [run.info["comparable"].get(ALLOWED) for run in runs]
     if not paired and any(order != orders[0] for order in orders):
-        told.append(
+        sentences.append(
             "The runs read the data in different orders, and may be validated on different sequences of the held-out "
             "documents: part of a difference in loss is that."
         )
     sizes = [run.info.get("parameters") for run in runs]
     if any(size != sizes[0] for size in sizes):
-        told.append("The runs trained models of different sizes.")
-    return told
+        sentences.append("The runs trained models of different sizes.")
+    return sentences
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a comparison shows, in one paragraph that claims no more than its seeds carry."""
+"""The verdict of a comparison: one paragraph that claims no more than its seeds carry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE_RUN = (
 
 @dataclass(frozen=True)
 class Findings:
-    """What the paragraph is written from: variants with their figures, and the convention.
+    """Input of the verdict: variants with their figures, and the convention.
 
     `target` is the loss to reach in words, `again` how it is called from the second time on.
     """
@@ -114,11 +114,11 @@ def _several_pairs(findings: Findings, index: int) -> str:
             shown.append(fewer if estimate is not None and estimate.mean < 1 else more)
         else:
             open_.append(fewer.split()[-1])
-    told = [f"it took {_listed(shown)}"] if shown else []
-    told += [f"no difference in {_listed(open_, 'or')} is shown"] if open_ else []
+    clauses = [f"it took {_listed(shown)}"] if shown else []
+    clauses += [f"no difference in {_listed(open_, 'or')} is shown"] if open_ else []
     return (
         f"Over {seeds} seeds, {label} reached {findings.target} with {_listed(ratios)} of {reference}: "
-        f"{'; '.join(told)}. {_losses(findings, index)}"
+        f"{'; '.join(clauses)}. {_losses(findings, index)}"
     )
 
 
@@ -156,7 +156,7 @@ def _losses(findings: Findings, index: int) -> str:
 
 
 def _intervals(compared: int) -> str:
-    """How the intervals are made, and what several variants do to them."""
+    """Sentence on the intervals, and on what several variants do to them."""
     text = "Intervals are 95% by Student's t over pairs of runs of the same seed"
     if compared == 1:
         return f"{text}."

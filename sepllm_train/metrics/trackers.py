@@ -29,7 +29,7 @@ _MOST_WAITING = 10_000
 
 
 class Tracker(Protocol):
-    """Where records are mirrored to. All but `abandon` are called in one thread and may raise anything."""
+    """A service or file that records go to. All calls but `abandon` come from one thread and may raise anything."""
 
     title: str
     # What the user should read, put there by the tracker and said by the run.
@@ -51,7 +51,7 @@ class Tracker(Protocol):
 class Mirror:
     """Feeds `tracker` with the records that `path` (metrics.jsonl) has at the start, then with those given to `log`.
 
-    metrics.jsonl is the source of truth. A tracker that raises, hangs or falls behind is told of in one warning and
+    metrics.jsonl is the source of truth. A tracker that raises, hangs or falls behind gets one warning and is
     left: nothing is raised here, and no call waits for longer than the limits of this module. A tracker says with
     `open` from which step on it lacks records; the others are not given to it again.
     """

@@ -49,7 +49,7 @@ def host() -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B would find credentials: in the environment, or for its host in the netrc file."""
+    """True if W&B would find credentials: in the environment, or for its host in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     with contextlib.suppress(OSError, netrc.NetrcParseError):
@@ -117,7 +117,7 @@ class WandbTracker:
         self.run.finish(exit_code=_EXIT_CODES.get(status, 1))
         wandb.teardown()
         if self.mode == "offline":
-            # That it could not write the file, W&B tells no one.
+            # W&B does not report that it could not write the file.
             if not has_ended(Path(self.run.settings.sync_file)):
                 raise OSError(f"{self.run.settings.sync_file} is not whole: is the disk full?")
             self.messages.put(f"W&B: recorded offline, upload it with: {self._upload()}")

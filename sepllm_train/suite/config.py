@@ -27,7 +27,7 @@ ACTIONS = ("train", "time", "evaluate", "report")
 
 @dataclass
 class SizeConfig:
-    """How large the runs of a suite are. Tokens are those of all processes together."""
+    """Size of the runs of a suite. Tokens are those of all processes together."""
 
     # Entries of the tokenizer that is trained on suite.text; of no effect with suite.tokenizer or suite.prefix.
     vocabulary: int = 8192

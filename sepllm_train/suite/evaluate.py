@@ -72,7 +72,7 @@ def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
 
 @dataclass(frozen=True)
 class PatternShares:
-    """What a variant attends, keeps and costs: means over held-out samples and layers.
+    """Pairs that a variant attends, keys that it keeps and FLOPs that it costs: means over held-out samples and layers.
 
     `attended`: visible pairs over those of the causal triangle. `kept`: keys that the last token of a sequence sees
     over all keys up to it, which is what a cache has to hold there (the paper's runtime KV at the last token of a

@@ -33,7 +33,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite trains. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
+    """The runs of a suite. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
 
     folder: Path
     suite: str
@@ -67,7 +67,7 @@ class Plan:
 
 
 def folder_of(config: SuiteSettings) -> Path:
-    """Where the suite is written."""
+    """Folder of the suite."""
     return Path(config.suite.root).expanduser() / f"{config.suite.name}-{config.suite.size}"
 
 
@@ -202,7 +202,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _content(plan: Plan) -> dict[str, Any]:
-    """What plan.json holds and must agree; places on the disk may change. There, a variant is called a row."""
+    """Content of plan.json, which must agree; places on the disk may change. There, a variant is called a row."""
     values = {STORED.get(key, key): value for key, value in asdict(plan).items() if key not in ("folder", "prefix")}
     values["runs"] = [{STORED.get(key, key): value for key, value in run.items()} for run in values["runs"]]
     return values

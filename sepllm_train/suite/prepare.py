@@ -80,7 +80,7 @@ def _train_tokenizer(config: SuiteSettings, place: Path) -> Path:
 
 
 def _source(config: SuiteSettings) -> dict[str, Any]:
-    """What the data is made from: names and sizes of the texts, tokenizer (or entries of its own), and unwrapping."""
+    """Source of the data: names and sizes of the texts, tokenizer (or entries of its own), and unwrapping."""
     suite = config.suite
     texts = [Path(path).expanduser() for path in suite.text]
     own = f"{config.size.vocabulary} entries, trained on the text"

@@ -129,7 +129,7 @@ def _one_of_each(plan: Plan, length: int) -> dict[str, str]:
 
 
 def _pattern_table(report: Report, shares: dict[str, PatternShares]) -> Table:
-    """What each variant attends, keeps and costs, and its loss at the tokens all share."""
+    """Table of what each variant attends, keeps and costs, and of its loss at the tokens all share."""
     reference = shares[report.variants[0].label]
     lines = []
     for equal in report.equal:

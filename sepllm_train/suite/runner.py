@@ -42,7 +42,7 @@ def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     """Train those of `runs` that are not finished, `jobs` at a time, in their order.
 
     A run that fails does not stop the others; at the end UserError names those that did. When the suite is stopped
-    (Interrupted), the runs are told, and save first.
+    (Interrupted), the runs get a signal, and save first.
     """
     waiting = [run for run in runs if not finished(plan, run)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; {jobs} at a time")
@@ -83,7 +83,7 @@ def command_of(plan: Plan, run: PlannedRun) -> list[str]:
 
 
 def launcher(processes: int) -> list[str]:
-    """What starts a Python program in so many processes."""
+    """Words that start a Python program in so many processes."""
     several = ["-m", "sepllm_train.distributed.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *(several if processes > 1 else [])]
 
@@ -174,18 +174,18 @@ class _Progress:
         self.total = sum(run.steps for run in runs)
         self.before = self._done()
         self.began = time.perf_counter()
-        self.told = self.began
+        self.shown = self.began
 
     def tell(self, running: Sequence[RunningJob], now: bool = False) -> None:
         """A line, when one is due."""
-        if not now and time.perf_counter() - self.told < _TELL:
+        if not now and time.perf_counter() - self.shown < _TELL:
             return
-        self.told = time.perf_counter()
+        self.shown = time.perf_counter()
         done = self._done()
         # A run that was killed goes back to its checkpoint.
         self.before = min(self.before, done)
         fresh = done - self.before
-        left = "" if not fresh else f", about {duration((self.told - self.began) / fresh * (self.total - done))} left"
+        left = "" if not fresh else f", about {duration((self.shown - self.began) / fresh * (self.total - done))} left"
         names = ", ".join(f"{job.run.name} {self._step(job.run)}/{job.run.steps}" for job in running)
         say(f"{done:,} of {self.total:,} steps ({done / max(1, self.total):.0%}){left}{' | ' if names else ''}{names}")
 

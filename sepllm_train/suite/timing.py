@@ -63,7 +63,7 @@ def _main(folder: str, length: str, rounds: str, steps: str, prefix: str | None 
 
 
 def machine() -> dict[str, Any]:
-    """What the times depend on beside the code."""
+    """Facts besides the code that the times depend on."""
     own = environment()
     device = own["gpu"] or f"{own['processor']}, {os.cpu_count()} cores"
     return {"device": device, "threads": own["threads"], "python": own["python"], "torch": torch.__version__}
@@ -105,12 +105,12 @@ def figures_of(timed: Rival) -> dict[str, Any]:
     phases = timed.schedule.phases
     medians = [statistics.median(each) for each in zip(*timed.phase_seconds, strict=True)]
     seconds = statistics.fmean(medians, weights=[phase.steps for phase in phases])
-    told = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
+    listed = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
     return {
         "step_seconds": seconds,
         "tokens_per_second": timed.facts.tokens_per_step / seconds,
         "turns": timed.seconds,
-        **({"phases": told} if len(phases) > 1 else {}),
+        **({"phases": listed} if len(phases) > 1 else {}),
         "backends": timed.facts.backends,
     }
 

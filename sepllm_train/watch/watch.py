@@ -90,7 +90,7 @@ class Watch:
         """Tag and state: length of a JSON header (u32, little-endian), the header, curves as float32.
 
         The header has facts of every run. Curves are given of the runs whose rows have changed since the tag `since`;
-        for these, `curves` tells the number of points, and the values of each of its columns follow one another.
+        for these, `curves` has the number of points, and the values of each of its columns follow one another.
         """
         with self._lock:
             tag = self.tag(scale)

@@ -125,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", action="store_true", help="leave the environments, 3 to 7 GB each")
     parser.add_argument("--again", action="store_true", help="also what passed at this commit")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="longest installation; skipped beyond")
-    parser.add_argument(
-        "--record", action="store_true", help="write results/versions.json and the table of docs/versions.md"
-    )
+    parser.add_argument("--record", action="store_true", help="write results/versions.json and docs/versions.md")
     parser.add_argument("--render", action="store_true", help="only write the table of docs/versions.md again")
     return parser
 

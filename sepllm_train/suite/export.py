@@ -1,9 +1,9 @@
-"""A study to keep or to publish: a suite's figures without data, checkpoints and the machine's paths.
+"""Studies: a suite's results to keep or to publish, without data, checkpoints and paths of the machine.
 
-README.md       question, command, commit, machine; written once, to be edited
-report.md       the report, with LENGTH/comparison.md and SVG figures beside it
-summary.json    plan, attended shares, evaluations, timings, and the figures of the report
-runs.jsonl.gz   one run a line: name, config, environment, run.json and metrics
+README.md       question, commit, machine, command; never overwritten, so that it can be edited
+report.md       the report; comparison.md and SVG figures of each sequence length are in the folder of that length
+summary.json    plan, attended fractions, evaluations, timings, all numbers of the report
+runs.jsonl.gz   one run per line: name, config, environment, run.json, metrics
 """
 
 from __future__ import annotations
@@ -30,20 +30,17 @@ LOCAL = ("command", "host")
 
 
 def export(plan: Plan, target: Path) -> None:
-    """Write the finished runs of a suite to `target` as a study, from which a report can be made again.
+    """Write the finished runs of a suite to `target` as a study, from which its report can be made again.
 
     Raises UserError when `target` cannot be written.
     """
     if target.resolve().is_relative_to(plan.folder.resolve()):
         raise UserError(f"suite.export={target} is inside the suite's own folder: choose another one.")
     runs = [_record(plan.run_root / run.name) for run in plan.runs if finished(plan, run)]
-    timings = {path.name: read_json(path) for path in (timing_file(plan.folder, length) for length in plan.lengths)}
-    files = {name: read_json(plan.folder / name) for name in (FILE, SHARES, EVALUATIONS)} | timings
     report = plan.folder / "report"
-    summary = {
-        "files": {name: held for name, held in files.items() if held},
-        "report": read_json(report / "report.json"),
-    }
+    files = [plan.folder / name for name in (FILE, SHARES, EVALUATIONS)]
+    files += [*(timing_file(plan.folder, length) for length in plan.lengths), report / "report.json"]
+    summary = {path.stem: content for path in files if (content := read_json(path))}
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_whole(target / RUNS, packed(runs))
@@ -63,45 +60,44 @@ def export(plan: Plan, target: Path) -> None:
 
 
 def is_study(folder: Path) -> bool:
-    """Whether `folder` holds an exported study and not a suite (or an export of older versions, which is laid out as
-    a suite)."""
+    """True for an exported study, False for a suite's folder; exports of older versions are laid out as suites."""
     return (folder / RUNS).exists() and not (folder / FILE).exists()
 
 
 def unpack(study: Path, folder: Path) -> None:
-    """Write the plan, shares, evaluations, timings and runs of a study to `folder`, as a suite lays them out.
+    """Write the plan, shares, evaluations, timings and runs of a study to `folder`, laid out as a suite.
 
     Raises UserError when the study cannot be read.
     """
-    files = read_json(study / SUMMARY).get("files", {})
+    summary = {f"{Path(key).name}.json": held for key, held in read_json(study / SUMMARY).items() if key != "report"}
     try:
-        runs = [json.loads(line) for line in gzip.decompress((study / RUNS).read_bytes()).splitlines()]
-        for run in runs:
-            place = folder / "runs" / run["name"]
+        for line in gzip.decompress((study / RUNS).read_bytes()).splitlines():
+            run = json.loads(line)
+            place = folder / "runs" / Path(run["name"]).name
             place.mkdir(parents=True, exist_ok=True)
             write_whole(place / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False).encode())
             write_whole(place / "environment.json", (json.dumps(run["environment"], indent=1) + "\n").encode())
             write_whole(place / "run.json", (json.dumps(run["run"], indent=2) + "\n").encode())
             write_whole(place / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in run["metrics"]).encode())
         # The plan last: with it, the folder is a suite.
-        for name in reversed(files):
-            write_whole(folder / name, (json.dumps(files[name], indent=1) + "\n").encode())
+        for name, held in reversed(summary.items()):
+            write_whole(folder / name, (json.dumps(held, indent=1) + "\n").encode())
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{study / RUNS} cannot be unpacked ({error}): restore it.") from None
 
 
 def packed(runs: list[dict[str, Any]]) -> bytes:
-    """runs.jsonl.gz: the same bytes for the same runs."""
+    """Content of runs.jsonl.gz; the same runs give the same bytes."""
     return gzip.compress("".join(json.dumps(run) + "\n" for run in runs).encode(), mtime=0)
 
 
 def _record(source: Path) -> dict[str, Any]:
-    """The records of one run."""
+    """Everything that a run recorded, without paths of the machine."""
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
-    config["run_root"] = "runs"
-    for key in ("prefixes", "validation_prefixes"):
-        config["data"][key] = [Path(prefix).name for prefix in config["data"].get(key, [])]
-    config["data"]["cache"] = None
+    data = config["data"]
+    config["run_root"], data["cache"] = "runs", None
+    for key in data.keys() & {"prefixes", "validation_prefixes"}:
+        data[key] = [Path(prefix).name for prefix in data[key]]
     environment = read_json(source / "environment.json")
     return {
         "name": source.name,
@@ -113,23 +109,29 @@ def _record(source: Path) -> dict[str, Any]:
 
 
 def _readme(plan: Plan, runs: list[dict[str, Any]]) -> str:
-    """What the records tell of a study; the data has no name in them but its hash."""
+    """README.md as far as the records give it: the data is known by its hash."""
     environments = [run["environment"] for run in runs]
-    commits = sorted({(one.get("git") or {}).get("commit", "none")[:12] for one in environments})
-    machines = sorted(
-        {
-            f"{one['gpu'] or one['processor']}, Python {one['python']}, torch {one['packages']['torch']}"
-            for one in environments
-        }
-    )
+    commits = sorted({(one.get("git") or {}).get("commit", "none")[:7] for one in environments})
+    machines = sorted({f"{one['gpu'] or one['processor']}, torch {one['packages']['torch']}" for one in environments})
+    lengths, seeds = (",".join(map(str, values)) for values in (plan.lengths, plan.seeds))
     command = f"python scripts/suite.py +suite={plan.suite} suite.size={plan.size}"
-    return (
-        f"# {plan.suite}, size {plan.size}\n\n"
-        f"Question: {plan.question}\n\nCommit: {', '.join(commits)}\n\nMachine: {'; '.join(machines)}\n\n"
-        f"Data: tokens with SHA-256 {plan.data}\n\n"
-        f"```bash\n{command} 'suite.lengths={plan.lengths}' 'suite.seeds={plan.seeds}'\n```\n\n"
-        "| file | content |\n|---|---|\n"
-        "| [report.md](report.md) | report; comparison and figures of each sequence length in the folder of its name |\n"
-        "| `summary.json` | plan, attended shares, evaluations, timings, and the figures of the report |\n"
-        f"| `runs.jsonl.gz` | {len(runs)} runs, one a line: configuration, environment, run.json, metrics |\n"
-    )
+    return f"""# Suite {plan.suite}, size {plan.size}
+
+Question: {plan.question}
+
+Commit: {", ".join(commits)}
+
+Machine: {"; ".join(machines)}
+
+Data: tokens with SHA-256 {plan.data}
+
+```bash
+{command} 'suite.lengths=[{lengths}]' 'suite.seeds=[{seeds}]'
+```
+
+| file | content |
+|---|---|
+| [report.md](report.md) | report; the comparison at each sequence length is in the folder of that length |
+| `summary.json` | plan, attended fractions, evaluations, timings, all numbers of the report |
+| `runs.jsonl.gz` | {len(runs)} runs, one per line: configuration, environment, run.json, metrics |
+"""

@@ -1,4 +1,4 @@
-"""Results on disk: JSON with machine and command, Markdown, pictures as PNG and SVG."""
+"""Results on disk: JSON with machine and command, Markdown, figures as SVG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
-from sepllm_train.compare.plots import png, svg
+from sepllm_train.compare.plots import svg
 from sepllm_train.training.run_folder import environment
 
 
@@ -29,14 +29,14 @@ def check_output(folder: Path) -> None:
 
 
 def write_report(folder: Path, name: str, result: dict[str, Any], markdown: str, figures: Mapping[str, Figure]) -> None:
-    """Write NAME.json, NAME.md and each figure as PNG and SVG, every file whole, and print the Markdown.
+    """Write NAME.json, NAME.md and each figure as SVG, every file whole, and print the Markdown.
 
     The JSON gets an `environment`: command, code, packages and machine. Raises UserError when that cannot be written.
     """
     content = json.dumps(_plain({**result, "environment": environment()}), indent=1, allow_nan=False)
     files = {f"{name}.json": f"{content}\n".encode(), f"{name}.md": markdown.encode()}
     for title, figure in figures.items():
-        files |= {f"{title}.png": png(figure), f"{title}.svg": svg(figure).encode()}
+        files[f"{title}.svg"] = svg(figure).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():

@@ -133,7 +133,7 @@ def test_report(runs: PostTraining, report: Path) -> None:
     markdown = (report / "recovery.md").read_text()
     assert f"{row['recovered']['mean']:.1%} ± {row['recovered']['error']:.1%}" in markdown
     assert "| post, n = 8 |" in markdown and "Beside continued" in markdown
-    files = {"recovery.json", "recovery.md", "recovered_by_step.png", "recovered_by_step.svg"}
+    files = {"recovery.json", "recovery.md", "recovered_by_step.svg"}
     assert {path.name for path in report.iterdir()} == files
 
 
@@ -143,7 +143,7 @@ def test_no_share_without_a_gap(runs: PostTraining, tmp_path: Path, capsys: Any)
     (row,) = read(tmp_path)["runs"]
     assert row["gap"]["mean"] == 0 and row["recovered"] is None and row["curve"] is None
     assert "continued: no share can be given" in (tmp_path / "recovery.md").read_text()
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.glob("*.svg"))
     capsys.readouterr()
     assert recovery_main([str(runs.root / "post"), "--samples", "1"]) == 0
     assert "post: no share can be given" in capsys.readouterr().out

@@ -293,5 +293,5 @@ def test_console_entry_points_are_named() -> None:
 def test_limits_and_bars_are_those_of_the_code() -> None:
     assert f"wins on CPU up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "attention.md")
     assert f"Up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "performance.md")
-    bars = runpy.run_path(str(REPOSITORY / "kernels" / "benchmarks" / "cpu_attention.py"))["BARS"]
+    bars = runpy.run_path(str(REPOSITORY / "benchmarks" / "attention" / "cpu.py"))["BARS"]
     assert [row[:2] for row in table("docs/performance.md", "S")] == [[str(s), f"{bar}x"] for s, bar in bars.items()]

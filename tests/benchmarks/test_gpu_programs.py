@@ -90,7 +90,7 @@ def _file(time: str, length: int, **kernels: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Two files of one machine that time the same cell: dense baselines, and FlexAttention; and one of other kernels."""
+    """Two files of one machine that time the same cell, dense baselines and FlexAttention; one of other kernels."""
     ours, cudnn = {"sparse": True, **_timing(2.0)}, {"sparse": False, **_timing(5.0)}
     flash, missing = {"sparse": False, **_timing(4.0)}, {"sparse": False, "reason": "ImportError: none"}
     dense = {"ours": ours, "cudnn": cudnn, "flash_sdpa": flash, "flash-attn 3": missing}

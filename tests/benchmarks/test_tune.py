@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason=NO_TRITON)
 CODE = """
 import json, sys
 sys.path[:0] = {paths!r}
-import tune
+from benchmarks.attention import tune
 from sep_attention.triton.tuning import Tile, ShippedTile
 source = open({table!r}, encoding="utf8").read()
 chosen = {{"forward": Tile(64, 32, 4, 3, 128), "backward_kv": Tile(64, 64, 4, 2, None, True)}}

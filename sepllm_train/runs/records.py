@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
-# Keys of run.json's `identity`: the data of a run, and of earlier steps where it went on with other data.
-DATA = "data (hash of the tokens)"
-EARLIER_DATA = "earlier data (hash of the tokens)"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
@@ -106,7 +104,7 @@ def _read_info(folder: Path) -> Record:
         raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
     if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
-    return info
+    return with_current_keys(info)
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
@@ -144,7 +142,7 @@ def _same_model(ours: Any, theirs: Any) -> bool:
         return True
     earlier = theirs.get(EARLIER_DATA) or [{}]
     switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
-    told = {key: value for key, value in theirs.items() if not (switched and key.startswith(("data", "earlier data")))}
+    told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
     return all(ours.get(key, value) == value for key, value in told.items())
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import Interrupted, RunStopped, UserError
+from sepllm_train.config.compatibility import EARLIER_DATA
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import ClassChoice, settle_separators
@@ -63,7 +64,7 @@ class Prepared:
     def recorded_identity(self) -> dict[str, Any]:
         """What checkpoints and run.json have on record: the identity, and data of earlier steps if there was other."""
         earlier = self.entry.earlier_data
-        return {**self.identity, **({checkpoint.EARLIER_DATA: earlier} if earlier else {})}
+        return {**self.identity, **({EARLIER_DATA: earlier} if earlier else {})}
 
 
 def dry_run(config: Config, world_size: int, device: torch.device) -> None:
@@ -107,7 +108,7 @@ def _train(
         guards.watchdog.beat("the loading of the checkpoint")
         state = checkpoint.load(prepared.entry.checkpoint, training)
         stored = checkpoint.read_state(prepared.entry.checkpoint)["identity"]
-        if prepared.entry.earlier_data != stored.get(checkpoint.EARLIER_DATA, []):
+        if prepared.entry.earlier_data != stored.get(EARLIER_DATA, []):
             # Gradients of other text are of another size, which is no spike.
             state.recent_norms.clear()
         say(f"resumed from {prepared.entry.checkpoint}: {state.tokens:,} tokens, {duration(state.seconds)} trained")

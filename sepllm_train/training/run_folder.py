@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_whole
+from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import agree, together
 from sepllm_train.training import checkpoint
@@ -162,7 +163,7 @@ def _content(folder: Path) -> Any:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
-    return _read_object(folder / "run.json")
+    return with_current_keys(_read_object(folder / "run.json"))
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from sepllm_train.training.checkpoint.files import (
 )
 from sepllm_train.training.checkpoint.fingerprint import digest, digests
 from sepllm_train.training.checkpoint.identity import (
-    EARLIER_DATA,
-    VALIDATION_DATA,
     check_identity,
     check_unseen,
     earlier_data,
@@ -32,9 +30,7 @@ from sepllm_train.training.checkpoint.load import altered_together, load, load_m
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
-    "EARLIER_DATA",
     "FOLDER",
-    "VALIDATION_DATA",
     "Outcome",
     "Saver",
     "altered_together",

@@ -18,6 +18,7 @@ from typing import Any
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.config.compatibility import with_current_keys
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -152,7 +153,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Counters and identities of a checkpoint. Raises UserError when they cannot be read."""
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf8"))
+        return with_current_keys(json.loads((checkpoint / STATE).read_text(encoding="utf8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE} cannot be read ({error}): resume from another checkpoint.") from None
 

@@ -142,12 +142,12 @@ def time_case(
 ) -> dict[str, Any]:
     """Figures of both patterns at one length, or why there are none."""
     from sepllm_train.training.out_of_memory import is_out_of_memory
-    from sepllm_train.training.rounds import build_rival, take_turns
+    from sepllm_train.training.rounds import build_timed_run, interleave
 
     try:
-        rivals = {pattern: build_rival(config, launch.world_size, device) for pattern, config in configs.items()}
+        rivals = {pattern: build_timed_run(config, launch.world_size, device) for pattern, config in configs.items()}
         began = time.perf_counter()
-        for turn in take_turns([rivals[pattern] for pattern in PATTERNS], options.turns, options.steps, device):
+        for turn in interleave([rivals[pattern] for pattern in PATTERNS], options.turns, options.steps, device):
             left = (time.perf_counter() - began) / (turn + 1) * (options.turns - turn)
             say(f"turn {turn}/{options.turns}, about {duration(left)} left")
         figures = {pattern: figures_of(rival, device, options) for pattern, rival in rivals.items()}

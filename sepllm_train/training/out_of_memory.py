@@ -18,7 +18,7 @@ from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size, validate
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
-from sepllm_train.training.report import Facts
+from sepllm_train.training.facts import Facts
 
 # Share of the free memory that a setting may be estimated to take: the rest is for what the estimate leaves out.
 HEADROOM = 0.9

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -53,7 +54,7 @@ class Entry:
 
 
 def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
-    """Decide on every rank together how this run begins, from a checkpoint whose every byte is what was written.
+    """Decide on all ranks at once how this run begins, from a checkpoint whose every byte is what was written.
 
     Raises UserError on all ranks for what `enter` does, for a damaged checkpoint that `resume` names, and when the
     nodes see different data or checkpoints.
@@ -82,6 +83,84 @@ def settle_anew(config: Config, identity: dict[str, Any], schedule: dict[str, An
     return settle(config, identity, schedule) if changed[0] else entry
 
 
+# States of a run folder: never trained in, with records of a run that did not finish, with a finished run.
+_UNUSED, _USED, _FINISHED = "unused", "used", "finished"
+# Values of `resume`: two words, any PATH, and the PATH that the folder's run began with.
+_AUTO, _NEVER, _PATH, _ITS_ORIGIN = "auto", "never", "PATH", "its origin"
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A command that asks for a run folder: `origin`, the absolute path of its resume=PATH, `earlier`, what run.json
+    has of the run before, and `skipped`, damaged checkpoints with the reason."""
+
+    folder: Path
+    resume: str
+    origin: str | None
+    earlier: dict[str, Any]
+    used: bool
+    skipped: dict[Path, str]
+
+    @property
+    def state(self) -> str:
+        """State of the folder."""
+        if not self.used:
+            return _UNUSED
+        return _FINISHED if self.earlier.get("status") == "finished" else _USED
+
+    @property
+    def asked(self) -> str:
+        """Kind of `resume`."""
+        if self.origin is None:
+            return self.resume
+        # Schedulers give the command that began this run again, to continue it.
+        again = self.used and self.earlier.get("origin") == self.origin and checkpoint.checkpoints_of(self.folder)
+        return _ITS_ORIGIN if again else _PATH
+
+    def newest_own(self) -> Path | None:
+        """The folder's newest whole checkpoint; None without any. Raises UserError when all are damaged."""
+        found = checkpoint.newest(self.folder, self.skipped)
+        if found is None:
+            checkpoint.refuse_if_all_damaged(self.skipped, str(self.folder))
+        return found
+
+    def scratch(self) -> None:
+        """No checkpoint."""
+
+    def named(self) -> Path:
+        """The checkpoint that `resume` names, for a folder that has none of its own but this."""
+        found = checkpoint.find(self.resume, self.skipped)
+        own = checkpoint.newest(self.folder, dict(self.skipped)) if self.used else None
+        if own is not None and found.resolve() != own.resolve():
+            raise UserError(
+                f"{self.folder} is in use by an earlier run: give the run that continues {found} another name=."
+            )
+        return found
+
+    def refuse_used(self) -> Path | None:
+        """Raise UserError."""
+        raise UserError(
+            f"{self.folder} is in use by an earlier run: choose another name=, or resume=auto to continue it."
+        )
+
+    def refuse_finished(self) -> Path | None:
+        """Raise UserError."""
+        raise UserError(f"{self.folder} holds a finished run: choose another name=, or delete it to train again.")
+
+
+# (resume, state of the folder) -> where the checkpoint comes from.
+_ACTIONS: dict[tuple[str, str], Callable[[_Visit], Path | None]] = {
+    (_AUTO, _UNUSED): _Visit.newest_own,
+    (_AUTO, _USED): _Visit.newest_own,
+    (_NEVER, _UNUSED): _Visit.scratch,
+    (_NEVER, _USED): _Visit.refuse_used,
+    (_PATH, _UNUSED): _Visit.named,
+    (_PATH, _USED): _Visit.named,
+    (_ITS_ORIGIN, _USED): _Visit.newest_own,
+    **{(asked, _FINISHED): _Visit.refuse_finished for asked in (_AUTO, _NEVER, _PATH, _ITS_ORIGIN)},
+}
+
+
 def enter(
     config: Config, identity: dict[str, Any], schedule: dict[str, Any], damaged: dict[Path, str] | None = None
 ) -> Entry:
@@ -89,66 +168,57 @@ def enter(
 
     Raises UserError for a folder that holds a finished run, or another run than this one.
     """
-    skipped = dict(damaged or {})
     folder = Path(config.run_root) / config.name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
     used = (folder / "metrics.jsonl").exists()
     content = _content(folder)
-    earlier = read_run(folder)
-    asked = None if config.resume in ("auto", "never") else str(Path(config.resume).expanduser().resolve())
-    if used and earlier.get("status") == "finished":
-        raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
-    if config.resume == "never" and used:
-        raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
-    if config.resume in ("auto", "never"):
-        found = checkpoint.newest(folder, skipped) if config.resume == "auto" else None
-        if found is None:
-            checkpoint.refuse_if_all_damaged(skipped, str(folder))
-    elif used and earlier.get("origin") == asked and checkpoint.checkpoints_of(folder):
-        # The command that began this run is given again, as schedulers do: it means to go on.
-        found = checkpoint.newest(folder, skipped)
-        if found is None:
-            checkpoint.refuse_if_all_damaged(skipped, str(folder))
-    else:
-        found = checkpoint.find(config.resume, skipped)
-        own = checkpoint.newest(folder, dict(skipped))
-        if used and own is not None and found.resolve() != own.resolve():
-            raise UserError(f"{folder} is in use by an earlier run: give the run that continues {found} another name=.")
+    origin = None if config.resume in (_AUTO, _NEVER) else str(Path(config.resume).expanduser().resolve())
+    visit = _Visit(folder, config.resume, origin, read_run(folder), used, dict(damaged or {}))
+    found = _ACTIONS[visit.asked, visit.state](visit)
     in_place = used and found is not None and found.resolve().parent.parent == folder.resolve()
-    if used and not in_place and "identity" in earlier:
+    if used and not in_place and "identity" in visit.earlier:
         # A run that was stopped before its first checkpoint starts again, but not as another run.
         remedy = "choose another name=, or delete it"
-        checkpoint.check_identity(earlier["identity"], identity, str(folder), remedy)
-        checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
-    step, earlier_data = 0, []
+        checkpoint.check_identity(visit.earlier["identity"], identity, str(folder), remedy)
+        checkpoint.check_identity(visit.earlier["schedule"], schedule, str(folder), remedy)
+    step = 0
+    earlier_data: list[dict[str, Any]] = []
     if found is not None:
-        stored = checkpoint.read_state(found)
-        step = stored["state"]["step"]
-        other_data = config.resume_other_data and not in_place
+        step, earlier_data = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
+    kept = visit.earlier.get("origin") if in_place else None
+    return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data)
+
+
+def _check_checkpoint(
+    config: Config, found: Path, identity: dict[str, Any], schedule: dict[str, Any], folder: Path | None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Check that the run may continue from `found`, in place in `folder` or in another one (None); gives its step and
+    `checkpoint.earlier_data`. Raises UserError."""
+    stored = checkpoint.read_state(found)
+    step = int(stored["state"]["step"])
+    other_data = config.resume_other_data and folder is None
+    checkpoint.check_identity(
+        stored["identity"],
+        identity,
+        str(found),
+        "a run continues with what it began with",
+        other_data=other_data,
+        data_remedy="" if folder else ", or on purpose with other data by resume_other_data=true",
+    )
+    if other_data:
+        checkpoint.check_unseen(stored["identity"], identity, str(found))
+    if folder is not None:
         checkpoint.check_identity(
-            stored["identity"],
-            identity,
-            str(found),
-            "a run continues with what it began with",
-            other_data=other_data,
-            data_remedy="" if in_place else ", or on purpose with other data by resume_other_data=true",
+            stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
         )
-        if other_data:
-            checkpoint.check_unseen(stored["identity"], identity, str(found))
-        earlier_data = checkpoint.earlier_data(stored["identity"], identity)
-        if in_place:
-            checkpoint.check_identity(
-                stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
-            )
-        # A run that was killed after its last checkpoint is continued, if only to be called finished.
-        if step >= config.training.steps and not in_place:
-            raise UserError(
-                f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
-                "steps, or start a new run."
-            )
-    origin = (earlier.get("origin") if in_place else None) or asked
-    return Entry(folder, found, step, skipped, origin, content, earlier_data)
+    # A run that was killed after its last checkpoint is continued, if only to be called finished.
+    elif step >= config.training.steps:
+        raise UserError(
+            f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
+            "steps, or start a new run."
+        )
+    return step, checkpoint.earlier_data(stored["identity"], identity)
 
 
 def _content(folder: Path) -> Any:

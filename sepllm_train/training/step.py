@@ -21,11 +21,10 @@ from sepllm_train.distributed.context import ContextPlan, part_of
 from sepllm_train.distributed.launch import context_group
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.pattern import AttentionPattern
-from sepllm_train.training.anomalies import not_finite
 from sepllm_train.training.clock import StepClock
 from sepllm_train.training.schedules import cut
 from sepllm_train.training.setup import Training, learning_rate
-from sepllm_train.training.update import Judge, update
+from sepllm_train.training.update import Judge, not_finite, update
 
 Progress = Callable[[int], None]
 # Numbers of this rank that are summed over all ranks with the step's reduction.

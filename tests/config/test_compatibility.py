@@ -26,7 +26,9 @@ def test_a_stored_checkpoint_is_read_with_current_keys() -> None:
     assert list(found.values()) == list(stored.values())
 
 
-@pytest.mark.parametrize("folder", [RUN, STORED / "suite" / "paper-toy" / "runs" / "sep_128_seed1"], ids=["run", "suite"])
+@pytest.mark.parametrize(
+    "folder", [RUN, STORED / "suite" / "paper-toy" / "runs" / "sep_128_seed1"], ids=["run", "suite"]
+)
 def test_a_stored_run_is_read_with_current_keys(folder: Path) -> None:
     for info in (read_run(folder), read_records(folder).info):
         assert {DATA, TOKENIZER} <= info["identity"].keys()

@@ -66,15 +66,16 @@ def fold(text: str, width: int = WIDTH) -> str:
     """
     lines: list[str] = []
     for number, part in enumerate(text.split(" | ")):
-        piece = f"| {part}" if number else part
-        if lines and len(lines[-1]) + 1 + len(piece) <= width:
-            lines[-1] += f" {piece}"
+        joined = f"{lines[-1]} | {part}" if lines else part
+        if len(joined) <= width:
+            lines[-1:] = [joined]
             continue
+        indents = ("  | ", "    ") if number else ("", "  ")
         lines += textwrap.wrap(
-            piece,
+            part,
             width,
-            initial_indent="  " if number else "",
-            subsequent_indent="  ",
+            initial_indent=indents[0],
+            subsequent_indent=indents[1],
             break_long_words=False,
             break_on_hyphens=False,
         )

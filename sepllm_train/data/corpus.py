@@ -79,8 +79,8 @@ def open_corpus(data: DataConfig) -> Corpus:
     """
     if data.source == "sample":
         say(
-            f"data: the sample corpus ({data.sample_text} of the installed Python's standard library); "
-            "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
+            f"data: the sample corpus ({data.sample_text} of the installed Python's standard library)\n"
+            "  | data=prefixes 'data.prefixes=[PREFIX]' trains on your own"
         )
         # Processes that ask at once wait for the first one to make it.
         prefix = sample.prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)

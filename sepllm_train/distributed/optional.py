@@ -24,7 +24,7 @@ def optional_packages() -> str:
     for name, module, use, instead in OPTIONAL:
         found = importlib.util.find_spec(module) is not None
         parts.append(f"{name} {'found: ' + use if found else 'not found: ' + instead + ' instead'}")
-    return "optional packages: " + "; ".join(parts)
+    return "optional packages: " + " | ".join(parts)
 
 
 def apex_norm(norm: str, *, cuda: bool) -> type[Any] | None:

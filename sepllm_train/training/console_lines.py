@@ -40,8 +40,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         f"{quantity(facts.passes)} passes over the training data",
         *_phase_lines(config, facts),
         _flops_line(config, facts),
-        "memory per process, estimated: "
-        + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in facts.memory.items()),
+        _memory_line(facts),
         *data_warnings(config, facts.sources, facts.passes),
     ]
     return [fold(line) for line in lines]
@@ -50,7 +49,9 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
 def _run_line(config: Config, facts: Facts, world_size: int, device: torch.device) -> str:
     """Folder, process grid, device and precision."""
     parallel = config.parallel
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     context = f"context {parallel.context} x " if parallel.context > 1 else ""
     return (
         f"run: {config.run_root}/{config.name} | {processes(world_size)} = tensor {parallel.tensor} x pipeline "
@@ -151,6 +152,13 @@ def _flops_line(config: Config, facts: Facts) -> str:
         f"({saving:.1%} saved), LM head included{_mean_words(config)} | whole run "
         f"{flop_count(flops['flops/model'] * tokens)}"
     )
+
+
+def _memory_line(facts: Facts) -> str:
+    """Estimated peak of the busiest process, with its parts."""
+    gib = {key: f"{value / 2**30:.2f}" for key, value in facts.memory.items()}
+    parts = " + ".join(f"{key} {size}" for key, size in gib.items() if key != "total")
+    return f"memory per process, estimated: {gib['total']} GiB = {parts}"
 
 
 def _compute_lines(config: Config, *, cuda: bool) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import check_environment  # noqa: F401
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError, exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.config.load import config_folder, one_sentence, register_schema, to_config
 from sepllm_train.config.schema import Config
 
@@ -63,7 +62,7 @@ def main() -> None:
     with torch.no_grad():
         figures = measure(options)
     if options.output is not None:
-        write_whole(options.output, (json.dumps(figures, indent=1) + "\n").encode())
+        write_json(options.output, figures)
 
 
 def configuration(model: str) -> Config:

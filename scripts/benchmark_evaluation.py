@@ -11,7 +11,6 @@ from __future__ import annotations
 import check_environment  # noqa: F401
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.cli import needing_extras
 
 BAR = 1.05
@@ -54,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rounds {arguments.rounds} must be at least 1.")
     figures = measure(arguments)
     if arguments.output is not None:
-        write_whole(arguments.output, (json.dumps(figures, indent=1) + "\n").encode())
+        write_json(arguments.output, figures)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

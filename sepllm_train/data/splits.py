@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from torch.utils.data import Dataset
 
 from data_prep.sample import cache_remedy
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import lock_waiting
+from sepllm_train.base.files import lock_waiting, whole_folder
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
@@ -70,16 +68,15 @@ def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> l
 
 def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
     """Make the index folder whole or not at all, one process at a time."""
-    with _locked(folder, cache_remedy(config.data.cache)):
+    remedy = cache_remedy(config.data.cache)
+    with _locked(folder, remedy):
         if folder.exists():
             return
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for source in corpus.sources:
-            _source_datasets(config, source, partial)
-        for source in corpus.validation:
-            _whole(config, source, partial)
-        os.replace(partial, folder)
+        with whole_folder(folder, remedy) as partial:
+            for source in corpus.sources:
+                _source_datasets(config, source, partial)
+            for source in corpus.validation:
+                _whole(config, source, partial)
 
 
 def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Dataset, dict[str, Dataset]]:

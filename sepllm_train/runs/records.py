@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.
@@ -98,11 +99,8 @@ def _read_info(folder: Path) -> Record:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
-    try:
-        info = json.loads(_read(path, "every run writes one when it starts"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
-    if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
+    info = read_json(path, "every run writes one when it starts", nan=True)
+    if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
     return with_current_keys(info)
 

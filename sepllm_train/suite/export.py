@@ -3,7 +3,6 @@ the machine's folders."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import yaml
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import FILE, Plan, read_json
 from sepllm_train.suite.report import SHARES
@@ -55,9 +54,9 @@ def _export_run(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     write_whole(target / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
     run = {**read_json(source / "run.json"), "origin": None}
-    write_whole(target / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(target / "run.json", run, indent=2)
     kept = {key: value for key, value in read_json(source / "environment.json").items() if key not in LOCAL}
-    write_whole(target / "environment.json", (json.dumps(kept, indent=1) + "\n").encode())
+    write_json(target / "environment.json", kept)
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
     config["run_root"] = "runs"
     for key in ("prefixes", "validation_prefixes"):

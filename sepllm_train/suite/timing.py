@@ -9,7 +9,6 @@ compare. Steps that are taken in turns do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
@@ -64,7 +63,7 @@ def _main() -> None:
                 "rows": rows,
                 "machine": machine(),
             }
-            write_whole(timing_file(plan.folder, options.length), (json.dumps(content, indent=1) + "\n").encode())
+            write_json(timing_file(plan.folder, options.length), content)
     for row, figures in rows.items():
         say(f"{row}: {figures['tokens_per_second']:,.0f} tokens/s")
 

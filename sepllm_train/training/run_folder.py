@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import secrets
@@ -23,7 +22,7 @@ from omegaconf import OmegaConf
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import locked, write_whole
+from sepllm_train.base.files import locked, read_json_if_any, write_json, write_whole
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import agree, together
@@ -233,20 +232,12 @@ def _content(folder: Path) -> Any:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
-    return with_current_keys(_read_object(folder / "run.json"))
+    return with_current_keys(read_json_if_any(folder / "run.json"))
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """environment.json, or nothing where there is none that can be read."""
-    return _read_object(folder / "environment.json")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or nothing where there is none that can be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError):
-        return {}
+    return read_json_if_any(folder / "environment.json")
 
 
 def claim(folder: Path) -> IO[str]:
@@ -324,13 +315,13 @@ def tidy(entry: Entry) -> None:
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+    write_json(folder / "environment.json", environment(), indent=2)
     write_run(folder, {**run, "status": "running"})
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write run.json."""
-    write_whole(folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(folder / "run.json", run, indent=2)
 
 
 def environment() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def cache_remedy(cache: str | Path | None) -> str:
-    """What to do about a cache folder that cannot be used; `cache` is data.cache of the run."""
+    """Remedy for a cache folder that cannot be used; `cache` is data.cache of the run."""
     return "choose another data.cache" if cache else "set SEPLLM_CACHE"
 
 

@@ -39,7 +39,7 @@ class TokenizerInfo:
 @dataclass(frozen=True)
 class ClassEntry:
     """A separator class in one dataset: its vocabulary entries (`ids`, `strings`), how many tokens it has (`count`)
-    and their share of all tokens (`density`)."""
+    and their fraction of all tokens (`density`)."""
 
     number: int
     name: str

@@ -34,7 +34,7 @@ from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
-from sepllm_train.metrics.peak import peak_tflops
+from sepllm_train.metrics.flops import peak_tflops
 
 PATTERNS = ("dense", "sep")
 # Sep over dense in tokens per second on a CPU that must be reached, by length; data_wait as a share of the step.

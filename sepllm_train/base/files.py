@@ -96,7 +96,7 @@ class PartialFile:
 
 
 def locked(attempt: Callable[[], None], path: Path) -> bool:
-    """Whether `attempt`, which locks `path` without waiting, was not refused for another process's lock.
+    """True unless `attempt`, which locks `path` without waiting, was refused for another process's lock.
 
     Where the filesystem has no locks that is reported once on stderr, and the answer is yes.
     """

@@ -33,7 +33,7 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel
-from sepllm_train.distributed.orphans import end_with_parent
+from sepllm_train.distributed.processes import end_with_parent
 from sepllm_train.model.build import check_model
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.rounds import build_timed_run, interleave

@@ -162,7 +162,7 @@ def _memory_line(facts: Facts) -> str:
 
 
 def _compute_lines(config: Config, *, cuda: bool) -> list[str]:
-    """What replaces torch's own operations, if anything does."""
+    """Replacements of torch's own operations, if there are any."""
     parts = []
     if config.training.compile:
         parts.append("operations between the matrix products of a layer are compiled in the first step")

@@ -109,7 +109,7 @@ def derive(
     world_size: int,
     device: torch.device,
 ) -> Facts:
-    """Work out the facts of a run; attended share and sent keys are measured on the first samples of `dataset`.
+    """Work out the facts of a run; attended fraction and sent keys are measured on the first samples of `dataset`.
 
     `splits`: of the sources of `corpus`. Raises UserError for an attention backend that cannot do the job.
     """

@@ -1,4 +1,4 @@
-"""What watches over a run: requests to stop, progress, the data's files, torch.compile, lost data workers."""
+"""Guards of a run: requests to stop, progress, the data's files, torch.compile, lost data workers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch._dynamo.callback import callback_handler
 
 from sepllm_train.base.errors import RankError, UserError
-from sepllm_train.data.unchanged import DataFiles
-from sepllm_train.distributed.collectives import together
+from sepllm_train.data.corpus import DataFiles
+from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.training.signals import StopRequest
 from sepllm_train.training.watchdog import Watchdog
 
@@ -51,7 +51,7 @@ class Compilation:
         self.seconds += time.perf_counter() - self._began
 
     def take(self) -> str:
-        """A sentence about the compilations since the last call; nothing if there were none."""
+        """Console line about the compilations since the last call; empty if there were none."""
         if not self.graphs:
             return ""
         line = f"compiled: {self.graphs} forward and backward functions in {self.seconds:.1f} s"
@@ -70,19 +70,19 @@ class Guards:
     lost_workers: int = field(default=0, init=False)
 
     def numbers(self) -> list[float]:
-        """(whether this rank was asked to stop, data workers it lost since the last call), to be summed over ranks."""
+        """(1 if this rank was asked to stop, data workers it lost since the last call), to be summed over ranks."""
         lost, self.lost_workers = self.lost_workers, 0
         return [float(self.stop.name is not None), float(lost)]
 
     def check_data(self) -> None:
         """Raise UserError on every rank when rank 0 sees a file of the data changed. Every rank calls it."""
-        together(lambda: self.files.check() if dist.get_rank() == 0 else None)
+        on_all_ranks(lambda: self.files.check() if dist.get_rank() == 0 else None)
 
-    def worker_lost(self, sentence: str) -> None:
-        """A data worker of this rank died. Raises RankError when that is because the data was changed under it."""
+    def worker_lost(self, message: str) -> None:
+        """Count and report a lost data worker of this rank. Raises RankError when the data was changed under it."""
         try:
             self.files.check()
         except UserError as error:
             raise RankError(str(error)) from None
         self.lost_workers += 1
-        print(f"warning: rank {dist.get_rank()}: {sentence}.", file=sys.stderr, flush=True)
+        print(f"warning: rank {dist.get_rank()}: {message}.", file=sys.stderr, flush=True)

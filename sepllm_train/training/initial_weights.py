@@ -54,14 +54,14 @@ def load_initial_weights(found: Path, training: Training) -> None:
 
     Raises UserError when the checkpoint cannot be read as this model's.
     """
-    if (reason := checkpoint.altered_together(found)) is not None:
+    if (reason := checkpoint.altered_on_any_rank(found)) is not None:
         raise UserError(f"init_from: the checkpoint {found} is damaged, {reason}: take another.")
     checkpoint.load_weights(found, training.modules)
     training.optimizer.reload_model_params()
 
 
 def initial_record(found: Path | None, resumed: Path | None) -> dict[str, Any] | None:
-    """What run.json tells of the weights that a run began with: path of the checkpoint, its step and tokens, and the
+    """Record in run.json of the weights that a run began with: path of the checkpoint, its step and tokens, and the
     hash of its manifest, which holds those of all its files. None without any.
 
     found: the checkpoint, when the run begins; resumed: the one it continues from, whose run has it on record.

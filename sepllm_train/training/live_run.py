@@ -1,4 +1,4 @@
-"""Parts of a run in training that its loop, its log and its validation share."""
+"""The parts of a run in training, for its loop, its log and its validation."""
 
 from __future__ import annotations
 

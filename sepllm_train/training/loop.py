@@ -175,5 +175,5 @@ class Loop:
 
 
 def _due(step: int, interval: int) -> bool:
-    """Whether what happens every `interval` steps (0: only at the end) happens at `step`."""
+    """True when an event of every `interval` steps (0: only at the end) is due at `step`."""
     return interval > 0 and step % interval == 0

@@ -15,10 +15,9 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.config.compatibility import EARLIER_DATA
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import ClassChoice, settle_separators
-from sepllm_train.data.corpus import Corpus, open_corpus_together
+from sepllm_train.data.corpus import Corpus, DataFiles, open_corpus_on_all_ranks
 from sepllm_train.data.splits import build_datasets, source_splits
-from sepllm_train.data.unchanged import DataFiles
-from sepllm_train.distributed.collectives import together
+from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.distributed.optional import optional_packages
 from sepllm_train.metrics.trackers import check_tracker
 from sepllm_train.model.pattern import AUTO
@@ -59,11 +58,11 @@ class Prepared:
 
 def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     """Open the data, check the run folder, print the derived numbers. Every rank calls it. Raises UserError."""
-    together(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
+    on_all_ranks(lambda: check_tracker(config.logging) if dist.get_rank() == 0 else None)
     if config.attention.separators != AUTO:
         # A mistake is reported before the sample corpus is made.
         schedule_of(config)
-    corpus = open_corpus_together(config.data)
+    corpus = open_corpus_on_all_ranks(config.data)
     config, choice = settle_separators(config, corpus)
     steps = schedule_of(config)
     files = DataFiles(corpus)
@@ -78,7 +77,7 @@ def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     schedule = checkpoint.schedule_identity(config)
     entry = run_folder.settle(config, identity, schedule)
     # A run that resumes has no more need of them: they may be gone.
-    initial = together(lambda: find_initial_weights(config, identity) if entry.checkpoint is None else None)
+    initial = on_all_ranks(lambda: find_initial_weights(config, identity) if entry.checkpoint is None else None)
     dataset, validation = build_datasets(config, corpus)
     splits = source_splits(corpus, dataset, validation)
     facts = derive(config, steps, corpus, splits, dataset, world_size, device)

@@ -2,7 +2,7 @@
 
     python -m sepllm_train.training.requeue JOB +experiment=pythia160m_sep name=first
 
-prints its answer in a sentence and ends with 0 for yes and 1 for no. RUN/requeue.json holds the job and the step it was
+prints its answer and ends with 0 for yes and 1 for no. RUN/requeue.json holds the job and the step it was
 last requeued at.
 """
 
@@ -18,10 +18,10 @@ from sepllm_train.config.schema import Config
 
 
 def decide(folder: Path, job: str) -> tuple[bool, str]:
-    """(requeue?, reason as a sentence) for the run in `folder`, interrupted in `job`; a yes is recorded there.
+    """(requeue?, reason) for the run in `folder`, interrupted in `job`; a yes is recorded there.
 
     The answer is no when the newest whole checkpoint is still that of the job's previous requeue: the time limit is
-    then too short for a start and one step, and the job would go round for ever.
+    then too short for a start and one step, and the job would be requeued without end.
     """
     # Imported late: it takes seconds, which a typo on the command line should not cost.
     from sepllm_train.training import checkpoint

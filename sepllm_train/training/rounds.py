@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import settle_separators
-from sepllm_train.data.corpus import open_corpus_together
+from sepllm_train.data.corpus import open_corpus_on_all_ranks
 from sepllm_train.data.loader import MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets, source_splits
 from sepllm_train.model.pattern import AttentionPattern
@@ -84,7 +84,7 @@ def build_timed_run(config: Config, world_size: int, device: torch.device) -> Ti
 
     One that takes more steps than its run has reads the same data again.
     """
-    corpus = open_corpus_together(config.data)
+    corpus = open_corpus_on_all_ranks(config.data)
     config, _ = settle_separators(config, corpus)
     dataset, validation = build_datasets(config, corpus)
     schedule = schedule_of(config)

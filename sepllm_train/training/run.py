@@ -12,7 +12,7 @@ from sepllm_train.base.console import duration, fold, say
 from sepllm_train.base.errors import Interrupted, RunStopped, UserError
 from sepllm_train.config.compatibility import EARLIER_DATA
 from sepllm_train.config.schema import Config
-from sepllm_train.distributed.collectives import together
+from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.console_lines import processes
@@ -39,11 +39,11 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
 
 
 def train(config: Config, launch: Launch, device: torch.device) -> Interrupted | None:
-    """Train. Every rank calls it inside the process grid. Gives why it ended early, if a signal made it."""
+    """Train. Every rank calls it inside the process grid. Returns the reason when a signal ended it early."""
     prepared = prepare(config, launch.world_size, device)
     config = prepared.config
     folder = prepared.entry.folder
-    lock = together(lambda: run_folder.claim(folder) if launch.main else None)
+    lock = on_all_ranks(lambda: run_folder.claim(folder) if launch.main else None)
     run_folder.check_shared(folder)
     entry = run_folder.settle_anew(config, prepared.identity, prepared.schedule, prepared.entry)
     prepared = replace(prepared, entry=entry)
@@ -136,8 +136,8 @@ def _loop(prepared: Prepared, live: LiveRun, journal: Journal | None) -> Loop:
 
 
 def _interrupted(signal: str | None, step: int, first_step: int, steps: int, folder: Path) -> Interrupted:
-    """Why the run ends after `step` of `steps`; this process began after `first_step`. No `signal`: it went to another
-    process."""
+    """Message of a run that a signal ends after `step` of `steps`; this process began after `first_step`. No `signal`:
+    it went to another process."""
     stopped = f"{signal or 'a signal to another process'} stopped the run"
     if step == first_step:
         return Interrupted(

@@ -25,7 +25,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, read_json_if_any, write_json, write_whole
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
-from sepllm_train.distributed.collectives import agree, together
+from sepllm_train.distributed.collectives import on_all_ranks, require_equal
 from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
@@ -36,11 +36,11 @@ _SEEN_WITHIN = 30.0
 
 @dataclass(frozen=True)
 class Entry:
-    """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write.
+    """Start of this run: from `checkpoint` (None = from scratch), in a folder that it may write.
 
     `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
-    reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` tells
-    whether another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
+    reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` differs
+    when another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
     """
 
     folder: Path
@@ -60,13 +60,13 @@ def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -
     """
     damaged: dict[Path, str] = {}
     while True:
-        entry = together(partial(enter, config, identity, schedule, damaged))
-        agree(
+        entry = on_all_ranks(partial(enter, config, identity, schedule, damaged))
+        require_equal(
             (identity, str(entry.checkpoint)),
             f"the nodes see different data or checkpoints: data and run_root={config.run_root} must be on a filesystem "
             "that all of them share.",
         )
-        reason = None if entry.checkpoint is None else checkpoint.altered_together(entry.checkpoint)
+        reason = None if entry.checkpoint is None else checkpoint.altered_on_any_rank(entry.checkpoint)
         if entry.checkpoint is None or reason is None:
             return entry
         damaged = {**entry.skipped, entry.checkpoint: reason}
@@ -221,7 +221,7 @@ def _check_checkpoint(
 
 
 def _content(folder: Path) -> Any:
-    """What changes when a run begins or ends in `folder` or writes a checkpoint there; equal when none did."""
+    """Content of `folder` that changes when a run begins or ends there or writes a checkpoint; equal when none did."""
     checkpoints = folder / checkpoint.FOLDER
     try:
         # Listing makes a network filesystem look anew.
@@ -267,8 +267,8 @@ def check_shared(folder: Path) -> None:
     dist.broadcast_object_list(name, src=0)
     mark = folder / name[0]
     try:
-        together(lambda: _make(mark) if dist.get_rank() == 0 else None)
-        together(lambda: await_file(mark, _SEEN_WITHIN))
+        on_all_ranks(lambda: _make(mark) if dist.get_rank() == 0 else None)
+        on_all_ranks(lambda: await_file(mark, _SEEN_WITHIN))
     finally:
         if dist.get_rank() == 0:
             mark.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def await_file(mark: Path, seconds: float) -> None:
 
 
 def _listed(mark: Path) -> bool:
-    """Whether `mark` is there. Listing the folders makes a network filesystem look anew."""
+    """True when `mark` is there. Listing the folders makes a network filesystem look anew."""
     try:
         os.listdir(mark.parent.parent)
         return mark.name in os.listdir(mark.parent)
@@ -304,8 +304,8 @@ def _listed(mark: Path) -> bool:
 
 
 def tidy(entry: Entry) -> None:
-    """Say which checkpoints were skipped and make the folder ready to go on: half-written folders of a killed run go,
-    damaged checkpoints get another name."""
+    """Report the checkpoints that were skipped and make the folder ready to continue: half-written folders of a killed
+    run go, damaged checkpoints get another name."""
     for path, reason in entry.skipped.items():
         say(f"skipped the damaged checkpoint {path}: {reason}")
     for renamed in checkpoint.tidy(entry.folder, entry.step):

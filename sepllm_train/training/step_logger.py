@@ -17,9 +17,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from sepllm_train.base.console import duration, say
-from sepllm_train.metrics.flops import FlopsCounter
+from sepllm_train.metrics.flops import FlopsCounter, peak_tflops
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.metrics.peak import peak_tflops
 from sepllm_train.training.checkpoint import Outcome
 from sepllm_train.training.clock import step_parts
 from sepllm_train.training.console_lines import StepLine
@@ -169,7 +168,7 @@ class StepLogger:
             self.metrics.write({**head, **self._totals(), **record})
 
     def has_validation(self) -> bool:
-        """Whether metrics.jsonl has the validation at this step. Every rank calls it and gets what rank 0 sees."""
+        """True when metrics.jsonl has the validation at this step. Every rank calls it and gets what rank 0 sees."""
         seen = self.metrics is not None and self.metrics.has(self.run.state.step, "val/loss")
         everywhere = torch.tensor(float(seen), device=self.run.device)
         dist.all_reduce(everywhere)

@@ -29,7 +29,7 @@ Judge = Callable[[float, float], str | None]
 
 @dataclass(frozen=True)
 class Update:
-    """What the reduction gave and what became of the step; the same on every rank.
+    """Result of the reduction and fate of the step; the same on every rank.
 
     `loss`: mean over the batch, nats per token. `grad_norm`: before clipping, inf when fp16 gradients overflowed.
     `overflow`: the step was skipped and the loss scale lowered. `bad`: why the step was skipped otherwise, or None.
@@ -85,7 +85,7 @@ def _norm_grads(part: MegatronOptimizer) -> list[Tensor]:
 
 
 def _lowest_scale(parts: list[MegatronOptimizer]) -> bool:
-    """Whether fp16's loss scale is at its floor."""
+    """True when fp16's loss scale is at its floor."""
     return any(float(part.get_loss_scale()) <= part.config.min_loss_scale for part in parts)
 
 
@@ -95,7 +95,7 @@ ENOUGH = 16
 
 
 def not_finite(loss: float, grad_norm: float) -> str | None:
-    """Why a step cannot be used whatever came before it, or None.
+    """Reason why a step cannot be used whatever came before it, or None.
 
     loss: mean over the batch, nats per token. grad_norm: before clipping.
     """
@@ -110,8 +110,8 @@ class BadStepDetector:
     """Judges each step; what it remembers is in the TrainState, so that a resumed run judges alike.
 
     A spike is a gradient norm above `training.spike_factor` times the median of the last RECENT norms of steps that
-    were used. It is the norm that is watched, not the loss: it tells of a bad batch before the update, where the loss
-    tells of a bad update after it, when leaving out a step no longer helps.
+    were used. It is the norm that is watched, not the loss: it shows a bad batch before the update, where the loss
+    shows a bad update after it, when leaving out a step no longer helps.
     """
 
     def __init__(self, config: TrainingConfig, state: TrainState) -> None:
@@ -119,7 +119,7 @@ class BadStepDetector:
         self.state = state
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Why the step of this mean loss (nats per token) and gradient norm must be skipped, None when it is good.
+        """Reason to skip the step of this mean loss (nats per token) and gradient norm, None when it is good.
 
         All ranks give the same values, so all decide the same.
         """
@@ -134,7 +134,7 @@ class BadStepDetector:
         return reason
 
     def _spike(self, grad_norm: float) -> str | None:
-        """Why a finite gradient norm is too large, or None."""
+        """Reason why a finite gradient norm is too large, or None."""
         factor, norms = self.config.spike_factor, self.state.recent_norms
         if factor == 0 or len(norms) < ENOUGH:
             return None
@@ -145,12 +145,12 @@ class BadStepDetector:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last step ends a row of training.max_bad_steps bad ones."""
+        """True when the last step ends a row of training.max_bad_steps bad ones."""
         limit = self.config.max_bad_steps
         return 0 < limit <= self.state.bad_in_a_row
 
     def failure(self, step: int, reason: str) -> BadSteps:
-        """Why the run ends after `step` (from 1), which was bad for `reason`."""
+        """Error of a run that ends after `step` (from 1), which was bad for `reason`."""
         return BadSteps(
             f"{self.state.bad_in_a_row} steps in a row up to step {step} were skipped ({reason}): lower optim.lr, or "
             f"look at the documents in bad_steps.jsonl; training.max_bad_steps={self.config.max_bad_steps} sets how "
@@ -158,7 +158,7 @@ class BadStepDetector:
         )
 
     def failure_of_run(self, reason: str | None, validation_loss: float | None) -> BadSteps | None:
-        """Why a run is of no use after its last step, or None.
+        """Error of a run that is of no use after its last step, or None.
 
         reason: why the last step was bad, if it was; validation_loss: after it, in nats per token, None without one.
         """

@@ -29,7 +29,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Folder of the checkpoint of `step`."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -98,7 +98,7 @@ def refuse_if_all_damaged(damaged: dict[Path, str], where: str) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by the names and sizes of its files and the content of `state.json`, or None."""
+    """Damage of a checkpoint, by the names and sizes of its files and the content of `state.json`; None when whole."""
     try:
         files = read_manifest(checkpoint)
     except UserError as error:
@@ -115,7 +115,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def altered(checkpoint: Path, part: int, parts: int) -> str | None:
-    """What is wrong with the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
+    """Damage in the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
     files = read_manifest(checkpoint)
     for name in sorted(files)[part::parts]:
         reason = _altered(checkpoint, name, files[name])
@@ -125,7 +125,7 @@ def altered(checkpoint: Path, part: int, parts: int) -> str | None:
 
 
 def _altered(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """What is wrong with the content of one file, or None."""
+    """Damage in the content of one file, or None."""
     try:
         if hash_file(checkpoint / name).sha256 == entry["sha256"]:
             return None

@@ -1,4 +1,4 @@
-"""What a checkpoint must have in common with the run that continues from it."""
+"""Compatibility of a checkpoint with the run that continues from it: the keys on record, and the comparison of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def identity(
     tokenizer: str,
     validation: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that continues from it, by configuration key.
+    """Values by key that a checkpoint must have in common with the run that continues from it.
 
     data, validation: `Corpus.identity` and `Corpus.validation_identity`; tokenizer: hash of its file.
     """
@@ -65,13 +65,13 @@ def identity(
 
 
 def schedule_identity(config: Config) -> dict[str, Any]:
-    """What a run that is continued in place must keep besides: length and optimizer settings."""
+    """Values by key that a run which is continued in place must keep besides: length and optimizer settings."""
     optim = {f"optim.{key}": value for key, value in asdict(config.optim).items()}
     return {**optim, "training.steps": config.training.steps}
 
 
 def earlier_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was trained on before the data of `wanted`, the first first: data and the share of it that was held out.
+    """Data that was trained on before that of `wanted`, the earliest first, with the fraction of it that was held out.
 
     found: identity of the checkpoint that the run continues from.
     """
@@ -140,7 +140,7 @@ def check_identity(
 
 
 def _same_separators(one: Any, other: Any) -> bool:
-    """Whether two values of attention.separators give classes the same tiers: `paper` is the names it stands for."""
+    """True when two values of attention.separators give classes the same tiers: `paper` is the names it stands for."""
     try:
         (horizons, tiers), (other_horizons, other_tiers) = (
             tiers_of_classes(AttentionConfig(pattern="sep", separators=value)) for value in (one, other)
@@ -157,7 +157,7 @@ def _names(validation: dict[str, str]) -> str:
 
 
 def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """In what the data of a checkpoint and that of this run (`Corpus.identity`) differ, the first thing alone."""
+    """First difference between the data of a checkpoint and that of this run (`Corpus.identity`)."""
     if found.keys() != wanted.keys():
         before, now = (", ".join(sources) or "none" for sources in (found, wanted))
         return f"the data sources {before}, this run has {now}"

@@ -112,16 +112,16 @@ def measure(config: Config, launch: Launch) -> Seen:
 @contextmanager
 def timing() -> Iterator[Seen]:
     """Time the records of a run inside the block, and the background work of its tracker."""
-    from sepllm_train.training.loop import Loop
+    from sepllm_train.training.step_logger import StepLogger
 
     seen = Seen()
-    log, start, close = Loop._log, Mirror.start, Mirror.close
+    log, start, close = StepLogger.log, Mirror.start, Mirror.close
     own: set[int] = set()
     at_start = 0.0
 
-    def timed_log(self: Loop) -> None:
-        if self.interval_steps:
-            seen.steps.append(self.interval_seconds)
+    def timed_log(self: StepLogger) -> None:
+        if self.interval.steps:
+            seen.steps.append(self.interval.seconds)
             begin = time.perf_counter()
             log(self)
             seen.records.append(time.perf_counter() - begin)
@@ -139,11 +139,11 @@ def timing() -> Iterator[Seen]:
         seen.background = cpu_seconds(own) - at_start
         close(self, status)
 
-    Loop._log, Mirror.start, Mirror.close = timed_log, watched_start, watched_close  # type: ignore[method-assign, assignment]
+    StepLogger.log, Mirror.start, Mirror.close = timed_log, watched_start, watched_close  # type: ignore[method-assign, assignment]
     try:
         yield seen
     finally:
-        Loop._log, Mirror.start, Mirror.close = log, start, close  # type: ignore[method-assign]
+        StepLogger.log, Mirror.start, Mirror.close = log, start, close  # type: ignore[method-assign]
 
 
 def cpu_seconds(threads: set[int]) -> float:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sepllm_train.metrics.peak import peak_tflops
 
 from benchmarks.common import check_positive, exit_with, write_json
 from sepllm_train.base.console import duration, say
@@ -31,7 +32,6 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
-from sepllm_train.metrics.peak import peak_tflops
 
 PATTERNS = ("dense", "sep")
 # Sep over dense in tokens per second on a CPU that must be reached, by length; data_wait as a share of the step.
@@ -136,12 +136,12 @@ def time_case(
 ) -> dict[str, Any]:
     """Figures of both patterns at one length, or why there are none."""
     from sepllm_train.training.out_of_memory import is_out_of_memory
-    from sepllm_train.training.rounds import build_rival, take_turns
+    from sepllm_train.training.rounds import build_timed_run, interleave
 
     try:
-        models = {pattern: build_rival(config, launch.world_size, device) for pattern, config in configs.items()}
+        models = {pattern: build_timed_run(config, launch.world_size, device) for pattern, config in configs.items()}
         began = time.perf_counter()
-        for number in take_turns([models[pattern] for pattern in PATTERNS], options.rounds, options.steps, device):
+        for number in interleave([models[pattern] for pattern in PATTERNS], options.rounds, options.steps, device):
             left = (time.perf_counter() - began) / (number + 1) * (options.rounds - number)
             say(f"round {number}/{options.rounds}, about {duration(left)} left")
         figures = {pattern: figures_of(model, device, options) for pattern, model in models.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.multi_gpu.cases import Case
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, write_json
 from sepllm_train.config.load import config_folder
 
 FORMAT = 1
@@ -70,11 +70,8 @@ class Results:
         """Read what an earlier call has left. Raises UserError for a file that is not the kit's."""
         if not self.path.exists():
             return
-        try:
-            content = json.loads(self.path.read_text(encoding="utf8"))
-            cases = content["cases"] if content["format"] == FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            cases = None
+        content = read_json_if_any(self.path)
+        cases = content.get("cases") if content.get("format") == FORMAT else None
         if not isinstance(cases, dict) or not all(
             isinstance(record, dict) and record.get("status") in STATUSES for record in cases.values()
         ):
@@ -113,6 +110,6 @@ class Results:
             counts[record["status"]] += 1
         content = {"format": FORMAT, **self.key, **self.header, "counts": counts, "cases": self.cases}
         try:
-            write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+            write_json(self.path, content)
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}): choose another --output.") from None

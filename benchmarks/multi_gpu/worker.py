@@ -33,10 +33,10 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel
-from sepllm_train.distributed.orphans import end_with_parent
+from sepllm_train.distributed.processes import end_with_parent
 from sepllm_train.model.build import check_model
 from sepllm_train.training.checkpoint import digest
-from sepllm_train.training.rounds import build_rival, take_turns
+from sepllm_train.training.rounds import build_timed_run, interleave
 from sepllm_train.training.run import train
 
 # Of a timed round, whose seconds are per step.
@@ -111,9 +111,9 @@ class Worker:
         configs = {run["name"]: self.config(*run["overrides"], steps) for run in case["runs"]}
         with self.grid(next(iter(configs.values()))):
             variants = {
-                name: build_rival(config, self.launch.world_size, self.device) for name, config in configs.items()
+                name: build_timed_run(config, self.launch.world_size, self.device) for name, config in configs.items()
             }
-            for number in take_turns(list(variants.values()), case["rounds"], STEPS_OF_A_ROUND, self.device):
+            for number in interleave(list(variants.values()), case["rounds"], STEPS_OF_A_ROUND, self.device):
                 say(f"round {number}/{case['rounds']}")
             memory = self.peak_memory()
             found = {}

@@ -24,6 +24,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.comparable import ALLOWED, check_comparable
+from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_FRACTION
 from sepllm_train.config.schema import AttentionConfig, Config, require
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
@@ -36,12 +37,11 @@ from sepllm_train.training.checkpoint.files import MANIFEST, altered, step_folde
 from sepllm_train.training.initial_weights import find_initial_weights
 from sepllm_train.training.run_folder import read_run
 
-TOKENIZER = "data (hash of the tokenizer)"
 # What runs and their sources must have in common: keys of a checkpoint's identity, and how to call them.
 SHARED = {
-    "data (hash of the tokens)": "data",
+    DATA: "data",
     TOKENIZER: "tokenizers",
-    "data.validation_fraction": "data.validation_fraction, so other text was held out",
+    VALIDATION_FRACTION: "data.validation_fraction, so other text was held out",
     "data.sequence_length": "sequence lengths",
 }
 

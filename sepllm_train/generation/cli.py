@@ -85,8 +85,8 @@ def _run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, then generate. Raises UserError for whatever a user can mend."""
     # Imported late: torch and megatron-core take seconds, which --help should not cost.
     from sepllm_train.config.schema import require
+    from sepllm_train.distributed.collectives import lost_rank
     from sepllm_train.distributed.launch import launch_from_environment, process_grid
-    from sepllm_train.distributed.lost import lost_rank
     from sepllm_train.generation.choice import CacheChoice
     from sepllm_train.generation.sampling import Sampling
     from sepllm_train.runs.folder import alone, read_config
@@ -140,14 +140,14 @@ def _generate(
     device: Any,
 ) -> None:
     """Open the run inside the process grid, continue `texts` and tell the result."""
-    from sepllm_train.distributed.collectives import together
+    from sepllm_train.distributed.collectives import on_all_ranks
     from sepllm_train.generation.generate import generate
     from sepllm_train.generation.native import NativeCache
     from sepllm_train.generation.text import TextStream
     from sepllm_train.runs.opened import load_run
     from sepllm_train.runs.source import open_source
 
-    opened = together(lambda: open_source(arguments.run_folder, arguments.checkpoint, arguments.tokenizer))
+    opened = on_all_ranks(lambda: open_source(arguments.run_folder, arguments.checkpoint, arguments.tokenizer))
     tokenizer = opened.tokenizer
     try:
         chosen = choice.resolve(opened.pattern, tokenizer)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
@@ -26,7 +26,7 @@ from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
 from sepllm_train.hf.card import model_card
 from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import altered_export, refuse_existing, whole_folder, write_mark
+from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
@@ -160,7 +160,7 @@ def _sides(source: Source, dtype: torch.dtype) -> Sides:
 def _guard(path: Path) -> None:
     """Name our attention in config.json: transformers loads no model with an attention that nobody has registered."""
     content = json.loads(path.read_text(encoding="utf8"))
-    write_whole(path, (json.dumps({**content, "attn_implementation": ATTENTION}, indent=2) + "\n").encode())
+    write_json(path, {**content, "attn_implementation": ATTENTION}, indent=2)
 
 
 def _dtype_of(source: Source) -> torch.dtype:

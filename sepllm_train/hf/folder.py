@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.base.files import hash_file, read_json_if_any, restore_folder, write_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,7 +28,7 @@ def refuse_existing(output: Path, foreign: Callable[[Path], str | None], *, over
     had not taken it yet, and goes when it had.
     """
     try:
-        _restore(output)
+        restore_folder(output)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror or first_line(error)}).") from None
     if not output.exists() and not output.is_symlink():
@@ -45,49 +43,17 @@ def refuse_existing(output: Path, foreign: Callable[[Path], str | None], *, over
 def write_mark(folder: Path) -> None:
     """Write the hashes by which `altered_export` knows what the program wrote."""
     content = {"format": 1, "files": _hashes(folder)}
-    write_whole(folder / MARK, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / MARK, content)
 
 
 def altered_export(folder: Path) -> str | None:
     """Why a folder is not an exported model as it was written, or None. Raises UserError when it cannot be read."""
-    expected = read_object(folder / MARK).get("files")
+    expected = read_json_if_any(folder / MARK).get("files")
     if not isinstance(expected, dict):
         return f"it has no {MARK} of this program's"
     found = _hashes(folder)
     changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"its {changed[0]} is not as this program wrote it" if changed else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or nothing where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """Gives a folder to write in, which becomes `output` at the end of the block, in place of one that is there.
-
-    Its name until then is `<output>.partial`; it is removed when the block fails. Raises UserError where it cannot be
-    written.
-    """
-    aside = output.with_name(output.name + PARTIAL)
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in aside.rglob("*"):
-            _sync(path)
-        sync_folder(aside)
-        _put(aside, output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror or first_line(error)}).") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class SafetensorsFolder:
@@ -159,56 +125,7 @@ class SafetensorsFolder:
         raise UserError(f"{self.folder} has no {_SINGLE}: give the folder of a transformers model.")
 
 
-def _put(aside: Path, output: Path) -> None:
-    """Rename the folder `aside` to `output`; one that is there goes when the other has its place."""
-    if not output.exists():
-        os.rename(aside, output)
-        return
-    old = _removed(output)
-    _remove(old)
-    os.rename(output, old)
-    try:
-        os.rename(aside, output)
-    except BaseException:
-        os.rename(old, output)
-        raise
-    _remove(old)
-
-
-def _restore(output: Path) -> None:
-    """Put in order what a process left that was killed in `_put`."""
-    old = _removed(output)
-    if not old.exists():
-        return
-    if output.exists() or output.is_symlink():
-        _remove(old)
-    else:
-        os.rename(old, output)
-
-
-def _removed(output: Path) -> Path:
-    """Name of the folder that had the name `output`, until the new one has it."""
-    return output.with_name(f"{output.name}.removed{PARTIAL}")
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, or the link to one; what it points to stays."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder but the mark, by its path in there."""
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir() and path != folder / MARK]
     return {path.relative_to(folder).as_posix(): hash_file(path).sha256 for path in files}
-
-
-def _sync(path: Path) -> None:
-    """Put a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
@@ -26,7 +25,7 @@ from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
 from sepllm_train.hf.classes import attention_of
 from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existing, whole_folder
+from sepllm_train.hf.folder import SafetensorsFolder, refuse_existing
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.model.pattern import resolve_pattern
@@ -100,7 +99,7 @@ def import_model(
 
 def _trained(output: Path) -> str | None:
     """Why a folder is not an imported model as it was written, or None."""
-    status = read_object(output / "run.json").get("status")
+    status = read_json_if_any(output / "run.json").get("status")
     if status != _IMPORTED:
         return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
     later = [checkpoint.name for checkpoint in checkpoints_of(output) if step_of(checkpoint) > 0]
@@ -269,7 +268,7 @@ def _describe(
         "identity": identity,
         "steps": 0,
     }
-    write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(run_folder / "run.json", run, indent=2)
     if words.tokenizer is not None:
         shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])
 

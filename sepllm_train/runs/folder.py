@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from sepllm_train.base.console import note
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_DATA, VOCABULARY
 from sepllm_train.config.load import one_sentence, to_config
 from sepllm_train.config.schema import Config, DataConfig, ParallelConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
@@ -121,7 +122,7 @@ def load_run(
     corpus = open_corpus(config.data)
     _check_data(folder, config, corpus, state["identity"], own=data is None)
     validation = held_out_samples(config, corpus)
-    model = checkpoints.load_model(path, config, state["identity"]["model.vocabulary"], device_of(ALONE))
+    model = checkpoints.load_model(path, config, state["identity"][VOCABULARY], device_of(ALONE))
     manifest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
     return Run(
         folder,
@@ -223,18 +224,18 @@ def _data(own: DataConfig, prefix: str | None, held_out: float | None) -> DataCo
 def _check_data(folder: Path, config: Config, corpus: Corpus, identity: dict[str, Any], *, own: bool) -> None:
     """Raise UserError unless `corpus` has the run's tokens and holds out nothing that the run was trained on."""
     names = ", ".join(source.prefix for source in corpus.sources)
-    if corpus.tokenizer_sha256 != identity["data (hash of the tokenizer)"]:
+    if corpus.tokenizer_sha256 != identity[TOKENIZER]:
         raise UserError(
             f"{folder} was trained on another vocabulary: {names} was made with another tokenizer than the run's data "
-            f"({corpus.vocabulary:,} entries, the model has {identity['model.vocabulary']:,})."
+            f"({corpus.vocabulary:,} entries, the model has {identity[VOCABULARY]:,})."
         )
-    trained = identity["data (hash of the tokens)"]
+    trained = identity[DATA]
     if own and corpus.identity() != trained:
         raise UserError(
             f"{names} is no longer the data that {folder} was trained on, so what was held out is not known: give "
             "--data PREFIX of other text."
         )
-    if own and corpus.validation_identity() != identity.get(checkpoints.VALIDATION_DATA, {}):
+    if own and corpus.validation_identity() != identity.get(VALIDATION_DATA, {}):
         raise UserError(
             f"data.validation_prefixes of {folder} are no longer what it was validated on: give --data PREFIX of other "
             "text and --held-out SHARE."

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
-# Keys of run.json's `identity`: the data of a run, and of earlier steps where it went on with other data.
-DATA = "data (hash of the tokens)"
-EARLIER_DATA = "earlier data (hash of the tokens)"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
@@ -100,13 +99,10 @@ def _read_info(folder: Path) -> Record:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
-    try:
-        info = json.loads(_read(path, "every run writes one when it starts"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
-    if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
+    info = read_json(path, "every run writes one when it starts", nan=True)
+    if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
-    return info
+    return with_current_keys(info)
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
@@ -144,7 +140,7 @@ def _same_model(ours: Any, theirs: Any) -> bool:
         return True
     earlier = theirs.get(EARLIER_DATA) or [{}]
     switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
-    told = {key: value for key, value in theirs.items() if not (switched and key.startswith(("data", "earlier data")))}
+    told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
     return all(ours.get(key, value) == value for key, value in told.items())
 
 

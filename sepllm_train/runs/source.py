@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from data_prep.separators import classify
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json_if_any
+from sepllm_train.config.compatibility import TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import Config, DataConfig, require
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.model.pattern import resolve_pattern
@@ -40,7 +41,7 @@ class Source:
     @property
     def vocabulary(self) -> int:
         """Entries of the model's vocabulary, without padding."""
-        return self.state["identity"]["model.vocabulary"]
+        return self.state["identity"][VOCABULARY]
 
 
 def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | str | None = None) -> Source:
@@ -61,7 +62,7 @@ def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | s
         f"attention.placement={placement} of {folder} is for training alone: which tokens are separators depends on "
         "their place in the training data, not on the tokens.",
     )
-    trained = state["identity"]["data (hash of the tokenizer)"]
+    trained = state["identity"][TOKENIZER]
     path = tokenizer or find_tokenizer(folder)
     require(
         path is not None or bool(trained),
@@ -75,7 +76,7 @@ def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | s
         trained in ("", found.sha256),
         f"{found.path} is not the tokenizer that {folder} was trained with: give its file with --tokenizer.",
     )
-    classes = _classes(headers, found, state["identity"]["model.vocabulary"])
+    classes = _classes(headers, found, state["identity"][VOCABULARY])
     pattern = resolve_pattern(config.attention, config.model.layers)
     own = TokenPattern.of_run(pattern, classes, found.eod)
     return Source(folder, config, checkpoint, state, found, classes, own)
@@ -113,11 +114,9 @@ def _headers(data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
         prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in paths]
     found = []
     for prefix in prefixes:
-        try:
-            path = with_suffix(Path(prefix).expanduser(), HEADER_SUFFIX)
-            found.append((prefix, json.loads(path.read_text(encoding="utf8"))))
-        except (OSError, ValueError):
-            continue
+        header = read_json_if_any(with_suffix(Path(prefix).expanduser(), HEADER_SUFFIX))
+        if header:
+            found.append((prefix, header))
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from sepllm_train.base.console import duration, say
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.runs.evaluate import evaluate_run
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
@@ -53,6 +52,6 @@ def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
             plan.run_root / run.name, samples=max(1, tokens // run.length), recall_window=RECALL_WINDOW
         )
         found[run.name] = wanted(run) | {key: result[key] for key in KEPT}
-        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(path, found)
         left = (time.perf_counter() - began) / number * (len(waiting) - number)
         say(f"evaluated {run.name}: loss {result['loss']:.4f} | {number}/{len(waiting)}, about {duration(left)} left")

@@ -17,13 +17,13 @@ setup(
     # sep_attention lives in kernels/ because an importable package called `kernels` would shadow the library of
     # that name which transformers imports. The configurations ship inside the wheel as sepllm_train.configs.
     packages=find_packages(include=["sepllm_train*", "data_prep*"])
-    + ["sep_attention", "sepllm_train.configs"]
+    + ["sep_attention", "sep_attention.decode", "sep_attention.triton", "sepllm_train.configs"]
     + [f"sepllm_train.configs.{group}" for group in CONFIG_GROUPS],
     package_dir={"sep_attention": "kernels/sep_attention", "sepllm_train.configs": "configs"}
     | {f"sepllm_train.configs.{group}": f"configs/{group}" for group in CONFIG_GROUPS},
     package_data={
         "sepllm_train.configs": ["*.yaml"],
-        "sepllm_train.serve": ["page/*"],
+        "sepllm_train.watch": ["page/*"],
         **{f"sepllm_train.configs.{group}": ["*.yaml"] for group in CONFIG_GROUPS},
     },
     install_requires=[

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.errors import UserError
-from data_prep.files import PartialFile, hash_file, write_whole
 from data_prep.indexed import open_indexed, token_chunks
 from data_prep.separators import classify
 from data_prep.sidecar import (
@@ -21,6 +19,8 @@ from data_prep.sidecar import (
 )
 from data_prep.tokenizers import load_tokenizer
 from data_prep.writer import copy_tokenizer, refuse_existing
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PartialFile, hash_file, write_whole
 
 
 def annotate(

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.files import PartialFile
 from data_prep.sidecar import with_suffix
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PartialFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

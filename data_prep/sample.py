@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from inspect import cleandoc
 from pathlib import Path
 
-from data_prep.errors import UserError
-from data_prep.files import lock_waiting
 from data_prep.readers import Document
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenize import tokenize_documents, usable_cores
 from data_prep.tokenizers import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.writer import DatasetWriter
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import lock_waiting
 
 SOURCES = ("docs", "code", "both")
 _FORMAT = 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 MAX_CLASSES = 32
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
 from data_prep.separators import CLASSES
 from data_prep.tokenizers import Tokenizer
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import FileInfo
 
 VERSION = 1
 DATA_SUFFIXES = (".bin", ".idx", ".sep.bin")
@@ -47,14 +48,6 @@ class ClassEntry:
     strings: list[str]
     count: int
     density: float
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """Size in bytes and SHA-256 of a file of the dataset."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
 from data_prep.indexed import token_chunks
 from data_prep.separators import class_numbers
 from data_prep.sidecar import ClassEntry, open_classes, read_header
+from sepllm_train.base.errors import UserError
 
 _CHUNK = 1 << 22
 

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep.errors import UserError
 from data_prep.indexed import token_dtype
 from data_prep.readers import Corpus, Document
 from data_prep.sidecar import SidecarHeader
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.writer import DatasetWriter
+from sepllm_train.base.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCHES_PER_WORKER = 3

@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_prep.errors import UserError
-from data_prep.files import write_whole
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 
 _LONGEST_SENTENCE = 2048
 _SMALLEST_VOCABULARY = 300

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.annotate import check_token_range
-from data_prep.errors import UserError
-from data_prep.files import hash_file
 from data_prep.indexed import open_indexed, token_chunks
 from data_prep.separators import as_known, classify
 from data_prep.sidecar import SidecarHeader, open_classes, read_header, token_lengths, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
 
 
 def verify(prefix: str | Path, tokenizer: str | Path | None = None) -> SidecarHeader:

@@ -10,12 +10,12 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.files import PartialFile, write_whole
 from data_prep.indexed import DocumentLengths, token_dtype, write_index
 from data_prep.separators import classify
 from data_prep.sidecar import HEADER_SUFFIX, SidecarHeader, build_header, format_header, with_suffix
 from data_prep.tokenizers import Tokenizer
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PartialFile, write_whole
 
 
 def refuse_existing(prefix: Path, suffixes: Iterable[str], overwrite: bool) -> None:

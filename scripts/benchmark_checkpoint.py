@@ -18,10 +18,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.config.load import config_folder
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
-from sepllm_train.errors import exit_on_user_error
 from sepllm_train.training.checkpoint import Outcome, Saver
 from sepllm_train.training.setup import build_training
 from sepllm_train.training.state import TrainState

@@ -27,12 +27,11 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.files import write_whole
+from sepllm_train.base.console import quantity, say
+from sepllm_train.base.errors import UserError, exit_on_user_error
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.load import config_folder, one_sentence, register_schema, to_config
 from sepllm_train.config.schema import Config
-from sepllm_train.console import quantity, say
-from sepllm_train.errors import exit_on_user_error
 
 DENSITY = 0.12
 BAR_RATIO = 3.0

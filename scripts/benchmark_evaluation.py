@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.console import say
-from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError, exit_on_user_error
+from sepllm_train.base.files import write_whole
 from sepllm_train.evaluation.cli import needing_extras
 
 BAR = 1.05
@@ -64,8 +64,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sepllm_train.evaluation.attention import AttentionOptions, bind
     from sepllm_train.evaluation.harness import SeparatorLM
     from sepllm_train.evaluation.run import EvaluationOptions, calm, evaluate_task, tokenizer_for
+    from sepllm_train.evaluation.stream_model import open_model
     from sepllm_train.evaluation.tasks import load_tasks
-    from sepllm_train.streaming.model import open_model
     from sepllm_train.training.run_folder import environment
 
     if arguments.threads is not None:

@@ -27,12 +27,12 @@ from typing import Any
 import psutil
 from hydra import compose, initialize_config_dir
 
+from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel, reading_group
-from sepllm_train.errors import UserError, exit_on_user_error
-from sepllm_train.tracking import Mirror, check_tracker
+from sepllm_train.metrics.trackers import Mirror, check_tracker
 
 BAR = 0.005
 TRACKERS = {"none": "metrics.jsonl and console", "wandb": "with W&B, offline", "tensorboard": "with TensorBoard"}

@@ -21,13 +21,13 @@ from hydra import compose, initialize_config_dir
 from sep_attention import attended_pairs
 from sep_attention.blocked import row_layouts
 
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.loader import Batch, MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import launch_from_environment, process_grid
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 
 BAR = 0.02
 

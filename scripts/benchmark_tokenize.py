@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data_prep.errors import UserError
 from data_prep.readers import Corpus, Document
 from data_prep.sample import prepare_sample, sample_documents
 from data_prep.sidecar import read_header
 from data_prep.tokenize import tokenize_files, usable_cores
+from sepllm_train.base.errors import UserError
 
 BAR, GOAL = 0.80, 0.95
 # The high-water mark of this process alone: ru_maxrss would include the parent's memory from before exec.

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
-from sepllm_train.console import duration, say
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
-from sepllm_train.errors import UserError, exit_on_user_error
 from sepllm_train.metrics.peak import peak_tflops
 
 PATTERNS = ("dense", "sep")
@@ -142,7 +142,7 @@ def time_case(
 ) -> dict[str, Any]:
     """Figures of both patterns at one length, or why there are none."""
     from sepllm_train.training.out_of_memory import is_out_of_memory
-    from sepllm_train.training.turns import build_rival, take_turns
+    from sepllm_train.training.rounds import build_rival, take_turns
 
     try:
         rivals = {pattern: build_rival(config, launch.world_size, device) for pattern, config in configs.items()}

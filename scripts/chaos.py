@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sepllm_train.console import duration
+from sepllm_train.base.console import duration
 from sepllm_train.distributed.processes import children_of, send
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import check_environment  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sepllm_train.errors import exit_on_user_error
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.training.checkpoint import digest, digests
 
 

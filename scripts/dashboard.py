@@ -6,8 +6,8 @@ python scripts/dashboard.py --entity ME --group dense sep --name "dense against 
 
 import check_environment  # noqa: F401
 
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.dashboard import main
-from sepllm_train.errors import exit_on_user_error
 
 if __name__ == "__main__":
     exit_on_user_error(main)

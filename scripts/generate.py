@@ -6,7 +6,7 @@ torchrun --nproc-per-node=2 scripts/generate.py runs/NAME --tensor 2 --prompt-fi
 
 import check_environment  # noqa: F401
 
-from sepllm_train.inference.cli import main
+from sepllm_train.generation.cli import main
 
 if __name__ == "__main__":
     main()

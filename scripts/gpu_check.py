@@ -31,7 +31,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from data_prep.errors import UserError  # noqa: E402 - needs the path above where nothing is installed
+from sepllm_train.base.errors import UserError  # noqa: E402 - needs the path above where nothing is installed
 from sepllm_train.distributed.processes import logged_process  # noqa: E402
 
 STAGE_SECONDS = 480

@@ -14,7 +14,7 @@ import check_environment  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sepllm_train.errors import UserError, exit_on_user_error, first_line
+from sepllm_train.base.errors import UserError, exit_on_user_error, first_line
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.config.load import parse_counting
 from sepllm_train.config.schema import Config
-from sepllm_train.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -32,12 +32,12 @@ def _match(config: Config, count: int) -> None:
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
     import torch
 
-    from sepllm_train.attention_pattern import resolve_pattern
+    from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets
     from sepllm_train.distributed.launch import launch_from_environment, reading_group
-    from sepllm_train.matching import kept_keys, matching_interval, matching_window
+    from sepllm_train.model.pattern import resolve_pattern
 
     corpus = open_corpus(config.data)
     config, _ = settle_separators(config, corpus)

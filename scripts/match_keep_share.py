@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.config.load import parse_counting
 from sepllm_train.config.schema import AttentionConfig, Config
-from sepllm_train.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -29,11 +29,11 @@ def main() -> None:
 def _match(config: Config, count: int) -> None:
     """Count on the first `count` samples of a configuration and print what was found."""
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
+    from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets
     from sepllm_train.distributed.launch import launch_from_environment, reading_group
-    from sepllm_train.thinning import matching_keep_share, mean_keys
 
     corpus = open_corpus(config.data)
     config, _ = settle_separators(config, corpus)

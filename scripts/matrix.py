@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 
 from install import CUDA_BUILD, GB, ROOT
 
-from sepllm_train.console import duration
+from sepllm_train.base.console import duration
 
 
 class Combination(NamedTuple):

@@ -6,7 +6,7 @@ python scripts/probe.py ask runs/probe_seed1 runs/probe_seed2 runs/probe_seed3 -
 
 import check_environment  # noqa: F401
 
-from sepllm_train.probe.cli import main
+from sepllm_train.analysis.probe.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepllm_train.console import duration
+from sepllm_train.base.console import duration
 
 SCRIPTS = Path(__file__).resolve().parent
 SMALL = (

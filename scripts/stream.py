@@ -7,7 +7,7 @@ python scripts/stream.py report streams/sep streams/streaming --at 1048576,41943
 
 import check_environment  # noqa: F401
 
-from sepllm_train.streaming.cli import main
+from sepllm_train.evaluation.stream_cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

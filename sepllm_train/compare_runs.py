@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.errors import UserError
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.compare.report import REFERENCE, build_report, write_report
 from sepllm_train.compare.rows import read_rows
 from sepllm_train.compare.timing import read_timing
-from sepllm_train.console import say
-from sepllm_train.errors import EXIT_USER_ERROR
 from sepllm_train.metrics.flops import CONVENTIONS
 
 
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.serve:
-            from sepllm_train.serve import serve
+            from sepllm_train.watch import serve
 
             serve(arguments.runs, arguments.host, arguments.port, arguments.flops)
             return 0

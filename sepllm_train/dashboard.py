@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.errors import UserError, first_line
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import write_whole
 from sepllm_train.metrics.flops import CONVENTIONS
-from sepllm_train.tracking.wandb_tracker import AXES, has_key, host
+from sepllm_train.metrics.wandb_tracker import AXES, has_key, host
 from sepllm_train.training.clock import PARTS
 
 _UNITS = {"seconds": "seconds in steps", "tokens": "tokens", "step": "step"}

@@ -9,10 +9,10 @@ Every key: sepllm_train/config/schema.py, or --cfg job.
 
 from __future__ import annotations
 
+from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.config.load import run_with_hydra
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
-from sepllm_train.errors import exit_on_user_error
 
 
 def main() -> None:

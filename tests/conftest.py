@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from data_prep import files
 from data_prep.sample import prepare_sample
+from sepllm_train.base import files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ import torch
 from sepllm_train import requirements
 from sepllm_train.distributed.all_reduce import measure_here
 from sepllm_train.environment import advice, facts
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 
 @pytest.fixture(scope="module")

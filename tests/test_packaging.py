@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import SMALL_MODEL
+from tests.support.small_run import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_configurations_travel(unpacked: Path, repository: Path) -> None:
 
 
 def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
-    folder = Path("sepllm_train", "serve", "page")
+    folder = Path("sepllm_train", "watch", "page")
     shipped = {path.name for path in (unpacked / folder).iterdir()}
     assert shipped == {path.name for path in (repository / folder).iterdir()} and "page.html" in shipped
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from records import read_json, write_json
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 Spills = Mapping[str, int]
 

@@ -33,9 +33,9 @@ from compiled import VARIANTS, Resources, Target, compile_target, targets_of
 from compiled_decode import DECODE, compile_decode, decode_targets
 from pairs_model import print_model
 from records import RESULTS, exit_with
-from sep_attention.tuning import shipped_configurations
+from sep_attention.triton.tuning import shipped_configurations
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 BUDGET_FILE = RESULTS / "sm90_budget.json"
 # Bytes a thread may spill in half precision on sm_90.

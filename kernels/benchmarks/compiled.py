@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sep_attention.triton_backward import attention_backward_kv, attention_backward_q
-from sep_attention.triton_forward import VARYING, attention_forward
-from sep_attention.triton_op import compiler_options, kernel_constants
-from sep_attention.tuning import ShippedTile
+from sep_attention.triton.backward import attention_backward_kv, attention_backward_q
+from sep_attention.triton.forward import VARYING, attention_forward
+from sep_attention.triton.op import compiler_options, kernel_constants
+from sep_attention.triton.tuning import ShippedTile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from compiled import Resources, Target, compile_source
-from sep_attention.triton_decode import (
+from sep_attention.decode.kernels import (
     VARYING,
     advance_kernel,
     attend_kernel,
@@ -14,8 +14,8 @@ from sep_attention.triton_decode import (
     move_kernel,
     write_kernel,
 )
-from sep_attention.triton_decode_op import kernel_options
-from sep_attention.tuning import FP_FUSION, ShippedTile, Tile
+from sep_attention.decode.launch import kernel_options
+from sep_attention.triton.tuning import FP_FUSION, ShippedTile, Tile
 from triton.compiler import ASTSource
 
 DECODE = "decode"

@@ -26,7 +26,7 @@ from timing import Clock, machine_facts, machine_limits
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 DENSITY = 0.12  # of separators
 VOCABULARY = 1000

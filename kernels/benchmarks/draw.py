@@ -15,7 +15,7 @@ from typing import Any
 
 from records import REPOSITORY, RESULTS, exit_with, read_json, write_text
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 BEGIN, END = "<!-- kernel results -->", "<!-- end kernel results -->"
 NOT_MEASURED = "The kernels have not been measured on a GPU yet: `make bench-kernels` does it where there is one.\n"

@@ -24,12 +24,12 @@ from pairs_model import needed_of_plan, touched_pairs
 from records import NO_TRITON, RESULTS, exit_with, read_json, write_json
 from rivals import OURS, Attention, Rival, installed_versions, ours, rivals_of
 from sep_attention import AttentionPlan, build_plan
-from sep_attention.tuning import KERNELS, TRITON_INSTALLED, dot_precision, select_tile
+from sep_attention.triton.tuning import KERNELS, TRITON_INSTALLED, dot_precision, select_tile
 from separator_text import load_separators, random_rows, text_rows
 from timing import Clock, machine_facts, machine_limits
 from torch import Tensor
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 # Values of the grid, the most important first.
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 1024, 512, 65536, 131072)

@@ -26,12 +26,12 @@ import require_triton  # noqa: F401 - ends the program where Triton is missing
 import torch
 from records import exit_with
 from sep_attention import FOREVER, AttentionPlan, build_plan, reference_attention, sep_attention
-from sep_attention.triton_backward import attention_backward_kv, attention_backward_q
-from sep_attention.triton_forward import attention_forward
+from sep_attention.triton.backward import attention_backward_kv, attention_backward_q
+from sep_attention.triton.forward import attention_forward
 from timing import machine_facts
 from torch import Tensor
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 FORWARD_LIMIT, BACKWARD_LIMIT = 2.0, 3.0
 # Errors below this are rounding of the result itself, whatever the ratio.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from records import exit_with
 from sep_attention import AttentionPlan, attended_pairs
-from sep_attention.tuning import KERNELS, Tile, packed_heads, shipped_configurations
+from sep_attention.triton.tuning import KERNELS, Tile, packed_heads, shipped_configurations
 from separator_text import load_separators, random_rows, text_rows
 
 LENGTHS = (2048, 8192, 32768)

@@ -6,9 +6,9 @@ Imported for that effect, before the modules that import Triton.
 from __future__ import annotations
 
 from records import NO_TRITON, exit_with
-from sep_attention.tuning import TRITON_INSTALLED
+from sep_attention.triton.tuning import TRITON_INSTALLED
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 
 def _refuse() -> int:

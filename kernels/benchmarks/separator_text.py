@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from records import exit_with
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 POSITIONS_FILE = Path(__file__).resolve().parent / "separators.npz"
 # Numbers of the nine exact single-character classes in a side-car.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from records import REPOSITORY
-from sep_attention.tuning import TRITON_INSTALLED
+from sep_attention.triton.tuning import TRITON_INSTALLED
 
 # Clock cycles that the GPU waits before a timed call, a millisecond or so: the host has launched all of it by then.
 WAIT_CYCLES = 2_000_000

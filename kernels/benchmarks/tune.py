@@ -36,11 +36,11 @@ from gpu_attention import Cell, Inputs, make_inputs, outcome
 from records import RESULTS, exit_with, read_json, write_json, write_text
 from rivals import ours
 from sep_attention import build_plan, tuning
-from sep_attention.tuning import KERNELS, ShippedTile, Tile, forced_tiles, padded_head, select_tile
+from sep_attention.triton.tuning import KERNELS, ShippedTile, Tile, forced_tiles, padded_head, select_tile
 from separator_text import load_separators, text_rows
 from timing import Clock, machine_facts
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 LENGTHS = (2048, 8192)
 WINDOW = 128

@@ -1,7 +1,7 @@
 """Separator attention: the plan of a micro-batch, the op and its backends, exact pair counts."""
 
 from sep_attention.decode import advance, attend, write
-from sep_attention.decode_cache import DecodeCache
+from sep_attention.decode.cache import DecodeCache
 from sep_attention.op import BackendChoice, available_backends, select_backend, sep_attention
 from sep_attention.pairs import attended_pairs, keys_per_query
 from sep_attention.plan import FOREVER, AttentionPlan, build_plan

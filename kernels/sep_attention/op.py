@@ -12,7 +12,7 @@ from sep_attention.blocked import blocked_attention
 from sep_attention.dense import dense_attention, masked_attention
 from sep_attention.plan import AttentionPlan, effective_reach
 from sep_attention.reference import reference_attention
-from sep_attention.tuning import HEAD_SIZES, triton_runs_on
+from sep_attention.triton.tuning import HEAD_SIZES, triton_runs_on
 
 BACKENDS = ("reference", "triton", "blocked", "dense", "masked", "flex")
 # Below this length one masked SDPA call beats the block loop on CPU (kernels/benchmarks/cpu_attention.py).
@@ -145,7 +145,7 @@ def sep_attention(
         return flex_sep_attention(q, k, v, plan, window=window, horizons=horizons, scale=scale)
     if choice.name == "triton":
         # Imported on use: Triton is optional.
-        from sep_attention.triton_op import triton_attention
+        from sep_attention.triton.op import triton_attention
 
         return triton_attention(q, k, v, plan, window=window, horizons=horizons, sink=sink, scale=scale)
     run = blocked_attention if choice.name == "blocked" else reference_attention

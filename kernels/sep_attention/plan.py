@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sep_attention.tuning import TRITON_INSTALLED
+from sep_attention.triton.tuning import TRITON_INSTALLED
 
 FOREVER: int = 2**30
 MAX_TIERS = 4
@@ -136,7 +136,7 @@ def _build_in_one_kernel(
     tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int
 ) -> AttentionPlan:
     # Imported on use: Triton is optional.
-    from sep_attention.triton_plan import plan_tensors
+    from sep_attention.triton.plan import plan_tensors
 
     tier, prefix, positions, document_end = plan_tensors(tier, initial_tokens, document_start, num_tiers)
     plan = AttentionPlan(tier, prefix, positions, document_start=document_start)

@@ -18,18 +18,18 @@ from torch.utils.data import Dataset
 from data_prep.density import class_names, missing_splits
 from data_prep.separators import class_numbers
 from sepllm_train.analysis import ablation_report
-from sepllm_train.analysis.evaluation import AnalysisSource, text_of, usual_window
+from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
 from sepllm_train.analysis.losses import Job
 from sepllm_train.analysis.recall import recall_distance
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples
-from sepllm_train.analysis.statistics import token_mean
-from sepllm_train.analysis.variations import base_attention
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
+from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig, require
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.placement import uniform_draws
-from sepllm_train.matching import kept_keys, matching_interval, matching_window
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
+from sepllm_train.runs.evaluate import AnalysisSource, text_of, usual_window
+from sepllm_train.runs.folder import Run, alone, describe, held_out_samples
+from sepllm_train.runs.variations import base_attention
 
 # The paper's Table 17, and every token with a line break, merged ones too.
 SUBSETS = {

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from data_prep.separators import PAPER, class_numbers
 from sepllm_train.analysis import attention_report
-from sepllm_train.analysis.evaluation import AnalysisSource, usual_window
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe
-from sepllm_train.analysis.statistics import token_mean
-from sepllm_train.analysis.variations import CLASS_NAMES, classes_of
+from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import require
+from sepllm_train.runs.evaluate import AnalysisSource, usual_window
+from sepllm_train.runs.folder import Run, alone, describe
+from sepllm_train.runs.variations import CLASS_NAMES, classes_of
 
 GROUPS = ("itself", "initial", "separators near", "separators far", "others near", "others far")
 

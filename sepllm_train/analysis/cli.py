@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from sepllm_train.errors import exit_code
+from sepllm_train.base.errors import exit_code
 
 if TYPE_CHECKING:
-    from sepllm_train.analysis.evaluation import AnalysisSource
+    from sepllm_train.runs.evaluate import AnalysisSource
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "analyze_separators.py"
@@ -84,7 +84,7 @@ def _add_run(command: argparse.ArgumentParser, samples: int) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> AnalysisSource:
-    from sepllm_train.analysis.evaluation import AnalysisSource
+    from sepllm_train.runs.evaluate import AnalysisSource
 
     return AnalysisSource(
         arguments.run_folder,

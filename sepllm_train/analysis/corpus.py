@@ -21,8 +21,8 @@ from data_prep.stats import Gaps
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.analysis import plots
 from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.tables import Table
-from sepllm_train.errors import UserError
 
 CHUNK = 1 << 20
 # Documents of a domain are gathered to so many tokens before they are counted.

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sepllm_train.analysis import plots
-from sepllm_train.analysis.statistics import Estimate
+from sepllm_train.base.statistics import Estimate
 from sepllm_train.compare.tables import Table
 
 READING = (

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sepllm_train.analysis import loss_report
-from sepllm_train.analysis.evaluation import AnalysisSource, Pieces, evaluate, text_of, usual_window
 from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import Run, alone, describe, held_out_samples
-from sepllm_train.analysis.statistics import Estimate, Losses, token_mean
-from sepllm_train.analysis.variations import (
+from sepllm_train.base.statistics import Estimate, Losses, token_mean
+from sepllm_train.config.schema import require
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
+from sepllm_train.runs.evaluate import AnalysisSource, Pieces, evaluate, text_of, usual_window
+from sepllm_train.runs.folder import Run, alone, describe, held_out_samples
+from sepllm_train.runs.variations import (
     CLASS_NAMES,
     base_attention,
     classes_of,
@@ -29,8 +31,6 @@ from sepllm_train.analysis.variations import (
     with_window,
     without_classes,
 )
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
-from sepllm_train.config.schema import require
 
 FIRST_BUCKET = 16
 

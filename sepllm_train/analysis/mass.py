@@ -17,11 +17,11 @@ from sep_attention.plan import effective_reach
 from torch import Tensor
 
 from data_prep.separators import CLASSES
-from sepllm_train.analysis.evaluation import core_attentions
-from sepllm_train.attention_pattern import AttentionPattern, LayerPattern
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.gpt import SepGPTModel
+from sepllm_train.model.pattern import AttentionPattern, LayerPattern
 from sepllm_train.model.sequence import SeparatorSequence
+from sepllm_train.runs.evaluate import core_attentions
 
 # Kinds of keys: 0 ordinary, then the number of the separator class, then the initial tokens.
 INITIAL = len(CLASSES) + 1

@@ -16,21 +16,21 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.files import hash_file
 from sepllm_train.analysis import recovery_report
-from sepllm_train.analysis.evaluation import evaluate
 from sepllm_train.analysis.loss_report import clear_of_zero
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.analysis.runs import alone, find_checkpoint, held_out_samples, load_run, read_config, validated_on
-from sepllm_train.analysis.statistics import Estimate, ratio_of_sums, token_mean
-from sepllm_train.analysis.variations import with_window
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
-from sepllm_train.compare import records
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
+from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.comparable import ALLOWED, check_comparable
 from sepllm_train.config.schema import AttentionConfig, Config, require
-from sepllm_train.console import say
 from sepllm_train.data.corpus import Corpus, open_corpus
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
+from sepllm_train.runs import records
+from sepllm_train.runs.evaluate import evaluate
+from sepllm_train.runs.folder import alone, find_checkpoint, held_out_samples, load_run, read_config, validated_on
+from sepllm_train.runs.variations import with_window
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, step_folder
 from sepllm_train.training.initial_weights import find_initial_weights

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from sepllm_train.analysis import plots
 from sepllm_train.analysis.loss_report import shown, signed
-from sepllm_train.analysis.statistics import Estimate
+from sepllm_train.base.console import quantity
+from sepllm_train.base.statistics import Estimate
 from sepllm_train.compare.tables import Table
-from sepllm_train.console import quantity
 
 READING = (
     "Losses in nats per token, of the same tokens throughout, ± one standard error over samples: differences are "

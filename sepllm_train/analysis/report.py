@@ -12,10 +12,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data_prep.files import write_whole
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.compare.plots import svg
-from sepllm_train.console import say
-from sepllm_train.errors import UserError
 from sepllm_train.training.run_folder import environment
 
 

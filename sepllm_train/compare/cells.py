@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sepllm_train.base.console import duration, quantity
 from sepllm_train.compare.results import AT_MOST, NOT_REACHED, REACHED, Ratio, Reach, RowReach
 from sepllm_train.compare.student import Estimate, geometric_mean
-from sepllm_train.console import duration, quantity
 
 Show = Callable[[float], str]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.curves import points
-from sepllm_train.compare.records import CUMULATIVE, Record, Run
+from sepllm_train.runs.records import CUMULATIVE, Record, Run
 
 # What run.json must tell for a loss to mean the same in two runs, and how to call it.
 REQUIRED = {

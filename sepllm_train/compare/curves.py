@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from data_prep.errors import UserError
-from sepllm_train.compare.records import CUMULATIVE, LOSS, Record, Run
+from sepllm_train.base.errors import UserError
+from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run
 
 
 @dataclass(frozen=True)

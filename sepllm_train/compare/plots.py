@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sepllm_train.compare.curves import points
-from sepllm_train.compare.records import LOSS, Run
 from sepllm_train.compare.results import RowReach
 from sepllm_train.compare.rows import Row, runs_of
 from sepllm_train.metrics.flops import CONVENTIONS
+from sepllm_train.runs.records import LOSS, Run
 
 # Told apart on white, on black and by colour-blind readers; the markers and dashes go on where the colours end.
 COLOURS = ("#1f77c9", "#d9601a", "#12936a", "#b152b0", "#a08000", "#d6477a", "#5b6fd8", "#7a7f87")

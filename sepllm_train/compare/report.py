@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.files import write_whole
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.compare import forest, plots, tables
 from sepllm_train.compare.comparable import caveats
 from sepllm_train.compare.curves import best_loss, common_loss, final_loss
 from sepllm_train.compare.page import METHOD, SEEDS, TIMED, page
-from sepllm_train.compare.records import CUMULATIVE, LOSS, Run
 from sepllm_train.compare.results import BITS, RowAtTokens, RowReach, at_equal_tokens, mean, timed, to_reach
 from sepllm_train.compare.rows import Row, pairing_notes, pairs, runs_of
 from sepllm_train.compare.student import CONFIDENCE
@@ -25,6 +24,7 @@ from sepllm_train.compare.tables import Table, several_seeds
 from sepllm_train.compare.timing import Timing
 from sepllm_train.compare.verdict import Findings, verdict
 from sepllm_train.metrics.flops import CONVENTIONS
+from sepllm_train.runs.records import CUMULATIVE, LOSS, Run
 
 # Value of --loss for the reference's final validation loss, seed by seed.
 REFERENCE = "reference"

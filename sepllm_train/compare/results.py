@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from sepllm_train.compare.curves import at_tokens, best_loss, common_tokens, final_loss, first_reach, points
-from sepllm_train.compare.records import CUMULATIVE, LOSS, Run
 from sepllm_train.compare.rows import Row, pairs, runs_of
 from sepllm_train.compare.student import Estimate, estimate, geometric_mean, ratio_estimate
 from sepllm_train.compare.timing import RowTiming, Timing
+from sepllm_train.runs.records import CUMULATIVE, LOSS, Run
 
 BITS = "val/bits_per_byte"
 REACHED, AT_MOST, NOT_REACHED = "reached", "at most", "not reached"

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.comparable import check_comparable, check_conventions, check_counts
 from sepllm_train.compare.curves import check_curves, check_length
-from sepllm_train.compare.records import Run, read_run, refuse_twins, tell_apart
 from sepllm_train.compare.timing import RowTiming
+from sepllm_train.runs.records import Run, read_run, refuse_twins, tell_apart
 
 # What may differ between the seeds of a row.
 FREE_KEYS = ("seed", "name", "run_root", "resume")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sepllm_train.base.console import quantity
 from sepllm_train.compare.cells import (
     columns,
     cost_text,
@@ -17,10 +18,9 @@ from sepllm_train.compare.cells import (
 )
 from sepllm_train.compare.comparable import differences
 from sepllm_train.compare.curves import common_tokens, final_loss, points
-from sepllm_train.compare.records import LOSS
 from sepllm_train.compare.results import NOT_REACHED, Ratio, RowAtTokens, RowReach, difference, mean, value_at
 from sepllm_train.compare.rows import Row, pairs, runs_of
-from sepllm_train.console import quantity
+from sepllm_train.runs.records import LOSS
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.student import Estimate, ratio_estimate
 
 FILE = "timing.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sepllm_train.base.console import quantity
 from sepllm_train.compare.cells import columns, ratio_text
 from sepllm_train.compare.results import AT_MOST, NOT_REACHED, REACHED, RowAtTokens, RowReach
 from sepllm_train.compare.rows import Row, pairs
 from sepllm_train.compare.student import Estimate
-from sepllm_train.console import quantity
 
 ONE_RUN = (
     "how much another seed would move these ratios is not known from it, so repeat with other seeds before concluding "

@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sepllm_train.base.errors import RunStopped, UserError
 from sepllm_train.config import schema
-from sepllm_train.errors import RunStopped, UserError
 
 C = TypeVar("C")
 

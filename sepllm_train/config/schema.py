@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
 PLACEMENTS = ("natural", "shuffled", "preceding", "thinned")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import phases_of
 from sepllm_train.config.schema import Config, ParallelConfig, require
-from sepllm_train.errors import UserError
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -1,6 +1,6 @@
 """What a run reads: corpora, samples with separator classes, micro-batches."""
 
-from sepllm_train.quiet import quiet
+from sepllm_train.base.quiet import quiet
 
 with quiet():
     import megatron.core.datasets.gpt_dataset  # noqa: F401  first import, where the warnings are

@@ -7,10 +7,10 @@ from typing import Any
 
 from data_prep.density import TOLERANCE, class_names, densities, missing_splits, select
 from data_prep.separators import CLASSES
-from sepllm_train.attention_pattern import AUTO, tiers_of_classes
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import AUTO, tiers_of_classes
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from data_prep import sample
 from data_prep.sidecar import SidecarHeader, read_header
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import DataConfig
-from sepllm_train.console import say
-from sepllm_train.distributed.together import together
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.collectives import together
 
 
 @dataclass(frozen=True)

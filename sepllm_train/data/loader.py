@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sepllm_train.errors import RankError
+from sepllm_train.base.errors import RankError
 
 Batch = dict[str, Tensor]
 # Losses of a data worker in a row, without a micro-batch in between, that are met with new workers.

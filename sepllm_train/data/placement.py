@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from sepllm_train.attention_pattern import tiers_of_classes
 from sepllm_train.config.schema import AttentionConfig
+from sepllm_train.model.pattern import tiers_of_classes
 
 Classes = NDArray[np.uint8]
 

@@ -18,15 +18,15 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
-from data_prep.files import lock_waiting
 from data_prep.sample import cache_remedy
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import lock_waiting
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import SeparatorDataset, TokenStore
 from sepllm_train.data.order import Blend, Epochs
 from sepllm_train.data.placement import PlacedDataset, Placement, placement_of
-from sepllm_train.distributed.together import together
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.collectives import together
 
 
 def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, Dataset]]:

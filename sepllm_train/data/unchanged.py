@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.sidecar import DATA_SUFFIXES, with_suffix
+from sepllm_train.base.errors import UserError
 from sepllm_train.data.corpus import Corpus
-from sepllm_train.errors import UserError
 
 
 class DataFiles:

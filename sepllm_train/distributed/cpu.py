@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sepllm_train.quiet import quiet
+from sepllm_train.base.quiet import quiet
 
 _active: CudaOnCpu | None = None
 

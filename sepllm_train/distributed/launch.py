@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import Config, ParallelConfig
 from sepllm_train.distributed.context import ContextGroup
 from sepllm_train.distributed.lost import not_all_arrived
 from sepllm_train.distributed.orphans import end_with_parent
-from sepllm_train.quiet import quiet
 
 with quiet():
     from megatron.core import parallel_state, tensor_parallel

@@ -6,7 +6,7 @@ import re
 
 import torch.distributed as dist
 
-from sepllm_train.errors import LostRank
+from sepllm_train.base.errors import LostRank
 
 # gloo has no exception of its own. Its words when the peer has ended, and when it does not answer.
 _GONE = r"Connection (closed|reset) by peer|Broken pipe|Socket closed|pair closure|Connection refused"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sepllm_train.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_USER_ERROR
+from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

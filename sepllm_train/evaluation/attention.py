@@ -10,8 +10,11 @@ from typing import Any
 
 from sep_attention import FOREVER
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.options import AttentionOptions
+from sepllm_train.evaluation.stream_model import Opened
+from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.generation.policy import CachePolicy
 from sepllm_train.hf import (
     PatternCache,
     SepCache,
@@ -22,9 +25,6 @@ from sepllm_train.hf import (
     trained_pattern,
 )
 from sepllm_train.hf.caches import differences
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.policy import CachePolicy
-from sepllm_train.streaming.model import Opened
 
 # The paper's numbers for training-free use, where a model was trained with full attention.
 DEFAULT_WINDOW, DEFAULT_INITIAL = 256, 3

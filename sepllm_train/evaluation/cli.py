@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.evaluation.options import PAPER_INTERVAL, USES, AttentionOptions, check_used, with_baselines
 
 # What the extra `eval` brings, by the names under which it is imported.
@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from sepllm_train.evaluation.attention import bind
     from sepllm_train.evaluation.report import table
     from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
-    from sepllm_train.streaming.model import open_model
+    from sepllm_train.evaluation.stream_model import open_model
 
     options = EvaluationOptions(
         tuple(arguments.tasks),

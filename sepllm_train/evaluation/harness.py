@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sepllm_train.errors import RankError, UserError
+from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.shares import Scored, Shares
 from sepllm_train.hf.hooks import cache_argument

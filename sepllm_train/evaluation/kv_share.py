@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.base.errors import UserError, exit_on_user_error
 
 _COUNTED = """Counted: a prompt is eight examples, `Q: question`, newline, `A: answer`, blank line each (those of
 chain-of-thought prompting, gsm8k/cot_8shot.jsonl), then `Q: question`, newline, `A:` for a test question. Its last
@@ -96,7 +96,7 @@ def kept_share(
 
 
 def _separators(tokenizer: Tokenizer, classes: str) -> list[int]:
-    from sepllm_train.inference.pattern import separator_ids
+    from sepllm_train.generation.pattern import separator_ids
 
     if classes == "none":
         return []

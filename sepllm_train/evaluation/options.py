@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 
 # The attentions, and what can be said to each.
 USES: dict[str, tuple[str, ...]] = {

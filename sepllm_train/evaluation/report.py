@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.errors import UserError, exit_on_user_error
+from sepllm_train.base.errors import UserError, exit_on_user_error
+from sepllm_train.base.files import write_whole
 from sepllm_train.evaluation.results import attention_of, conditions, model_of, read_result
 
 # Heading, task, metric, factor: those of the paper's table for models trained from scratch.

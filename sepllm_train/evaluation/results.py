@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.options import USES
 from sepllm_train.evaluation.tasks import TASKS
 

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 
-from data_prep.files import write_whole
 from data_prep.tokenizers import Tokenizer
-from sepllm_train.console import duration, say
-from sepllm_train.errors import UserError
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
+from sepllm_train.evaluation.stream_model import Opened
 from sepllm_train.evaluation.tasks import TASKS, Loaded, load_tasks
 from sepllm_train.hf.tokenizer import to_transformers
-from sepllm_train.streaming.model import Opened
 from sepllm_train.training.run_folder import environment
 
 # The harness's seeds: the same examples for every attention, and for every user.

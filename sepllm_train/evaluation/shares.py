@@ -15,9 +15,9 @@ from sep_attention.pairs import keys_per_query
 from torch import Tensor
 
 from sepllm_train.evaluation.attention import Attention
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.policy import CachePolicy
-from sepllm_train.inference.slots import Slots
+from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import Slots
 
 # Tokens counted at once, padding included.
 _AT_ONCE = 65536

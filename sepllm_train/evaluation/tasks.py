@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.files import hash_file
-from sepllm_train.errors import UserError, first_line
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import hash_file
 
 Record = dict[str, Any]
 # What each field of a record must be; `list` stands for a list of strings.

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.config.schema import Config, ModelConfig, require
-from sepllm_train.errors import UserError, first_line
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
 
 FAMILIES: dict[str, Family] = {"gpt_neox": NEOX, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}

@@ -14,12 +14,12 @@ import torch
 from sep_attention import FOREVER
 from torch import Tensor
 
+from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import Slots
 from sepllm_train.hf.hooks import TokenCache, attach, base_of
 from sepllm_train.hf.layers import SlotLayer
 from sepllm_train.hf.rotary import Rotation
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.policy import CachePolicy
-from sepllm_train.inference.slots import Slots
 
 # States that assisted decoding can go back to; between two of them at least a token comes.
 UNDO = 64

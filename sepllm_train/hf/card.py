@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sep_attention import FOREVER
 
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.source import Source
+from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.runs.source import Source
 
 _FRONT = """---
 library_name: transformers

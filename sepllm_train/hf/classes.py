@@ -9,7 +9,7 @@ from sep_attention import FOREVER
 
 from data_prep.separators import CLASSES
 from sepllm_train.config.schema import AttentionConfig
-from sepllm_train.inference.pattern import TokenPattern
+from sepllm_train.generation.pattern import TokenPattern
 
 
 def attention_of(pattern: TokenPattern, classes: np.ndarray | None) -> AttentionConfig | None:

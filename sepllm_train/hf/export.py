@@ -15,11 +15,13 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data_prep.files import write_whole
 from data_prep.tokenizers import Tokenizer
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import write_whole
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
-from sepllm_train.console import say
-from sepllm_train.errors import UserError, first_line
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
 from sepllm_train.hf.card import model_card
@@ -28,10 +30,8 @@ from sepllm_train.hf.folder import altered_export, refuse_existing, whole_folder
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.source import Source, open_source
 from sepllm_train.model.build import PRECISIONS
-from sepllm_train.quiet import quiet
+from sepllm_train.runs.source import Source, open_source
 from sepllm_train.training.checkpoint.files import newest, step_of
 from sepllm_train.training.checkpoint.load import SafeReader
 

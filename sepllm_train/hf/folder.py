@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.files import PARTIAL, hash_file, sync_folder, write_whole
-from sepllm_train.errors import UserError, first_line
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

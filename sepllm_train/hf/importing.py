@@ -13,26 +13,26 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.files import write_whole
 from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from sepllm_train.analysis.runs import alone
-from sepllm_train.analysis.variations import base_attention
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import write_whole
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
-from sepllm_train.console import say
 from sepllm_train.data.corpus import Corpus, open_corpus
-from sepllm_train.errors import UserError, first_line
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
 from sepllm_train.hf.classes import attention_of
 from sepllm_train.hf.compare import Sides, compare
 from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existing, whole_folder
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
-from sepllm_train.inference.pattern import TokenPattern
-from sepllm_train.inference.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
-from sepllm_train.quiet import quiet
+from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.runs.folder import alone
+from sepllm_train.runs.source import TOKENIZER_NAMES, header_classes, pad_classes
+from sepllm_train.runs.variations import base_attention
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
 from sepllm_train.training.setup import Training

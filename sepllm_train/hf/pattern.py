@@ -16,9 +16,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
 from sepllm_train.hf.separators import trained_pattern
-from sepllm_train.inference.pattern import TokenPattern
 
 # Name of our attention among transformers' attention implementations. scripts/export_hf.py writes it to config.json, so
 # that an exported model does not load, and attend fully, where this module was not imported.

@@ -10,7 +10,7 @@ import torch
 from sep_attention import FOREVER
 
 from data_prep.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from sepllm_train.inference.pattern import TokenPattern, separator_ids
+from sepllm_train.generation.pattern import TokenPattern, separator_ids
 
 # Key of config.json under which an exported model carries its pattern.
 CONFIG_KEY = "sepllm_attention"

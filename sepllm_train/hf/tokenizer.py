@@ -9,8 +9,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from data_prep.tokenizers import SPACE_MARK, Tokenizer
-from sepllm_train.errors import UserError, first_line
-from sepllm_train.inference.source import TOKENIZER_NAMES
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.runs.source import TOKENIZER_NAMES
 
 # Types of pieces and models in SentencePiece's file format.
 _CONTROL, _USER_DEFINED = 3, 4

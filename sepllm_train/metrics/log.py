@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.console import say
+from sepllm_train.base.console import say
+from sepllm_train.base.files import write_whole
 
 
 class MetricsLog:

@@ -14,8 +14,8 @@ from megatron.core.utils import divide, get_pg_size
 from sep_attention import AttentionPlan, sep_attention
 from torch import Tensor
 
-from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.distributed.context import ContextPlan, fetch_keys
+from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from data_prep.errors import UserError
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, require
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.initialization import initialize, mark_split
 from sepllm_train.model.layers import layer_spec, norm_class
+from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.model.pointwise import Pointwise
-from sepllm_train.quiet import quiet
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTE: dict[str, dict[str, Any]] = {

@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import AttentionConfig, ModelConfig
 from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.model.attention import SeparatorAttention
+from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import SeparatorSequence
 

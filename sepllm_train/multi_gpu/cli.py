@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sample import cache_folder
+from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.environment import facts as machine_facts
-from sepllm_train.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.multi_gpu.cases import PRECISIONS, STAGES, Case, Scale, all_cases, cpu_scale, gpu_scale
 from sepllm_train.multi_gpu.kit import Kit
 from sepllm_train.multi_gpu.report import render

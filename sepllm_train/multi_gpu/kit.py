@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sepllm_train.console import duration
+from sepllm_train.base.console import duration
+from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.distributed.processes import logged_process
 from sepllm_train.environment import advice, self_test
-from sepllm_train.errors import UserError, first_line
 from sepllm_train.multi_gpu.cases import Case, Scale
 from sepllm_train.multi_gpu.kill import Killing, OutOfTime, last_line
 from sepllm_train.multi_gpu.plan import LaunchGroup, estimate, launches_of, within_budget

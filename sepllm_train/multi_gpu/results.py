@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.load import config_folder
-from sepllm_train.errors import UserError
 from sepllm_train.multi_gpu.cases import Case
 
 FORMAT = 1

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sepllm_train.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK
+from sepllm_train.base.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK
 from sepllm_train.multi_gpu.cases import Case
 from sepllm_train.multi_gpu.results import FAILED, PASSED
 

@@ -26,18 +26,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.files import write_whole
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import first_line
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
-from sepllm_train.console import say
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel
 from sepllm_train.distributed.orphans import end_with_parent
-from sepllm_train.errors import first_line
 from sepllm_train.model.build import check_model
 from sepllm_train.training.checkpoint import digest
+from sepllm_train.training.rounds import build_rival, take_turns
 from sepllm_train.training.run import train
-from sepllm_train.training.turns import build_rival, take_turns
 
 # Of a timed round, whose seconds are per step.
 STEPS_OF_A_ROUND = 2

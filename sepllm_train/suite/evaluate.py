@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.analysis.evaluation import evaluate_run
-from sepllm_train.console import duration, say
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.files import write_whole
+from sepllm_train.runs.evaluate import evaluate_run
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
 

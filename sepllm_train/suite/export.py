@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from data_prep.files import write_whole
-from sepllm_train.console import say
-from sepllm_train.errors import UserError
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import FILE, Plan, read_json
 from sepllm_train.suite.report import SHARES

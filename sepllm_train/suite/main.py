@@ -7,9 +7,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.config.load import compose_and_run
-from sepllm_train.console import say
-from sepllm_train.errors import UserError, exit_on_user_error
 from sepllm_train.suite.config import Config
 from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export, is_study, unpack

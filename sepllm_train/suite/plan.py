@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
 from data_prep.sidecar import read_header
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.suite.config import Config, SelectionConfig
 from sepllm_train.training.run_folder import git_state
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
 from data_prep.readers import Corpus
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenize import tokenize_files, usable_cores
 from data_prep.train_tokenizer import train_tokenizer
-from sepllm_train.console import quantity, say
-from sepllm_train.errors import UserError
+from sepllm_train.base.console import quantity, say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.suite.config import Config
 from sepllm_train.suite.plan import read_json
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from data_prep.files import write_whole
-from sepllm_train.analysis.runs import read_config
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
 from sepllm_train.compare.rows import Row, read_rows, runs_of
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
-from sepllm_train.console import say
-from sepllm_train.errors import UserError
+from sepllm_train.runs.folder import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished

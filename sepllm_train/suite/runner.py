@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from data_prep.tokenize import usable_cores
-from sepllm_train.console import duration, say
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from sepllm_train.distributed.orphans import end_with_parent
-from sepllm_train.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
 from sepllm_train.training.run_folder import read_run
 from sepllm_train.training.signals import STOPPING

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from data_prep.files import write_whole
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.errors import exit_on_user_error
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
-from sepllm_train.console import duration, say
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
-from sepllm_train.errors import exit_on_user_error
 from sepllm_train.suite.plan import Plan, data_overrides, read_plan
 from sepllm_train.training.run_folder import environment
 
 if TYPE_CHECKING:
-    from sepllm_train.training.turns import Rival
+    from sepllm_train.training.rounds import Rival
 
 
 def timing_file(folder: Path, length: int) -> Path:
@@ -95,7 +95,7 @@ def time_rows(
     """Seconds of a step of each row: the median over the turns, and each turn's; means over the steps of a run that
     differ, and the medians of each phase of a curriculum."""
     # Imported late: megatron-core takes seconds.
-    from sepllm_train.training.turns import build_rival, take_turns
+    from sepllm_train.training.rounds import build_rival, take_turns
 
     rivals = {row: build_rival(config, launch.world_size, device) for row, config in configs.items()}
     began = time.perf_counter()

@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from sepllm_train.base.errors import BadSteps
 from sepllm_train.config.schema import TrainingConfig
-from sepllm_train.errors import BadSteps
 from sepllm_train.training.state import TrainState
 
 # Gradient norms behind the median of the spike test, and how many it takes before the test begins.

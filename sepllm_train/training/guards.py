@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.data.unchanged import DataFiles
-from sepllm_train.distributed.together import together
-from sepllm_train.errors import RankError, UserError
+from sepllm_train.distributed.collectives import together
 from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.signals import StopRequest
 from sepllm_train.training.watchdog import Watchdog

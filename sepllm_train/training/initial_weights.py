@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import hash_file
+from sepllm_train.base.console import note
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
 from sepllm_train.config.schema import Config
-from sepllm_train.console import note
-from sepllm_train.errors import UserError
 from sepllm_train.training import checkpoint
 from sepllm_train.training.checkpoint.files import MANIFEST
 from sepllm_train.training.run_folder import read_run

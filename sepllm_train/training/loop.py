@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
+from sepllm_train.base.console import duration, say
 from sepllm_train.config.schema import Config
-from sepllm_train.console import duration, say
 from sepllm_train.data.loader import Batch, MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
 from sepllm_train.metrics.flops import FlopsCounter
 from sepllm_train.metrics.log import MetricsLog

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import torch
 
+from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size, validate
-from sepllm_train.errors import RankError, UserError
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
 from sepllm_train.training.report import Facts

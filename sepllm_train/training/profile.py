@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data_prep.files import write_whole
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.schema import LoggingConfig
 
 TABLE_ROWS = 40

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from sepllm_train.console import duration, say
+from sepllm_train.base.console import duration, say
 
 # A step shorter than this needs no progress of its own.
 PATIENCE_SECONDS = 10.0

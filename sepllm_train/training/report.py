@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from sep_attention import AttentionPlan, attended_pairs, select_backend
 
-from sepllm_train.attention_pattern import AttentionPattern
+from sepllm_train.base.console import duration, quantity
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import Phase
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size
-from sepllm_train.console import duration, quantity
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.data.splits import SourceSplit
 from sepllm_train.distributed.context import mean_keys_sent, ring_keys
 from sepllm_train.distributed.optional import apex_norm
-from sepllm_train.errors import UserError
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import PRECISIONS, padded_vocabulary
+from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.training.schedules import StepSchedule, cut
 
 # Training samples behind the figures that are printed before the first step.

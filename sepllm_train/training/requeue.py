@@ -12,10 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from data_prep.files import write_whole
+from sepllm_train.base.errors import exit_on_user_error
+from sepllm_train.base.files import write_whole
 from sepllm_train.config.load import run_with_hydra
 from sepllm_train.config.schema import Config
-from sepllm_train.errors import exit_on_user_error
 
 
 def decide(folder: Path, job: str) -> tuple[bool, str]:

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from sepllm_train.attention_pattern import AUTO
+from sepllm_train.base.console import duration, say
+from sepllm_train.base.errors import Interrupted, RunStopped, UserError
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
-from sepllm_train.console import duration, say
 from sepllm_train.data.choice import ClassChoice, settle_separators
 from sepllm_train.data.corpus import Corpus, open_corpus_together
 from sepllm_train.data.splits import build_datasets, source_splits
 from sepllm_train.data.unchanged import DataFiles
+from sepllm_train.distributed.collectives import together
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.distributed.optional import optional_packages
-from sepllm_train.distributed.together import together
-from sepllm_train.errors import Interrupted, RunStopped, UserError
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.tracking import check_tracker, start_mirror
+from sepllm_train.metrics.trackers import check_tracker, start_mirror
+from sepllm_train.model.pattern import AUTO
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.compilation import Compilation
 from sepllm_train.training.guards import Guards

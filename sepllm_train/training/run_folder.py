@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data_prep.files import locked, write_whole
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import locked, write_whole
 from sepllm_train.config.schema import Config
-from sepllm_train.console import say
-from sepllm_train.distributed.together import agree, together
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.collectives import agree, together
 from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
 from sepllm_train.config.curriculum import Phase, phases_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.loader import Batch
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import virtual_stages
 from sepllm_train.model.build import PRECISIONS, build_model
-from sepllm_train.quiet import quiet
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
 

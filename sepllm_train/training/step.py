@@ -15,12 +15,12 @@ from megatron.core.utils import get_model_config
 from sep_attention import AttentionPlan, attended_pairs
 from torch import Tensor
 
-from sepllm_train.attention_pattern import AttentionPattern
 from sepllm_train.config.schema import Config
 from sepllm_train.data.loader import Batch
 from sepllm_train.distributed.context import ContextPlan, part_of
 from sepllm_train.distributed.launch import context_group
 from sepllm_train.model.attention import SeparatorAttention
+from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.training.anomalies import not_finite
 from sepllm_train.training.clock import StepClock
 from sepllm_train.training.schedules import cut

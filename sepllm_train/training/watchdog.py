@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sepllm_train.console import duration
-from sepllm_train.errors import EXIT_LOST_RANK
+from sepllm_train.base.console import duration
+from sepllm_train.base.errors import EXIT_LOST_RANK
 
 # Ranks that can still say where they are get this share of training.hang_seconds, within limits, to do so.
 _GRACE_SHARE, _GRACE_SECONDS = 0.25, (1.0, 30.0)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sepllm_train.analysis.runs import Run, alone, load_run
-from tests.small_run import SMALL_MODEL, train_here
+from sepllm_train.runs.folder import Run, alone, load_run
+from tests.support.small_run import SMALL_MODEL, train_here
 
 TRAINING = [
     "+experiment=demo_sep",

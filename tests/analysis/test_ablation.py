@@ -14,13 +14,13 @@ from sep_attention import visible_mask
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
 from sepllm_train.analysis.cli import main
-from sepllm_train.analysis.evaluation import evaluate, text_of
+from sepllm_train.analysis.interval import kept_keys
 from sepllm_train.analysis.recall import far_recall
-from sepllm_train.analysis.runs import Run, held_out_samples
-from sepllm_train.analysis.statistics import token_mean
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
-from sepllm_train.matching import kept_keys
+from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.runs.evaluate import evaluate, text_of
+from sepllm_train.runs.folder import Run, held_out_samples
 from tests.analysis.conftest import Trained
 from tests.analysis.test_cli import refused
 

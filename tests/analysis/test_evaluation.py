@@ -11,18 +11,20 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.evaluation import (
+from sepllm_train.analysis.losses import LossAnalysis, Questions
+from sepllm_train.analysis.recall import far_recall
+from sepllm_train.base.statistics import token_mean
+from sepllm_train.config.schema import AttentionConfig
+from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.runs.evaluate import (
     Pieces,
     core_attentions,
     evaluate,
     evaluate_run,
     text_of,
 )
-from sepllm_train.analysis.losses import LossAnalysis, Questions
-from sepllm_train.analysis.recall import far_recall
-from sepllm_train.analysis.runs import Run, TakingTurns
-from sepllm_train.analysis.statistics import token_mean
-from sepllm_train.analysis.variations import (
+from sepllm_train.runs.folder import Run, TakingTurns
+from sepllm_train.runs.variations import (
     base_attention,
     dense_pattern,
     equal_pairs_without_separators,
@@ -30,8 +32,6 @@ from sepllm_train.analysis.variations import (
     with_window,
     without_classes,
 )
-from sepllm_train.attention_pattern import resolve_pattern
-from sepllm_train.config.schema import AttentionConfig
 from tests.analysis.conftest import Trained
 
 SAMPLES = 5

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sepllm_train.analysis import mass as mass_module
 from sepllm_train.analysis.attention import GROUPS, group_masks, summary
-from sepllm_train.analysis.evaluation import core_attentions
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass, probabilities, visible_rows
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.model.build import build_model
+from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.runs.evaluate import core_attentions
 from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 WINDOW, INITIAL_TOKENS = 5, 2

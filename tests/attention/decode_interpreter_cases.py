@@ -22,7 +22,7 @@ from decode_cases import (
 )
 from hypothesis import given, settings
 from sep_attention import DecodeCache, advance, attend, write
-from sep_attention.triton_decode_op import launch_advance, launch_attend, launch_write
+from sep_attention.decode.launch import launch_advance, launch_attend, launch_write
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}

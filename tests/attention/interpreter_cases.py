@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sep_attention import FOREVER, AttentionPlan, build_plan, sep_attention, visible_mask
 from sep_attention.plan import effective_reach
-from sep_attention.triton_op import document_end, triton_attention
-from sep_attention.triton_plan import plan_tensors
-from sep_attention.tuning import KERNELS, Tile, forced_tiles
+from sep_attention.triton.op import document_end, triton_attention
+from sep_attention.triton.plan import plan_tensors
+from sep_attention.triton.tuning import KERNELS, Tile, forced_tiles
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.triton_support import with_repairs
+from tests.support.triton_support import with_repairs
 
 HERE = Path(__file__).parent
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from interpreter_process import passes_in_the_interpreter
 from sep_attention import FOREVER, DecodeCache, advance, attend, write
 
-from tests.triton_support import needs_triton
-from tests.waiting import HANG_SECONDS
+from tests.support.triton_support import needs_triton
+from tests.support.waiting import HANG_SECONDS
 
 BENCHMARK = "kernels/benchmarks/decode.py"
 

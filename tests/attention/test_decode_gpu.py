@@ -8,7 +8,7 @@ from decode_cases import PUBLIC, REACH, DecodeCase, copied, filled, ragged, step
 from sep_attention import DecodeCache, advance, attend, write
 from torch import Tensor
 
-from tests.triton_support import NO_TRITON
+from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 

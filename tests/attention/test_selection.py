@@ -7,7 +7,7 @@ import torch
 from attention_cases import Case
 from sep_attention import available_backends, build_plan, select_backend, sep_attention
 
-from tests.triton_support import needs_triton
+from tests.support.triton_support import needs_triton
 
 
 @pytest.mark.parametrize(

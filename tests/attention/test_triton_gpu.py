@@ -12,11 +12,11 @@ from attention_cases import Case, relative_error
 from sep_attention import FOREVER, AttentionPlan, build_plan, reference_attention, select_backend, sep_attention
 from torch import Tensor
 
-from tests.triton_support import NO_TRITON
+from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
-from sep_attention.triton_op import document_end
+from sep_attention.triton.op import document_end
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -185,8 +185,8 @@ def test_no_host_sync() -> None:
 
 
 def test_lengths_windows_and_horizons_share_one_compilation() -> None:
-    from sep_attention.triton_backward import attention_backward_kv, attention_backward_q
-    from sep_attention.triton_forward import attention_forward
+    from sep_attention.triton.backward import attention_backward_kv, attention_backward_q
+    from sep_attention.triton.forward import attention_forward
 
     kernels = attention_forward, attention_backward_q, attention_backward_kv
 

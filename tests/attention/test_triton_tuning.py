@@ -11,18 +11,18 @@ import pytest
 import torch
 from decode_cases import REACH, DecodeCase
 
-from tests.triton_support import NO_TRITON
+from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
 from sep_attention import FOREVER, build_plan
-from sep_attention.triton_backward import attention_backward_kv, attention_backward_q
-from sep_attention.triton_decode import advance_kernel, attend_kernel, combine_kernel, move_kernel, write_kernel
-from sep_attention.triton_decode_op import launch_advance, launch_attend, launch_write
-from sep_attention.triton_forward import attention_forward
-from sep_attention.triton_op import document_end, kernel_constants
-from sep_attention.triton_plan import plan_kernel, plan_tensors
-from sep_attention.tuning import (
+from sep_attention.decode.kernels import advance_kernel, attend_kernel, combine_kernel, move_kernel, write_kernel
+from sep_attention.decode.launch import launch_advance, launch_attend, launch_write
+from sep_attention.triton.backward import attention_backward_kv, attention_backward_q
+from sep_attention.triton.forward import attention_forward
+from sep_attention.triton.op import document_end, kernel_constants
+from sep_attention.triton.plan import plan_kernel, plan_tensors
+from sep_attention.triton.tuning import (
     HEAD_SIZES,
     KERNELS,
     Tile,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_support import with_repairs
-from tests.waiting import HANG_SECONDS
+from tests.support.triton_support import with_repairs
+from tests.support.waiting import HANG_SECONDS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

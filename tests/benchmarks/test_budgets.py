@@ -9,7 +9,7 @@ import pytest
 from budgets import minor_version, read_budget, record_budget
 from records import RESULTS
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 
 RECORDED = {"3.7": {"forward": 8}, "3.9": {"forward": 24}, "3.10": {}}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_support import NO_TRITON
-from tests.waiting import HANG_SECONDS
+from tests.support.triton_support import NO_TRITON
+from tests.support.waiting import HANG_SECONDS
 
 from .conftest import Program
 
@@ -62,7 +62,7 @@ import json, sys
 sys.path[:0] = {sys.path!r}
 from compile_gate import UserError, main, spill_budget, violations
 from compiled import Resources, Target
-from sep_attention.tuning import ShippedTile, Tile
+from sep_attention.triton.tuning import ShippedTile, Tile
 target = Target(ShippedTile("forward", 128, "bf16", "half", 90, Tile(128, 64, 8, 3)))
 values = dict(registers=200, spills=0, shared=1000, wgmma=8, mma=0, async_copies=4, serialized=False)
 found = [violations(target, Resources(**(values | change)), {{}}) for change in {[change for change, _ in CHANGES]!r}]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_support import needs_triton
+from tests.support.triton_support import needs_triton
 
 from .conftest import Program
 

@@ -13,8 +13,8 @@ from draw import NOT_MEASURED, best_dense, load_results, merged_rows, section, t
 from gpu_attention import GROUPS, HEAD_SIZES, LENGTHS, MAIN_LENGTHS, SOURCES, WINDOWS, cells, main, open_results
 from records import write_json
 
-from data_prep.errors import UserError
-from tests.triton_support import needs_triton
+from sepllm_train.base.errors import UserError
+from tests.support.triton_support import needs_triton
 
 from .conftest import Program
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from sepllm_train.base.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.validate import validate
-from sepllm_train.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.multi_gpu import verdicts
 from sepllm_train.multi_gpu.cases import GIB, STAGES, Case, RunSpec, all_cases, cpu_scale, fitting, gpu_scale
 from sepllm_train.multi_gpu.kit import Kit
@@ -24,7 +24,7 @@ from sepllm_train.multi_gpu.plan import estimate, launches_of, within_budget
 from sepllm_train.multi_gpu.report import render
 from sepllm_train.multi_gpu.results import Results
 from sepllm_train.multi_gpu.verdicts import BARS, judge
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 from .conftest import Program
 

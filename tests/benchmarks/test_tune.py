@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_support import NO_TRITON
-from tests.waiting import HANG_SECONDS
+from tests.support.triton_support import NO_TRITON
+from tests.support.waiting import HANG_SECONDS
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
@@ -18,7 +18,7 @@ CODE = """
 import json, sys
 sys.path[:0] = {paths!r}
 import tune
-from sep_attention.tuning import Tile, ShippedTile
+from sep_attention.triton.tuning import Tile, ShippedTile
 source = open({table!r}, encoding="utf8").read()
 chosen = {{"forward": Tile(64, 32, 4, 3, 128), "backward_kv": Tile(64, 64, 4, 2, None, True)}}
 new = tune.rewritten(source, {{(90, "half", 128): chosen}})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from records import NO_TRITON
 
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 CODE = """
 import runpy, sys

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.comparable import differences
 from sepllm_train.compare.rows import pairing_notes, pairs, read_rows, runs_of
 from tests.compare.run_records import straight, training, validation

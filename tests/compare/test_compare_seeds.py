@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.compare.plots import mean_curve
 from sepllm_train.compare.report import REFERENCE, Report, build_report
 from sepllm_train.compare.rows import read_rows

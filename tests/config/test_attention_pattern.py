@@ -6,8 +6,8 @@ import torch
 from sep_attention import FOREVER
 
 from data_prep.separators import CLASSES
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import AttentionConfig
+from sepllm_train.model.pattern import resolve_pattern
 
 NUMBER = {entry.name: entry.number for entry in CLASSES}
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -18,7 +18,7 @@ from sepllm_train.config.schema import (
     TrainingConfig,
 )
 from sepllm_train.config.validate import validate
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import resolve_pattern
 
 SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sepllm_train.attention_pattern import AUTO, resolve_pattern
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
+from sepllm_train.model.pattern import AUTO, resolve_pattern
 
 FOLDER = config_folder()
 GROUPS = ("model", "attention", "parallel", "optim", "logging")

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.files import hash_file
 from data_prep.separators import CLASSES, class_numbers
 from data_prep.sidecar import open_classes, read_header
 from data_prep.stats import statistics
 from data_prep.verify import verify
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.corpus import open_corpus
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import resolve_pattern
 
 NUMBER = {entry.name: entry.number for entry in CLASSES}
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from data_prep.separators import classify
 from data_prep.sidecar import read_header
 from data_prep.tokenizers import load_tokenizer
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.dataset import TokenStore
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
 from sepllm_train.data.order import Blend
 from sepllm_train.data.splits import SourceSplit, build_datasets, held_out_from, source_splits
-from sepllm_train.errors import UserError
 
 
 @pytest.fixture(autouse=True)

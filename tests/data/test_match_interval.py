@@ -14,11 +14,11 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.attention_pattern import AttentionPattern, resolve_pattern
+from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import AttentionConfig
-from sepllm_train.errors import UserError
-from sepllm_train.matching import kept_keys, matching_interval, matching_window
+from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 
 LAYERS, LENGTH = 2, 150
 

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.dataset import SeparatorDataset
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, micro_batches
 from sepllm_train.data.placement import Placement, placement_of, uniform_draws
 from sepllm_train.data.splits import build_datasets
-from sepllm_train.errors import UserError
-from sepllm_train.thinning import matching_keep_share, mean_keys
+from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.training.report import sample_plan
 
 CONTROLS = ("shuffled", "preceding", "thinned")

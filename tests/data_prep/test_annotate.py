@@ -10,10 +10,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from data_prep.annotate import annotate
-from data_prep.errors import UserError
 from data_prep.sidecar import open_classes, read_header
 from data_prep.tokenizers import load_tokenizer
 from data_prep.verify import verify
+from sepllm_train.base.errors import UserError
 
 
 def _build(prefix: Path, documents: list[list[int]], dtype: type[np.integer]) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from data_prep import sample
-from data_prep.errors import UserError
 from data_prep.sample import prepare_sample, sample_documents
 from data_prep.sidecar import read_header
 from data_prep.tokenizers import load_tokenizer
 from data_prep.verify import verify
-from tests.waiting import HANG_SECONDS
+from sepllm_train.base.errors import UserError
+from tests.support.waiting import HANG_SECONDS
 
 
 def test_two_processes_make_it_once(tmp_path: Path) -> None:

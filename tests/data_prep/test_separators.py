@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
 from data_prep.separators import ALL, CLASSES, MAX_CLASSES, PAPER, SPLIT_OFF, as_known, class_numbers, classify
 from data_prep.tokenizers import load_tokenizer
+from sepllm_train.base.errors import UserError
 
 NAMES = {entry.number: entry.name for entry in CLASSES} | {0: "none"}
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_prep import stats
-from data_prep.errors import UserError
 from data_prep.separators import class_numbers
 from data_prep.sidecar import open_classes, read_header
 from data_prep.stats import format_statistics, statistics
+from sepllm_train.base.errors import UserError
 
 
 @pytest.mark.parametrize(("initial", "window", "length"), [(3, 8, 64), (0, 1, 50), (70, 5, 64), (2, 99, 64)])

@@ -14,15 +14,15 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_prep import tokenize
-from data_prep.errors import UserError
-from data_prep.files import PartialFile
 from data_prep.readers import Document
 from data_prep.separators import classify
 from data_prep.sidecar import open_classes, read_header
 from data_prep.tokenize import tokenize_documents, tokenize_files
 from data_prep.tokenizers import load_tokenizer
 from data_prep.writer import DatasetWriter
-from tests.waiting import HANG_SECONDS, wait_until
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PartialFile
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 FINAL = {"set.bin", "set.idx", "set.sep.bin", "set.sep.json", "set.tokenizer.model"}
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import tokenizers
-from data_prep.errors import UserError
 from data_prep.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from data_prep.train_tokenizer import sample_lines, train_tokenizer
+from sepllm_train.base.errors import UserError
 
 # Examples share what fixtures made, and may take any time.
 UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
-from data_prep.files import hash_file
 from data_prep.sidecar import open_classes, read_header
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.verify import verify
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
 
 
 def _edit_header(prefix: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from sep_attention import FOREVER, AttentionPlan, build_plan, sep_attention
 from torch import Tensor
 
-from sepllm_train.attention_pattern import LayerPattern
 from sepllm_train.distributed.context import ContextGroup, ContextPlan, fetch_keys, keys_sent, part_of
+from sepllm_train.model.pattern import LayerPattern
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 96, 4, 2, 8
 # Name -> (layer, tiers, density of special keys, length of documents or None, batch).

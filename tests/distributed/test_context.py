@@ -10,7 +10,6 @@ import torch
 from sep_attention import FOREVER, AttentionPlan, build_plan, keys_per_query
 
 from data_prep.sidecar import open_classes
-from sepllm_train.attention_pattern import LayerPattern, resolve_pattern
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.distributed.context import (
     keys_sent,
@@ -21,8 +20,9 @@ from sepllm_train.distributed.context import (
     visible_keys,
     zigzag,
 )
+from sepllm_train.model.pattern import LayerPattern, resolve_pattern
 from tests.distributed.context_worker import CASES, compare_all
-from tests.distributed_runner import run_ranks
+from tests.support.distributed_runner import run_ranks
 
 LENGTH = 32768
 WINDOW = 128

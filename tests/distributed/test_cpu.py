@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from sepllm_train.base.quiet import quiet
 from sepllm_train.distributed import cpu
 from sepllm_train.distributed.optional import OPTIONAL, optional_packages
-from sepllm_train.quiet import quiet
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available: nothing is redirected there")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed_runner import run_ranks
-from tests.waiting import HANG_SECONDS
+from tests.support.distributed_runner import run_ranks
+from tests.support.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.distributed
 

@@ -20,12 +20,12 @@ from sep_attention.op import MASKED_UP_TO
 from torch.distributed.run import get_args_parser
 
 from data_prep.separators import CLASSES
-from sepllm_train import errors
-from sepllm_train.attention_pattern import AUTO, resolve_pattern
+from sepllm_train.base import errors
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate
 from sepllm_train.metrics.flops import CONVENTIONS, FlopsCounter, shape_of
+from sepllm_train.model.pattern import AUTO, resolve_pattern
 from sepllm_train.suite import config as suites
 from sepllm_train.suite.plan import make_plan
 from sepllm_train.training.clock import PARTS

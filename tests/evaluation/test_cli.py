@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from sepllm_train.evaluation import cli, kv_share
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import choice, words, write_lines
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 

@@ -15,13 +15,13 @@ from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import Attention, AttentionOptions, bind
 from sepllm_train.evaluation.harness import SeparatorLM
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, line, tokenizer_for
+from sepllm_train.evaluation.stream_model import Opened, open_model
 from sepllm_train.evaluation.tasks import load_tasks
 from sepllm_train.hf import apply_pattern, load_model
-from sepllm_train.streaming.model import Opened, open_model
 from tests.evaluation.conftest import CONTEXT, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.options import AttentionOptions, check_used, with_baselines
 
 ASKED = AttentionOptions(window=9)

@@ -17,8 +17,8 @@ from sep_attention import FOREVER, visible_mask
 from sepllm_train.evaluation.attention import Attention, bind
 from sepllm_train.evaluation.options import AttentionOptions
 from sepllm_train.evaluation.shares import Scored, Shares, keys_seen
+from sepllm_train.evaluation.stream_model import Opened, open_model
 from sepllm_train.hf.separators import CONFIG_KEY
-from sepllm_train.streaming.model import Opened, open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 

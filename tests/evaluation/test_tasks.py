@@ -15,11 +15,11 @@ import datasets
 import yaml
 from lm_eval.api.task import ConfigurableTask
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import AttentionOptions, bind
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
+from sepllm_train.evaluation.stream_model import open_model
 from sepllm_train.evaluation.tasks import EVALUATED, TASKS, Loaded, articles, load_tasks
-from sepllm_train.streaming.model import open_model
 from tests.evaluation.conftest import choice, words
 
 LOCAL = [name for name, task in TASKS.items() if task.convert is not None]

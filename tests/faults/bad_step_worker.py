@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sepllm_train.base.errors import RunStopped
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import device_of, launch_from_environment, model_parallel, reading_group
-from sepllm_train.errors import RunStopped
 from sepllm_train.training.run import train
 from sepllm_train.training.step import Stepper, StepResult
 from tests.training.resume_worker import small_run

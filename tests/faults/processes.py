@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.free_ports import free_port
-from tests.small_run import SMALL_MODEL
-from tests.waiting import HANG_SECONDS
+from tests.support.free_ports import free_port
+from tests.support.small_run import SMALL_MODEL
+from tests.support.waiting import HANG_SECONDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = (

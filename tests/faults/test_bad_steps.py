@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from sepllm_train.base.errors import EXIT_BAD_STEPS
 from sepllm_train.config.schema import TrainingConfig
-from sepllm_train.errors import EXIT_BAD_STEPS
 from sepllm_train.training.anomalies import ENOUGH, BadStepDetector
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.state import TrainState
-from tests.distributed_runner import run_ranks
 from tests.faults import bad_step_worker
 from tests.faults.bad_step_worker import checkpoint_of
 from tests.faults.processes import Launcher, records
+from tests.support.distributed_runner import run_ranks
 
 NAN = "nan"
 # Layouts and precisions, and the rank on which the loss is spoiled: one that computes a loss.

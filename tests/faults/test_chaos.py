@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.processes import REPOSITORY
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 
 @pytest.mark.distributed

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.errors import EXIT_LOST_RANK
+from sepllm_train.base.errors import EXIT_LOST_RANK
 from sepllm_train.training import watchdog as watchdog_module
 from tests.faults.processes import REPOSITORY, Launcher, descendants, environment_of, kill
-from tests.waiting import HANG_SECONDS, wait_until
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 LONG = "training.steps=100000"
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from sepllm_train.base.errors import LostRank, UserError
 from sepllm_train.config.schema import Config, ParallelConfig
 from sepllm_train.data.loader import _worker_died
 from sepllm_train.distributed.launch import Launch, process_grid
-from sepllm_train.errors import LostRank, UserError
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training import run, run_folder
 from sepllm_train.training.checkpoint import save
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 
 def line(step: int) -> bytes:

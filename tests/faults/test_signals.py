@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sepllm_train.errors import EXIT_INTERRUPTED
+from sepllm_train.base.errors import EXIT_INTERRUPTED
 from tests.faults.processes import Launcher, Run, kill, records
 
 LONG = "training.steps=100000"

@@ -48,6 +48,38 @@ class Generation:
 # The newest first.
 GENERATIONS = (
     Generation(
+        mark="sepllm_train/base/errors.py",
+        programs={
+            "prepare_data": ("scripts/prepare_data.py",),
+            "pretrain": ("scripts/pretrain.py",),
+            "export": ("scripts/export_hf.py",),
+            "generate": ("scripts/generate.py",),
+            "compare": ("scripts/compare_runs.py",),
+            "evaluate": ("scripts/evaluate.py",),
+            "suite": ("scripts/suite.py",),
+        },
+        names={
+            "NativeCache": "sepllm_train.generation.native:NativeCache",
+            "PatternCache": "sepllm_train.hf:PatternCache",
+            "SepCache": "sepllm_train.hf:SepCache",
+            "CacheChoice": "sepllm_train.generation.choice:CacheChoice",
+            "alone": "sepllm_train.runs.folder:alone",
+            "build_datasets": "sepllm_train.data.splits:build_datasets",
+            "cache_argument": "sepllm_train.hf:cache_argument",
+            "config_folder": "sepllm_train.config.load:config_folder",
+            "config_for": "sepllm_train.runs.opened:config_for",
+            "configuration_of": "sepllm_train.config.load:configuration_of",
+            "digest": "sepllm_train.training.checkpoint:digest",
+            "digests": "sepllm_train.training.checkpoint:digests",
+            "load_model": "sepllm_train.hf:load_model",
+            "load_run": "sepllm_train.runs.opened:load_run",
+            "open_corpus": "sepllm_train.data.corpus:open_corpus",
+            "open_source": "sepllm_train.runs.source:open_source",
+            "read_config": "sepllm_train.runs.folder:read_config",
+        },
+        packages=("sepllm_train", "data_prep", "sep_attention"),
+    ),
+    Generation(
         mark="scripts/pretrain.py",
         programs={
             "prepare_data": ("scripts/prepare_data.py",),

@@ -20,7 +20,7 @@ from tests.golden import sides
 from tests.golden.cases import BY_NAME, CASES, DATA, Case, with_needs
 from tests.golden.compare import differences, largest
 from tests.golden.side import KINDS, Tree, without_machine
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 OUTCOME: dict[str, Any] = {
     "records": [{"step": 1, "train/loss": 6.5, "val/loss": None}, {"step": 2, "train/loss": 6.25, "empty": []}],

@@ -19,24 +19,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizers import load_tokenizer
-from sepllm_train.analysis.runs import alone, find_checkpoint, load_run, read_config
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, ModelConfig
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.runs.folder import alone, find_checkpoint, load_run, read_config
 from sepllm_train.training.checkpoint.load import whole_tensors
-from tests.distributed_runner import run_ranks
+from tests.support.distributed_runner import run_ranks
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional package: extra hf")
 
+from sepllm_train.generation.pattern import TokenPattern  # noqa: E402
 from sepllm_train.hf import export, weights  # noqa: E402
 from sepllm_train.hf.classes import attention_of  # noqa: E402
 from sepllm_train.hf.compare import logits_of  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
-from sepllm_train.inference.pattern import TokenPattern  # noqa: E402
 from tests.hf.bridge_models import LLAMA_BLOCK, MODELS, VOCABULARY  # noqa: E402
 from tests.hf.bridge_worker import split_logits  # noqa: E402
-from tests.waiting import HANG_SECONDS  # noqa: E402
+from tests.support.waiting import HANG_SECONDS  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- mapping
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizers import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig
-from sepllm_train.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional package: extra hf")
 

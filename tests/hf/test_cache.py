@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers
 from sep_attention import FOREVER
 
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import (
     FixedCache,
     FullCache,
@@ -29,7 +30,6 @@ from sepllm_train.hf import (
     make_pattern,
 )
 from sepllm_train.hf.separators import CONFIG_KEY
-from sepllm_train.inference.pattern import TokenPattern
 from tests.hf.tiny_models import FAMILIES, SEPARATORS, VOCABULARY, Oracle, left_padded, random_rows, tiny
 
 SIZES = {"initial": 3, "separators": 5, "window": 6, "capacity": 24}

@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers
 from sep_attention import FOREVER
 
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import PatternCache, apply_pattern, cache_argument, load_model, make_pattern, remove_pattern
-from sepllm_train.inference.pattern import TokenPattern
 from tests.hf.tiny_models import FAMILIES, SEPARATORS, VOCABULARY, left_padded, random_rows, tiny
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -12,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -23,6 +22,7 @@ from sepllm_train.config.schema import (
 )
 from sepllm_train.data.loader import Batch
 from sepllm_train.distributed.launch import launch_from_environment, process_grid
+from sepllm_train.model.pattern import resolve_pattern
 
 LENGTH = 256
 PYTHIA = {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024}

@@ -9,13 +9,12 @@ import pytest
 import torch
 from sep_attention import attended_pairs
 
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from sepllm_train.config.validate import data_parallel_size
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.metrics.flops import parameter_count
 from sepllm_train.metrics.memory import memory_estimate
-from tests.distributed_runner import run_ranks
+from sepllm_train.model.pattern import resolve_pattern
 from tests.metrics.peak_bytes import (
     LLAMA,
     PYTHIA,
@@ -27,6 +26,7 @@ from tests.metrics.peak_bytes import (
     random_batches,
     train_two_steps,
 )
+from tests.support.distributed_runner import run_ranks
 
 TOLERANCE = 0.05
 # Interleaved stages hold fractions of micro-batches, and gloo copies what it exchanges.

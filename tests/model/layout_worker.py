@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sepllm_train.attention_pattern import resolve_pattern
+from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import Launch, launch_from_environment, model_parallel, process_grid
-from sepllm_train.quiet import quiet
+from sepllm_train.model.pattern import resolve_pattern
 from tests.model.tiny import LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 with quiet():

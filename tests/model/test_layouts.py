@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_runner import run_ranks
 from tests.model.layout_worker import PATTERNS, train_all
+from tests.support.distributed_runner import run_ranks
 
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 # Tied embeddings are summed over pipeline stages, and impossible with virtual ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.model.build import build_model, padded_vocabulary, transformer_config
 from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, planned, tiny_config
 

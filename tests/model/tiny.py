@@ -9,7 +9,6 @@ import torch
 from sep_attention import AttentionPlan
 from torch import Tensor
 
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -18,6 +17,7 @@ from sepllm_train.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
+from sepllm_train.model.pattern import resolve_pattern
 
 VOCABULARY = 100
 LENGTH = 48

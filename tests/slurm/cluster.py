@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.free_ports import free_port
-from tests.waiting import HANG_SECONDS
+from tests.support.free_ports import free_port
+from tests.support.waiting import HANG_SECONDS
 
 NODES = 2
 # Where the daemons live so long without a cluster that works, the tests skip.

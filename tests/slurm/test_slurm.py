@@ -12,7 +12,7 @@ import pytest
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.requeue import decide
 from tests.slurm.cluster import Cluster, records
-from tests.small_run import SMALL_MODEL
+from tests.support.small_run import SMALL_MODEL
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

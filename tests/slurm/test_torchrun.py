@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.waiting import HANG_SECONDS, wait_until
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.suite.export import RUNS, SUMMARY, export, is_study, unpack
 from sepllm_train.suite.main import run_suite
 from sepllm_train.suite.plan import read_plan

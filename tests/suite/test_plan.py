@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from data_prep.errors import UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.validate import validate
 from sepllm_train.suite.config import Config

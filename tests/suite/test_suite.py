@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
 from data_prep.sidecar import read_header
+from sepllm_train.base.errors import UserError
 from sepllm_train.suite.export import unpack
 from sepllm_train.suite.main import main
 from sepllm_train.suite.prepare import prepare_data
 from sepllm_train.training.run_folder import claim
 from tests.suite.test_plan import suite as suite_config
-from tests.waiting import HANG_SECONDS, wait_until
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_turns=1")
 

@@ -18,8 +18,8 @@ import torch
 from megatron.core import parallel_state
 
 from sepllm_train.pretrain import main
-from tests.small_run import SMALL_RUN
-from tests.waiting import HANG_SECONDS
+from tests.support.small_run import SMALL_RUN
+from tests.support.waiting import HANG_SECONDS
 
 
 @dataclass(frozen=True)

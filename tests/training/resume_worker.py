@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sepllm_train.analysis.runs import ALONE
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -27,6 +26,7 @@ from sepllm_train.distributed.launch import (
     process_grid,
     reading_group,
 )
+from sepllm_train.runs.folder import ALONE
 from sepllm_train.training.checkpoint import digests
 from sepllm_train.training.run import train
 

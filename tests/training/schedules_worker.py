@@ -11,16 +11,16 @@ import torch
 from sep_attention import build_plan
 from sep_attention.reference import visible_mask
 
-from sepllm_train.attention_pattern import resolve_pattern
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel, reading_group
+from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.suite.timing import figures_of
+from sepllm_train.training.rounds import build_rival, take_turns
 from sepllm_train.training.run import train
 from sepllm_train.training.setup import build_training
 from sepllm_train.training.step import Stepper
-from sepllm_train.training.turns import build_rival, take_turns
 from tests.training.resume_worker import small_run, train_all
 
 Batch = dict[str, torch.Tensor]

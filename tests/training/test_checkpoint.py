@@ -25,17 +25,17 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from data_prep.files import PartialFile, _tell_no_locks, hash_file
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PartialFile, _tell_no_locks, hash_file
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
-from sepllm_train.errors import UserError
 from sepllm_train.model import initialization
 from sepllm_train.training import run_folder
 from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_model, newest, save
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 VOCABULARY = 1000
 

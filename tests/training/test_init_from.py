@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config, OptimConfig, TrainingConfig
 from sepllm_train.config.validate import validate
-from sepllm_train.errors import UserError
 from sepllm_train.training.checkpoint import digest, digests
 
 

@@ -23,8 +23,8 @@ from sepllm_train.data.splits import SourceSplit
 from sepllm_train.training import clock, loop, run_folder
 from sepllm_train.training.clock import PARTS, StepClock
 from sepllm_train.training.report import data_warnings
-from tests.distributed_runner import run_ranks
-from tests.waiting import HANG_SECONDS
+from tests.support.distributed_runner import run_ranks
+from tests.support.waiting import HANG_SECONDS
 
 
 def test_profiled_steps_and_no_others(trainer: Any, finished: Callable) -> None:
@@ -122,8 +122,8 @@ def test_a_part_within_another_is_taken_out_of_it(monkeypatch: pytest.MonkeyPatc
 
 def parts_with_slow_data(slow_rank: int) -> dict[str, float]:
     """Metrics of two real steps, in simulated time, in which the data of one rank comes a second late."""
-    from sepllm_train.attention_pattern import resolve_pattern
     from sepllm_train.distributed.launch import launch_from_environment, process_grid
+    from sepllm_train.model.pattern import resolve_pattern
     from sepllm_train.training import clock
     from sepllm_train.training.setup import build_training
     from sepllm_train.training.step import Stepper
@@ -225,9 +225,9 @@ def test_out_of_memory_names_what_to_change(trainer: Any, tmp_path: Path) -> Non
     ],
 )
 def test_profile_mistakes(override: str, told: str) -> None:
+    from sepllm_train.base.errors import UserError
     from sepllm_train.config.schema import Config, LoggingConfig, TrainingConfig
     from sepllm_train.config.validate import validate
-    from sepllm_train.errors import UserError
 
     values = {key.split(".")[1]: json.loads(value) for key, value in (part.split("=") for part in override.split())}
     with pytest.raises(UserError, match=re.escape(told)):

@@ -12,8 +12,8 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.sidecar import read_header
-from sepllm_train.compare import records
-from sepllm_train.compare.records import read_run
+from sepllm_train.runs import records
+from sepllm_train.runs.records import read_run
 from sepllm_train.training.checkpoint import EARLIER_DATA, digests, earlier_data, read_state, trained_on
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
+from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from sepllm_train.config.load import configuration_of
-from sepllm_train.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.setup import build_scheduler, learning_rate
-from tests.small_run import SMALL_RUN
+from tests.support.small_run import SMALL_RUN
 
 COUNTERS = {"step", "tokens", "seconds", "flops/model", "flops/dense", "flops/paper"}
 

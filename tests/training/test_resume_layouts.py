@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_runner import run_ranks
+from tests.support.distributed_runner import run_ranks
 from tests.training.resume_worker import HALF, STEPS, train_all
 
 # By the number of processes, which share a launch.

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from data_prep.separators import CLASSES, PAPER
 from data_prep.sidecar import read_header
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config
-from sepllm_train.errors import UserError
 from sepllm_train.training.checkpoint import check_identity, identity
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import Phase, phases_of
 from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig, TrainingConfig
 from sepllm_train.config.validate import validate
-from sepllm_train.errors import UserError
 from sepllm_train.training.checkpoint import check_identity, identity
 from sepllm_train.training.schedules import cut, draw, schedule_of
-from tests.distributed_runner import run_ranks
+from tests.support.distributed_runner import run_ranks
 from tests.training.resume_worker import train_all
 from tests.training.schedules_worker import train_and_count
 

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import PARTIAL, hash_file, sync_folder, write_whole
-from sepllm_train.console import say
-from sepllm_train.errors import UserError
+from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
 
 FOLDER = "checkpoints"
 LATEST = "latest"

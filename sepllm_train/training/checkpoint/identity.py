@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from sepllm_train.attention_pattern import tiers_of_classes
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import AttentionConfig, Config
-from sepllm_train.errors import UserError
+from sepllm_train.model.pattern import tiers_of_classes
 
 _DATA = "data (hash of the tokens)"
 VALIDATION_DATA = "data.validation_prefixes (hash of the tokens)"

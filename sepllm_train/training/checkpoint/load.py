@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config
-from sepllm_train.distributed.together import together
-from sepllm_train.errors import UserError
+from sepllm_train.distributed.collectives import together
 from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training.checkpoint.files import altered, read_state

@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan
 
-from data_prep.files import PARTIAL
+from sepllm_train.base.errors import LostRank, UserError
+from sepllm_train.base.files import PARTIAL
 from sepllm_train.distributed.lost import short
-from sepllm_train.errors import LostRank, UserError
 from sepllm_train.training.checkpoint import files
 from sepllm_train.training.checkpoint.shards import (
     Shards,

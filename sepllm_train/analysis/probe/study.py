@@ -1,0 +1,317 @@
+"""The questions to trained runs of several seeds, their answers by seed, and the verdict."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.readers import Corpus
+from data_prep.tokenizers import Tokenizer
+from sepllm_train.analysis.probe import report
+from sepllm_train.analysis.probe.facts import Vocabulary, sentences, vocabulary_of
+from sepllm_train.analysis.probe.interventions import (
+    BESIDE,
+    CONDITIONS,
+    DECIDING,
+    MASKED,
+    REFUTES,
+    REPLACED,
+    SEEDS,
+    SUPPORTS,
+    Text,
+    intervene,
+)
+from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
+from sepllm_train.analysis.recall import recall_distance, stacked_reach
+from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.base.statistics import Estimate, token_mean
+from sepllm_train.compare.student import estimate
+from sepllm_train.config.schema import require
+from sepllm_train.runs.evaluate import attending, samples_of, text_of
+from sepllm_train.runs.folder import Run, alone, describe, load_run, read_config
+from sepllm_train.runs.records import refuse_twins
+from sepllm_train.runs.source import open_source
+from sepllm_train.runs.variations import classes_of, without_classes
+
+FAR = "far recall"
+VALUES_TOLD = "far recall, values of facts"
+KEYS_TOLD = "far recall, keys of facts"
+REAL = "far recall, real text"
+GROUPS = ("all", FAR, VALUES_TOLD, KEYS_TOLD, REAL)
+# Sentences of real text that needles are hidden in.
+_SENTENCES = 2000
+# Tokens of the longest of them.
+_LONGEST = 60
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
+    (.txt or .jsonl files that no run was trained on; without any, no needles)."""
+
+    samples: int = 128
+    needles: int = 32
+    text: Sequence[Path] = ()
+    seed: int = 0
+
+
+def ask(folders: Sequence[Path], output: Path, questions: Questions) -> dict[str, Any]:
+    """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and give the result.
+
+    Raises UserError, before anything is written, for runs without separators beyond the window, with full layers, or
+    with different patterns, and as `load_run` does.
+    """
+    check_output(output)
+    require(questions.samples >= 2, f"--samples {questions.samples} must be at least 2: one is the other's donor.")
+    _check_seeds(folders)
+    with alone():
+        results = [_ask_run(folder, questions) for folder in folders]
+    result = {
+        "runs": results,
+        **results[0]["model"],
+        "groups": _together(results),
+        "verdict": verdict(results),
+    }
+    write_report(output, "probe", result, report.markdown(result), report.figures(result))
+    return result
+
+
+def _check_seeds(folders: Sequence[Path]) -> None:
+    """Raise UserError unless the runs differ in their seed, and in nothing that they are asked about."""
+    refuse_twins(folders)
+    configs = [read_config(folder) for folder in folders]
+    first, *others = configs
+    for folder, config in zip(folders[1:], others, strict=True):
+        for key, own, wanted in (
+            ("model", config.model, first.model),
+            ("attention", replace(config.attention, backend="auto"), replace(first.attention, backend="auto")),
+            ("data.prefixes", config.data.prefixes, first.data.prefixes),
+            ("data.validation_prefixes", config.data.validation_prefixes, first.data.validation_prefixes),
+            ("data.sequence_length", config.data.sequence_length, first.data.sequence_length),
+            ("training.steps", config.training.steps, first.training.steps),
+        ):
+            require(
+                own == wanted, f"{folder} has another {key} than {folders[0]}: give runs that differ in their seed."
+            )
+    require(
+        len({config.seed for config in configs}) == len(configs),
+        "two of the runs have the same seed: give one run for each.",
+    )
+
+
+def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
+    """Every answer of one run."""
+    run = load_run(folder)
+    layers = run.pattern.layers
+    require(
+        bool(classes_of(run.pattern)) and not any(layer.full for layer in layers) and len(set(layers)) == 1,
+        f"{folder}: the probe needs separators beyond the window and no full layer, with one window for all layers.",
+    )
+    window, length = layers[0].window, run.config.data.sequence_length
+    reach = stacked_reach(window, len(layers))
+    require(
+        2 * reach < length,
+        f"{folder}: {len(layers)} windows of {window} reach {reach} tokens, more than half of its {length}: too few "
+        "tokens can be recalled from beyond.",
+    )
+    source = open_source(folder)
+    vocabulary = vocabulary_of(source.tokenizer)
+    samples = samples_of(run, questions.samples)
+    hidden = _hidden(questions, source.tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
+    text = text_of(run.validation, samples)
+    masked = without_classes(run.pattern, classes_of(run.pattern))
+
+    def without(asked: Text) -> Tensor:
+        with attending(run.model, masked):
+            return asked.forward(run.model, masked, loss=False)
+
+    with progress(3 * samples + len(hidden), "sequence") as bar:
+        losses = intervene(run, samples, questions.seed, lambda: bar.update())
+        recalled = _associative(run, samples, vocabulary, reach, without, lambda: bar.update())
+        answers = []
+        for needle in hidden:
+            answers.append(ask_needle(run, needle, source.classes, vocabulary, without))
+            bar.update()
+    embeddings = run.model.vocab_size * run.config.model.hidden * (1 if run.config.model.tied_embeddings else 2)
+    return {
+        **describe(run, samples),
+        "seed": run.config.seed,
+        "model": {
+            "parameters_without_embeddings": sum(p.numel() for p in run.model.parameters()) - embeddings,
+            "layers": len(layers),
+            "window": window,
+            "length": length,
+            "reach": reach,
+            "sink": run.config.attention.sink,
+        },
+        "groups": _groups(losses, text, vocabulary, reach),
+        "associative": recalled,
+        "needles": [_needle_row(distance, answers) for distance in dict.fromkeys(a.needle.asked for a in answers)],
+    }
+
+
+def _hidden(
+    questions: Questions, tokenizer: Tokenizer, vocabulary: Vocabulary, reach: int, length: int, initial: int
+) -> list[Needle]:
+    """Needles at distances from just beyond the stacked windows to the whole length."""
+    if not questions.text:
+        return []
+    texts = sentences(document.text for document in Corpus(questions.text))
+    filling = [ids for ids in tokenizer.encode_batch(list(islice(texts, _SENTENCES))) if len(ids) <= _LONGEST]
+    require(bool(filling), f"{', '.join(map(str, questions.text))}: there is no sentence to hide a needle in.")
+    # A tail ends with a whole sentence, so it may be longer than asked for; the fact comes after the initial tokens.
+    farthest = length - _LONGEST - 2 - initial
+    require(
+        farthest > reach,
+        f"--text: no needle fits between the {reach} tokens that the windows reach and the {length} of a sequence.",
+    )
+    distances = sorted({round(reach + 1 + (farthest - reach) * part / 3) for part in range(4)})
+    return list(needles(filling, vocabulary, distances, questions.needles, length, questions.seed))
+
+
+def _needle_row(distance: int, answers: Sequence[NeedleAnswer]) -> dict[str, Any]:
+    """Shares over the needles of a distance."""
+    own = [answer for answer in answers if answer.needle.asked == distance]
+    return {
+        "distance": fmean(answer.needle.distance for answer in own),
+        "needles": len(own),
+        "first": fmean(answer.rank == 0 for answer in own),
+        "first_masked": fmean(answer.masked == 0 for answer in own),
+        "rank": fmean(answer.rank for answer in own),
+        "prefers_twin": fmean(answer.prefers for answer in own),
+        "follows_twin": fmean(answer.follows for answer in own),
+    }
+
+
+@torch.no_grad()
+def _associative(
+    run: Run,
+    samples: int,
+    vocabulary: Vocabulary,
+    reach: int,
+    without: Callable[[Text], Tensor],
+    advance: Callable[[], object],
+) -> list[dict[str, Any]]:
+    """Recall of facts in held-out text by distance, in ranges that double from the reach of the stacked windows."""
+    device = next(run.model.parameters()).device
+    ranks: dict[str, list[tuple[int, int, int]]] = {}
+    edges = [0, reach]
+    while edges[-1] <= run.config.data.sequence_length:
+        edges.append(2 * edges[-1])
+    for number in range(samples):
+        sample = run.validation[number]
+        found = list(mentions(sample["tokens"][None], sample["labels"][None], vocabulary))
+        if found:
+            text = Text.of(sample, device)
+            own, masked = text.forward(run.model, run.pattern, loss=False), without(text)
+            for mention in found:
+                place = bisect_left(edges, mention.distance)
+                name = f"{edges[place - 1] + 1} to {edges[place]}"
+                first, second = (rank(logits[mention.query], vocabulary, mention.value) for logits in (own, masked))
+                ranks.setdefault(name, []).append((mention.distance, first, second))
+        advance()
+    return [
+        {
+            "distances": name,
+            "distance": fmean(distance for distance, _, _ in rows),
+            "questions": len(rows),
+            "first": fmean(own == 0 for _, own, _ in rows),
+            "first_masked": fmean(masked == 0 for _, _, masked in rows),
+        }
+        for name, rows in sorted(ranks.items(), key=lambda entry: entry[1][0][0])
+    ]
+
+
+def _groups(losses: dict[str, Tensor], text: dict[str, Tensor], vocabulary: Vocabulary, reach: int) -> dict[str, Any]:
+    """For each group of tokens: their share, the loss, its change in each condition, and the share of each
+    replacement in what masking costs."""
+    far = recall_distance(text["tokens"], text["labels"]) > reach
+    told = torch.zeros_like(far)
+    for mention in mentions(text["tokens"], text["labels"], vocabulary):
+        told[mention.sample, mention.query] = mention.distance > reach
+    keys, facts = fact_tokens(text["tokens"], text["labels"], vocabulary)
+    masks = {
+        "all": torch.ones_like(far),
+        FAR: far,
+        VALUES_TOLD: told,
+        KEYS_TOLD: far & keys,
+        REAL: far & ~facts,
+    }
+    base = losses[CONDITIONS[0]]
+    rows = {}
+    for name, mask in masks.items():
+        changes = {key: token_mean(found - base, mask) for key, found in losses.items() if found is not base}
+        rows[name] = {
+            "tokens": int(mask.sum()),
+            "loss": token_mean(base, mask),
+            "changes": changes,
+            "shares": {key: shared(changes[key], changes[MASKED]) for key in REPLACED},
+        }
+    return rows
+
+
+def shared(replaced: Estimate, masked: Estimate) -> float | None:
+    """The part of masking's cost that replacing causes; None where masking costs no more than twice its error."""
+    return replaced.mean / masked.mean if masked.mean > 2 * masked.error else None
+
+
+def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares and changes of each group, over the seeds, with intervals."""
+    rows: dict[str, Any] = {}
+    for name in GROUPS:
+        own = [result["groups"][name] for result in results]
+        rows[name] = {
+            "loss": asdict(estimate([row["loss"].mean for row in own])),
+            "changes": {
+                key: asdict(estimate([row["changes"][key].mean for row in own])) for key in (MASKED, *REPLACED)
+            },
+            "shares": {key: _share_over_seeds([row["shares"][key] for row in own]) for key in REPLACED},
+        }
+    return rows
+
+
+def _share_over_seeds(shares: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean share with its interval; None when a seed has none."""
+    known = [share for share in shares if share is not None]
+    return asdict(estimate(known)) if len(known) == len(shares) else None
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rule of `interventions.py`: by the mean share over seeds, on far-recall tokens beyond the stacked windows.
+
+    `answer` is by DECIDING; `beside` has what the rule would say by BESIDE.
+    """
+    by = {
+        key: _share_over_seeds([result["groups"][FAR]["shares"][key] for result in results])
+        for key in (DECIDING, BESIDE)
+    }
+    return {
+        "share": by[DECIDING],
+        "answer": _answer(by[DECIDING], len(results)),
+        "supports": SUPPORTS,
+        "refutes": REFUTES,
+        "by": DECIDING,
+        "beside": {"by": BESIDE, "share": by[BESIDE], "answer": _answer(by[BESIDE], len(results))},
+    }
+
+
+def _answer(share: dict[str, Any] | None, seeds: int) -> str:
+    """What the rule says of a share; with what its interval holds beyond the bound."""
+    if seeds < SEEDS:
+        return f"none: the rule takes {SEEDS} seeds, not {seeds}"
+    if share is None:
+        return "none: masking far separators costs at least one of the models nothing that could be shared"
+    if share["mean"] > SUPPORTS:
+        return "summary" + (", though the interval reaches below the bound" if share["low"] <= SUPPORTS else "")
+    if share["mean"] < REFUTES:
+        refuted = "sink: summary is refuted"
+        return refuted + (", though the interval reaches above the bound" if share["high"] >= REFUTES else "")
+    return "undecided"

@@ -1,0 +1,1 @@
+"""Errors, files, console output and statistics. Imports nothing else of this project."""

@@ -1,0 +1,109 @@
+"""How programs tell why they end: one sentence, once, and an exit code that a script can act on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from sepllm_train.base.quiet import mute
+
+__all__ = [
+    "EXIT_BAD_STEPS",
+    "EXIT_INTERRUPTED",
+    "EXIT_LOST_RANK",
+    "EXIT_USER_ERROR",
+    "BadSteps",
+    "Interrupted",
+    "LostRank",
+    "RankError",
+    "RunStopped",
+    "UserError",
+    "exit_on_user_error",
+    "first_line",
+]
+
+EXIT_USER_ERROR = 2
+# Loss or gradients were unusable too many steps in a row or in all steps, or the last validation loss is not finite.
+EXIT_BAD_STEPS = 3
+# A process of the run hangs, never arrived, or is gone.
+EXIT_LOST_RANK = 4
+# A signal stopped the run, after it had saved or before there was a step to save: start it again. EX_TEMPFAIL of
+# sysexits.h.
+EXIT_INTERRUPTED = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message says in one sentence what is wrong, where, and what to do.
+
+    Programs print the sentence alone, without a traceback, and exit with code 2.
+    """
+
+
+class RankError(UserError):
+    """A mistake that one rank alone has found, while the others wait for it: that rank tells it."""
+
+
+class RunStopped(Exception):
+    """A run ended before its last step for a reason of its own, told in the message; `code` is the exit code."""
+
+    code = 1
+    title = "error"
+
+
+class BadSteps(RunStopped):
+    """Too many steps in a row were skipped, or all of the run, or its last loss is not finite. Raised on all ranks."""
+
+    code = EXIT_BAD_STEPS
+
+
+class Interrupted(RunStopped):
+    """A signal stopped the run, after it had saved or before there was a step to save. Raised on all ranks."""
+
+    code = EXIT_INTERRUPTED
+    title = "interrupted"
+
+
+class LostRank(RunStopped):
+    """This rank cannot reach another one. Each rank that notices tells it: which of them will is not known."""
+
+    code = EXIT_LOST_RANK
+
+
+def exit_on_user_error(program: Callable[[], None]) -> None:
+    """Run `program`; a UserError or RunStopped ends the process with its code and is printed as its sentence alone.
+
+    Rank 0 prints what all ranks know, the rank itself what it alone knows.
+    """
+    mute()
+    try:
+        program()
+    except (UserError, RunStopped) as error:
+        rank = os.environ.get("RANK", "0")
+        alone = isinstance(error, RankError | LostRank)
+        if rank == "0" or alone:
+            sys.stdout.flush()
+            title = error.title if isinstance(error, RunStopped) else "error"
+            where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
+            print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
+        raise SystemExit(error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR) from None
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a `program` that writes nothing before its end: 0, or 2 after one sentence on a user's mistake."""
+    mute()
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,155 @@
+"""Writing files so that what has its final name is whole: write aside, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, BinaryIO
+
+from sepllm_train.base.errors import UserError
+
+PARTIAL = ".partial"
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and SHA-256 of a file ."""
+
+    size: int
+    sha256: str
+
+
+class PartialFile:
+    """A file that gets its final name in `finish`, and is removed when left before that.
+
+    Its name until then is `<path>.partial`, locked against a second writer; a stale one (its writer was killed, so
+    its lock is gone) is simply written over. Raises UserError when it cannot be created or is being written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = Path(f"{path}{PARTIAL}")
+        try:
+            self._stream: BinaryIO = open(self.partial, "ab", buffering=1 << 20)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"Cannot write {self.partial}: {error.strerror}.") from None
+        if not self._lock():
+            self._stream.close()
+            raise UserError(f"{path} is being written by another process: wait for it or choose another name.")
+        self._stream.truncate(0)
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._finished = False
+
+    def _lock(self) -> bool:
+        if not locked(lambda: fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB), self.partial):
+            return False
+        try:
+            # Between opening and locking, the other writer may have given this very file its final name.
+            return os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.partial))
+        except FileNotFoundError:
+            return False
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self._stream.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    def seal(self) -> FileInfo:
+        """Put everything written on the disk; returns its size and hash."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return FileInfo(self._size, self._hash.hexdigest())
+
+    def finish(self) -> None:
+        """Give the file its final name, replacing what had it; the folder is synced too."""
+        os.replace(self.partial, self.path)
+        self._finished = True
+        self._stream.close()
+        sync_folder(self.path.parent)
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            self.partial.unlink(missing_ok=True)
+            self._stream.close()
+
+
+def locked(attempt: Callable[[], None], path: Path) -> bool:
+    """Whether `attempt`, which locks `path` without waiting, was not refused for another process's lock.
+
+    Where the filesystem has no locks that is told once on stderr, and the answer is yes.
+    """
+    try:
+        attempt()
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        _tell_no_locks(error.strerror)
+    return True
+
+
+def lock_waiting(stream: IO[Any]) -> None:
+    """Lock an open file, waiting for another process that holds it.
+
+    Where the filesystem has no locks that is told once on stderr, and nothing is waited for.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        _tell_no_locks(error.strerror)
+
+
+@functools.cache
+def _tell_no_locks(reason: str) -> None:
+    """Say once for each reason that files cannot be locked."""
+    print(
+        f"warning: files cannot be locked on this filesystem ({reason}): see to it yourself that no two processes "
+        "write the same ones.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file at once: aside, fsync, rename."""
+    with PartialFile(path) as target:
+        target.write(content)
+        target.seal()
+        target.finish()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> FileInfo:
+    """Size and SHA-256 of a file, read in chunks; raises UserError when it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    return FileInfo(size, digest.hexdigest())

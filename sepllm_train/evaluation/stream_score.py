@@ -1,0 +1,315 @@
+"""Perplexity of a text without end: every token is predicted from what the cache holds when it comes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from sepllm_train.base.console import duration, quantity, say
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import write_whole
+from sepllm_train.evaluation.stream_model import CACHES, CacheOptions, Opened, check_context
+from sepllm_train.evaluation.stream_state import FOLDER, load_state, save_state
+from sepllm_train.evaluation.stream_text import WORKING_FILES, TokenStream
+from sepllm_train.hf.hooks import cache_argument
+
+RESULT = "result.json"
+SAY_EVERY = 10.0
+_SCORE_AGAIN = "remove it and score the text again"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """tokens: at most so many, None for all of the text. chunk: tokens given to the model in a call, which changes
+    nothing but the speed: 1 is how text is generated. every: tokens between points of the result. save_every: seconds
+    between saved states."""
+
+    tokens: int | None = None
+    chunk: int = 1024
+    every: int = 65536
+    save_every: float = 60.0
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense."""
+        for name in ("chunk", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least 1.")
+        if self.tokens is not None and self.tokens < 2:
+            raise UserError(f"--tokens={self.tokens} must be at least 2: the first token predicts the second.")
+        if self.every % self.chunk:
+            raise UserError(f"--every={self.every} must be a multiple of --chunk={self.chunk}.")
+
+
+@dataclass
+class Progress:
+    """Where a stream is. `nats` is the sum over all predicted tokens, `points` what was noted on the way."""
+
+    tokens: int = 0
+    predicted: int = 0
+    nats: float = 0.0
+    seconds: float = 0.0
+    points: list[dict[str, Any]] = field(default_factory=list)
+    # Tokens, nats and seconds at the last point.
+    since: list[float] = field(default_factory=lambda: [0, 0, 0.0, 0.0])
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss so far."""
+        return perplexity(self.nats, self.predicted)
+
+    def note(self, mean_length: float) -> None:
+        """Add a point: the loss since the start and since the last point, and what it took."""
+        tokens, predicted, nats, seconds = self.since
+        self.points.append(
+            {
+                "tokens": self.tokens,
+                "loss": self.nats / max(1, self.predicted),
+                "perplexity": self.perplexity,
+                "part_loss": (self.nats - nats) / max(1, self.predicted - predicted),
+                "seconds": self.seconds,
+                "seconds_per_token": (self.seconds - seconds) / max(1, self.tokens - tokens),
+                "mean_length": mean_length,
+                "resident_bytes": psutil.Process().memory_info().rss,
+            }
+        )
+        self.since = [self.tokens, self.predicted, self.nats, self.seconds]
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """exp(nats / tokens); inf beyond what a float holds, nan of nan."""
+    mean = nats / max(1, tokens)
+    return math.inf if mean > 700 else math.exp(mean)
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError when `output` is, or lies under, what is not a folder."""
+    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
+    if there is not None and not os.path.isdir(there):
+        raise UserError(f"--output {output}: {there} is not a folder; choose another --output.")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`folder`/result.json. Raises UserError when it is not there or not what `score` writes."""
+    path = folder / RESULT
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: finish the stream with stream.py score.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {_SCORE_AGAIN}.") from None
+    if not _is_result(result):
+        raise UserError(f"{path} is not what stream.py score writes: {_SCORE_AGAIN}.")
+    return result
+
+
+def _is_result(content: Any) -> bool:
+    """Whether a result has all that is read of it."""
+    try:
+        numbers = [content[key] for key in ("perplexity", "seconds", "mean_length", "tokens")]
+        numbers += [point[key] for point in content["points"] for key in ("tokens", "perplexity")]
+        known = content["cache"] in CACHES and all(key in content for key in ("fingerprint", "text", "positions_used"))
+    except (KeyError, TypeError):
+        return False
+    return known and all(isinstance(number, int | float) for number in numbers) and content["seconds"] > 0
+
+
+def score(
+    opened: Opened, cache: Any, options: CacheOptions, text: TokenStream, how: ScoreOptions, output: Path
+) -> dict[str, Any]:
+    """Score a text and write `output`/result.json; the same call continues a stream that was stopped.
+
+    Gives the result: loss (nats per token) and perplexity, the counted mean length of the cache, seconds, and points on
+    the way. Raises KeyboardInterrupt after SIGINT or SIGTERM, once the state is saved; UserError when `output` is of
+    another stream, the text has not two tokens or does not fit the model's context, or logits are not finite.
+    """
+    how.check()
+    identity = {
+        "model": opened.name,
+        "fingerprint": opened.fingerprint(),
+        **options.describe(),
+        "text": text.identity(),
+        "tokens_asked": how.tokens,
+        "chunk": how.chunk,
+        "every": how.every,
+    }
+    finished = _finished(output, identity)
+    if finished is not None:
+        say(f"{output} is finished: {len(finished['points'])} points, perplexity {finished['perplexity']:.3f}.")
+        return finished
+    progress = _resume(output, cache, identity)
+    tokens = text.prepare(output, how.tokens)
+    total = text.length(tokens)
+    asked = total if how.tokens is None else min(total, how.tokens)
+    check_context(cache, options.cache, asked, "give --tokens N of at most {context}")
+    device = next(opened.model.parameters()).device
+    left = None if how.tokens is None else how.tokens - progress.tokens
+    run = _Run(cache, how, output, identity, progress)
+    with torch.inference_mode(), _signals_noted() as signals:
+        for ids, targets in _pairs(text.chunks(tokens, how.chunk, progress.tokens), left):
+            run.take(*_nats(opened.model, cache, ids, targets, device))
+            if signals:
+                run.save()
+                say(f"stopped at {progress.tokens:,} tokens; the same command continues.")
+                raise KeyboardInterrupt
+    if not progress.points or progress.points[-1]["tokens"] != progress.tokens:
+        progress.note(cache.mean_length)
+    result = {
+        **identity,
+        "loss": progress.nats / progress.predicted,
+        "perplexity": progress.perplexity,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "positions_used": cache.positions,
+        "mean_length": cache.mean_length,
+        "mean_length_by_formula": cache.policies[0].mean_length,
+        "cache_bytes": cache.nbytes,
+        "differences": list(cache.differences),
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)},
+        "points": progress.points,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    _clean(output)
+    say(f"perplexity {result['perplexity']:.3f} over {progress.tokens:,} tokens; {output / RESULT}")
+    return result
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Numbers of the signals to stop that have come, which end nothing: in the middle of a forward the cache is neither
+    here nor there. A second one ends the program as ever, without saving."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """A stream that is running: counts, tells, saves."""
+
+    def __init__(
+        self, cache: Any, how: ScoreOptions, output: Path, identity: dict[str, Any], progress: Progress
+    ) -> None:
+        self.cache, self.how, self.output, self.identity, self.progress = cache, how, output, identity, progress
+        self.begun = self.said = self.saved = self.clock = time.monotonic()
+        self.first = progress.tokens
+
+    def take(self, tokens: int, predicted: int, nats: float) -> None:
+        """Count a chunk."""
+        progress, now = self.progress, time.monotonic()
+        progress.seconds += now - self.clock
+        progress.tokens += tokens
+        progress.predicted += predicted
+        progress.nats += nats
+        early = progress.tokens in (1024, 8192)
+        if early or progress.tokens % self.how.every == 0:
+            progress.note(self.cache.mean_length)
+        if now - self.said >= SAY_EVERY:
+            self._tell(now)
+        if now - self.saved >= self.how.save_every:
+            self.save()
+        self.clock = time.monotonic()
+
+    def save(self) -> None:
+        """Write the state."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        save_state(self.output, self.cache, {"identity": self.identity, "progress": asdict(self.progress)})
+        self.saved = time.monotonic()
+
+    def _tell(self, now: float) -> None:
+        progress, asked = self.progress, self.how.tokens
+        rate = (progress.tokens - self.first) / (now - self.begun)
+        left = "" if asked is None else f" | ETA {duration((asked - progress.tokens) / rate)}"
+        share = "" if asked is None else f"/{quantity(asked)}"
+        say(
+            f"{quantity(progress.tokens)}{share} tokens | perplexity {progress.perplexity:.3f} | {rate:,.0f} tok/s | "
+            f"cache {self.cache.mean_length:.1f} keys{left}"
+        )
+        self.said = now
+
+
+def _pairs(chunks: Iterator[np.ndarray], left: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, targets) of each chunk, int64, up to `left` tokens: targets are those that follow, one fewer at the end."""
+    ids = next(chunks, None)
+    while ids is not None:
+        following = next(chunks, None)
+        if left is not None:
+            ids = ids[:left]
+            left -= len(ids)
+            following = following if left else None
+        yield ids, ids[1:] if following is None else np.concatenate((ids[1:], following[:1]))
+        ids = following
+
+
+def _nats(model: Any, cache: Any, ids: np.ndarray, targets: np.ndarray, device: torch.device) -> tuple[int, int, float]:
+    """Tokens, predicted tokens and their loss in nats of a chunk. Raises UserError for logits that are not finite."""
+    output = model(torch.from_numpy(ids)[None].to(device), **{cache_argument(model): cache})
+    logits = output.logits[0, : len(targets)]
+    if not len(targets):
+        return len(ids), 0, 0.0
+    loss = float(F.cross_entropy(logits.float(), torch.from_numpy(targets).to(device), reduction="sum"))
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the model's logits are not finite within {cache.columns_seen:,} tokens: its weights are bad, or --dtype "
+            "is too narrow for them; try --dtype fp32."
+        )
+    return len(ids), len(targets), loss
+
+
+def _clean(output: Path) -> None:
+    """Remove what only a stream that goes on needs."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    for name in WORKING_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
+def _finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    if not os.path.lexists(output / RESULT):
+        return None
+    result = read_result(output)
+    _same(output, result, identity)
+    return result
+
+
+def _resume(output: Path, cache: Any, identity: dict[str, Any]) -> Progress:
+    saved = load_state(output, cache)
+    if saved is None:
+        return Progress()
+    try:
+        found, progress = dict(saved["identity"]), Progress(**saved["progress"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{output / FOLDER} cannot be read ({first_line(error)}): remove it to begin again.") from None
+    _same(output, found, identity)
+    say(f"resumed at {progress.tokens:,} tokens from {output}")
+    return progress
+
+
+def _same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in json.loads(json.dumps(wanted)).items():
+        if key != "model" and found.get(key) != value:
+            raise UserError(
+                f"{output} holds a stream with {key}={found.get(key)}, this one has {value}: choose another --output."
+            )

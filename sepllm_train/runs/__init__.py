@@ -1,0 +1,1 @@
+"""Trained runs: their folders, checkpoints, configurations and records, opened for reading."""

@@ -1,0 +1,221 @@
+"""Reading run folders: run.json and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sepllm_train.base.errors import UserError
+
+# What every record counts since the start of training.
+CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
+LOSS = "val/loss"
+# Keys of run.json's `identity`: the data of a run, and of earlier steps where it went on with other data.
+DATA = "data (hash of the tokens)"
+EARLIER_DATA = "earlier data (hash of the tokens)"
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """A run as its folder tells it; `label` is its name, made unique among the runs compared.
+
+    `gap` tells in words why records before its own first one are missing, and is empty where none are.
+    """
+
+    folder: Path
+    label: str
+    info: Record
+    training: list[Record] = field(default_factory=list)
+    validation: list[Record] = field(default_factory=list)
+    gap: str = ""
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where the records come from."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the weights and of the order of the data; None when run.json does not tell."""
+        seed = self.info["comparable"].get("seed_of_data_order")
+        return seed if isinstance(seed, int) else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders in the order given, with labels that tell them apart.
+
+    Raises UserError for a folder given twice and for whatever `read_run` refuses.
+    """
+    refuse_twins(folders)
+    runs = [read_run(folder) for folder in folders]
+    tell_apart(runs)
+    return runs
+
+
+def refuse_twins(folders: Sequence[Path]) -> None:
+    """Raise UserError for a folder given twice."""
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        twin = seen.setdefault(folder.resolve(), folder)
+        if twin is not folder:
+            raise UserError(f"{folder} is the same run as {twin}: name each run once.")
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Add the folder to labels that several runs have."""
+    names = [run.label for run in runs]
+    for run in runs:
+        if names.count(run.label) > 1:
+            run.label = f"{run.label} ({run.folder})"
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder, with the records of the run that it went on from up to there.
+
+    Raises UserError when the folder, its run.json or its metrics.jsonl is missing or unreadable.
+    """
+    info = _read_info(folder)
+    records, gap = _history(folder, info, [])
+    run = Run(folder, str(info.get("name") or folder.name), info, gap=gap)
+    for record in records:
+        if LOSS in record:
+            run.validation.append(record)
+        if "train/loss" in record:
+            run.training.append(record)
+    return run
+
+
+def _read_info(folder: Path) -> Record:
+    """run.json. Raises UserError when it is missing, or lacks what a comparison needs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
+    path = folder / "run.json"
+    try:
+        info = json.loads(_read(path, "every run writes one when it starts"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
+    if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
+        raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
+    return info
+
+
+def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
+    """Records of a run and, up to where it went on from another, of that one; and `gap` of Run.
+
+    `later`: the runs that go on from this one. Raises UserError when the run's own records cannot be read.
+    """
+    own = _latest(_records(folder / "metrics.jsonl"))
+    later = [*later, folder.resolve()]
+    if not own or not isinstance(info.get("origin"), str):
+        return own, ""
+    origin = Path(info["origin"])
+    parent = origin.parent.parent if _CHECKPOINT.fullmatch(origin.name) else origin
+    # A run that was continued in its own folder may name itself.
+    if parent.resolve() in later:
+        return own, ""
+    try:
+        before = _read_info(parent)
+        if not _same_model(before.get("identity"), info.get("identity")):
+            raise UserError(f"{parent} is another run by now.")
+        earlier, gap = _history(parent, before, later)
+    except UserError as error:
+        reason = str(error).rstrip(".") if parent.exists() else f"{parent} is not there"
+        return own, f"the records before step {own[0]['step']}, of the run that it went on from, are missing ({reason})"
+    last = _went_on_at(origin, own[0])
+    return _latest(chain((record for record in earlier if record["step"] <= last), own)), gap
+
+
+def _same_model(ours: Any, theirs: Any) -> bool:
+    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it.
+
+    `theirs` is of the run that went on from the other; it may have gone on with other data, which it then tells.
+    """
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return True
+    earlier = theirs.get(EARLIER_DATA) or [{}]
+    switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
+    told = {key: value for key, value in theirs.items() if not (switched and key.startswith(("data", "earlier data")))}
+    return all(ours.get(key, value) == value for key, value in told.items())
+
+
+def _went_on_at(origin: Path, first: Record) -> int:
+    """The step at which a run went on from `origin`, a checkpoint or the folder of a run; `first`: its first record."""
+    if match := _CHECKPOINT.fullmatch(origin.name):
+        return int(match[1])
+    # A run that begins with a validation is where it went on; any other record comes steps later.
+    if LOSS in first:
+        return int(first["step"])
+    found = (_CHECKPOINT.fullmatch(path.name) for path in (origin / "checkpoints").glob("step_*"))
+    steps = [int(match[1]) for match in found if match]
+    return max((step for step in steps if step < first["step"]), default=int(first["step"]) - 1)
+
+
+def _read(path: Path, hint: str) -> str:
+    """Text of a file; `hint` says where it should have come from."""
+    try:
+        return path.read_text(encoding="utf8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {hint}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _records(path: Path) -> Iterator[Record]:
+    """Records of a metrics.jsonl in file order; a last line without its end is still being written and left out."""
+    lines = _read(path, "the run has logged nothing yet").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path} line {number} is not JSON ({error.msg}): repair or delete that line.") from None
+        yield _checked(record, f"{path} line {number}")
+
+
+def _checked(record: Any, where: str) -> Record:
+    """The record with null read as nan; raises UserError unless it counts what every record must count."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    record = {key: math.nan if value is None else value for key, value in record.items()}
+    for key in ("step", *CUMULATIVE):
+        if not _is_count(record.get(key)):
+            raise UserError(f"{where} has no number of 0 or more for {key!r}: every record must have one.")
+    for key in record:
+        if key.endswith("loss") and not isinstance(record[key], int | float):
+            raise UserError(f"{where}: {key!r} must be a number, not {record[key]!r}.")
+    return record
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _latest(records: Iterable[Record]) -> list[Record]:
+    """Records in the order of their steps, without those that a resumed run has written again.
+
+    A step lower than the one before it is a resume: everything later is of the abandoned part of the run.
+    """
+    kept: dict[tuple[int, bool, bool], Record] = {}
+    newest = -1
+    for record in records:
+        step = record["step"]
+        if step < newest:
+            kept = {key: value for key, value in kept.items() if key[0] <= step}
+        kept[step, "train/loss" in record, LOSS in record] = record
+        newest = step
+    return [kept[key] for key in sorted(kept)]

@@ -1,5 +1,0 @@
-"""A page on this machine that follows runs from their metrics.jsonl."""
-
-from sepllm_train.serve.server import serve
-
-__all__ = ["serve"]

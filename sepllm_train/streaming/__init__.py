@@ -1,1 +1,0 @@
-"""Texts without end through a cache: perplexity token by token, and generation that goes on."""

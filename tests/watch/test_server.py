@@ -1,0 +1,189 @@
+"""The server over HTTP: what it tells of runs that grow, what an unchanged state costs, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.compare.run_records import COMPARABLE
+from tests.support.waiting import HANG_SECONDS
+from tests.watch.conftest import Client, GrowingRun
+
+NewRun = Callable[..., GrowingRun]
+Serving = Callable[..., Client]
+
+
+def test_new_rows_are_in_the_next_state(new_run: NewRun, serving: Serving) -> None:
+    one, two = new_run("one"), new_run("two")
+    one.train(1, 20)
+    client = serving(one, two)
+    state = client.state()
+    assert [(run["label"], run["status"], run["step"]) for run in state.header["runs"]] == [
+        ("one", "running", 20),
+        ("two", "waiting", 0),
+    ]
+    assert not state.header["loading"] and state.header["read"] == state.header["total"] > 0
+    loss = state.curves[0]["loss"]
+    assert loss["step"] == list(range(1, 21)) and loss["tokens"] == [1000.0 * step for step in range(1, 21)]
+    assert loss["flops/model"] == pytest.approx([4e6 * step for step in range(1, 21)])
+    assert loss["value"] == pytest.approx([5 - step / 100 for step in range(1, 21)])
+    assert state.curves[0]["validation"]["step"] == [10, 20] and state.curves[1]["loss"]["value"] == []
+    two.train(1, 3)
+    later = client.state(since=state.header["tag"])
+    assert [run["step"] for run in later.header["runs"]] == [20, 3]
+    (changed,) = later.curves
+    assert changed["loss"]["step"] == [1, 2, 3] and changed["share"]["value"] == [0.25] * 3
+
+
+def test_a_resumed_run_replaces_what_it_abandoned(new_run: NewRun, serving: Serving) -> None:
+    run = new_run("one")
+    run.train(1, 30)
+    client = serving(run)
+    run.log.rewind(12)
+    run.train(13, 18, loss=9.0)
+    loss = client.state().curves[0]["loss"]
+    assert loss["step"] == list(range(1, 19)) and loss["value"][11:13] == pytest.approx([4.88, 8.87])
+
+
+def test_an_unchanged_state_costs_nothing(new_run: NewRun, serving: Serving) -> None:
+    run = new_run("one")
+    run.train(1, 20)
+    client = serving(run)
+    tag = client.state().headers["ETag"]
+    same = client.ask("/state?scale=linear", If_None_Match=tag)
+    assert (same.status, same.content, same.headers["ETag"]) == (304, b"", tag)
+    assert client.ask("/state?scale=log", If_None_Match=tag).status == 200
+    run.write('{"step": 21')
+    assert client.ask("/state?scale=linear", If_None_Match=tag).status == 304
+    run.tell(status="finished")
+    changed = client.ask(f"/state?scale=linear&since={tag.strip(chr(34))}", If_None_Match=tag)
+    assert changed.status == 200 and changed.header["runs"][0]["status"] == "finished" and changed.curves == []
+    assert not changed.header["loading"]
+
+
+@pytest.mark.parametrize("since", ["", "x", "abc-linear-1", "-", "linear", "%00", "9" * 5000])
+def test_a_tag_of_elsewhere_gets_everything(new_run: NewRun, serving: Serving, since: str) -> None:
+    run = new_run("one")
+    run.train(1, 5)
+    assert len(serving(run).state(since=since).curves) == 1
+
+
+def test_what_is_wrong_is_told(new_run: NewRun, serving: Serving, tmp_path: Path) -> None:
+    one = new_run("one")
+    other = new_run("other", comparable={**COMPARABLE, "tokenizer": "e" * 64})
+    seeded = new_run("seeded", comparable={**COMPARABLE, "seed_of_data_order": 7})
+    (tmp_path / "bare").mkdir()
+    one.train(1, 2)
+    one.write("oops\n")
+    header = serving(one, other, seeded, tmp_path / "bare").state().header
+    (note,) = header["notes"]
+    assert note.startswith("Losses of other do not compare with those of one: they used different tokenizers: ")
+    assert header["runs"][0]["notes"] == ["Line 3 of metrics.jsonl is not JSON: it is skipped."]
+    assert (header["runs"][3]["label"], header["runs"][3]["status"]) == ("bare", "waiting")
+
+
+def test_runs_of_one_name_are_told_apart(new_run: NewRun, serving: Serving) -> None:
+    one, two = new_run("seed1", name="sep"), new_run("seed2", name="sep")
+    labels = [run["label"] for run in serving(one, two).state().header["runs"]]
+    assert labels == [f"sep ({one.folder})", f"sep ({two.folder})"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/secret.txt",
+        "/../secret.txt",
+        "/page/../../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/..%2fsecret.txt",
+        "//etc/passwd",
+        "/etc/passwd",
+        "/one/run.json",
+        "/run.json",
+        "/page.html",
+        "/page.js/",
+        "/page.js?x=1",
+        "/server.py",
+        "http://127.0.0.1/../secret.txt",
+        "http://127.0.0.1//state",
+        "/state/../secret.txt",
+        "/\0",
+    ],
+)
+def test_no_path_reaches_the_filesystem(new_run: NewRun, serving: Serving, tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    run = new_run("one")
+    with socket.create_connection(("127.0.0.1", serving(run).port), timeout=HANG_SECONDS) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.split(b" ")[1] in (b"400", b"404") and b"secret" not in answer
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:9999", "127.0.0.1:80", "[::1]:8765", "127.8.0.1", "LOCALHOST"]
+)
+def test_names_of_this_machine_are_served(new_run: NewRun, serving: Serving, host: str) -> None:
+    assert serving(new_run("one")).ask("/state", Host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8765", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "", "[", "@"],
+)
+@pytest.mark.parametrize("path", ["/", "/state", "/settings"])
+def test_other_host_names_are_refused(new_run: NewRun, serving: Serving, host: str, path: str) -> None:
+    """A page of a foreign name that is made to resolve to this machine (DNS rebinding) reads nothing."""
+    answer = serving(new_run("one")).ask(path, Host=host)
+    assert answer.status == 403 and b"one" not in answer.content.replace(b"localhost", b"")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
+def test_only_get_is_served(new_run: NewRun, serving: Serving, method: str) -> None:
+    answer = serving(new_run("one")).ask("/state", method)
+    assert answer.status == 405 and answer.headers["Allow"] == "GET"
+    assert (answer.content == b"") == (method == "HEAD")
+
+
+def test_unknown_scales_and_methods_are_refused(new_run: NewRun, serving: Serving) -> None:
+    client = serving(new_run("one"))
+    assert client.ask("/state?scale=cubic").status == 400
+    assert client.ask("/", "BREW").status == 501
+
+
+def test_the_page_may_only_talk_to_its_server(new_run: NewRun, serving: Serving) -> None:
+    client = serving(new_run("one"))
+    page = client.ask("/")
+    assert page.status == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
+    assert "Access-Control-Allow-Origin" not in page.headers and page.headers["X-Content-Type-Options"] == "nosniff"
+    for name in ("page.css", "page.js", "chart.js", "pointer.js", "scale.js", "table.js", "format.js"):
+        assert client.ask(f"/{name}").status == 200
+    settings = json.loads(client.ask("/settings").content)
+    assert set(settings["conventions"]) == {"model", "dense", "paper"} and settings["flops"] == "model"
+
+
+def test_many_browsers_at_once(new_run: NewRun, serving: Serving) -> None:
+    """Requests while rows come, from several threads: every state is whole and none goes back."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    run = new_run("one")
+    client = serving(run)
+
+    def watch(_: int) -> list[int]:
+        states = [client.state() for _ in range(15)]
+        assert all(
+            state.curves[0]["loss"]["step"] == list(range(1, state.header["runs"][0]["step"] + 1)) for state in states
+        )
+        return [state.header["runs"][0]["step"] for state in states]
+
+    with ThreadPoolExecutor(6) as pool:
+        watching = pool.map(watch, range(6))
+        for step in range(1, 60):
+            run.train(step, step)
+        seen = list(watching)
+    assert all(steps == sorted(steps) for steps in seen)

@@ -31,8 +31,8 @@ def memory_estimate(
     """Bytes on the rank that needs the most: `weights`, `gradients`, `optimizer`, `activations` and their `total`.
 
     `replicas` is the data-parallel size, `device` the device's type, `attended_share` that of the causal triangle:
-    with context parallelism it gives the number of keys that are fetched from other ranks. Weights are kept in the
-    training precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
+    with context parallelism the keys that are fetched from other ranks follow from it. Weights are kept in the training
+    precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
     copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them. `activations` is
     the peak of what comes and goes within a step: the worse of the loss and the output layer's gradient, and the
     backward pass of a transformer layer; a fused Adam takes nothing on top. What layers keep follows Korthikanti et

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from sepllm_train.base.console import duration, say
+from sepllm_train.base.console import duration, fold, say
 from sepllm_train.metrics.flops import FlopsCounter, peak_tflops
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training.checkpoint import Outcome
@@ -132,8 +132,10 @@ class StepLogger:
             )
         if run.state.bad_in_a_row == 1:
             say(
-                f"warning: step {run.state.step} is skipped: {reason}. Weights and optimizer are as before it; its "
-                f"documents are in {run.folder / 'bad_steps.jsonl'}."
+                fold(
+                    f"warning: step {run.state.step} is skipped: {reason}. Weights and optimizer are as before it; its "
+                    f"documents are in {run.folder / 'bad_steps.jsonl'}."
+                )
             )
 
     def checkpoints(self, outcomes: Sequence[Outcome]) -> None:
@@ -144,8 +146,10 @@ class StepLogger:
             else:
                 self.failed_checkpoints += 1
                 say(
-                    f"warning: checkpoint {outcome.checkpoint} could not be written ({outcome.error}): training goes "
-                    "on, earlier checkpoints are kept, and another is written when the next is due"
+                    fold(
+                        f"warning: checkpoint {outcome.checkpoint} could not be written ({outcome.error}) | training "
+                        "continues, earlier checkpoints are kept, and another is written when the next is due"
+                    )
                 )
             self.checkpoint_record = {
                 "checkpoint/seconds": outcome.seconds,

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import PartialFile, _tell_no_locks, hash_file
+from sepllm_train.base.files import PartialFile, _warn_of_no_locks, hash_file
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.model import initialization
@@ -370,7 +370,7 @@ def test_filesystem_without_locks_is_told_once(
     def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    _tell_no_locks.cache_clear()
+    _warn_of_no_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(fcntl, "lockf", refuse)
     run_folder.claim(tmp_path).close()
@@ -600,7 +600,8 @@ def test_run_goes_on_without_a_checkpoint_and_fails_without_the_last(trainer: An
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome.code == 2
-    assert "warning: checkpoint" in outcome.output and "step_00000002 could not be written" in outcome.output
+    output = re.sub(r"\n +", " ", outcome.output)
+    assert "warning: checkpoint" in output and "step_00000002 could not be written" in output
     assert "the last checkpoint" in outcome.sentence and "File too large" in outcome.sentence
     assert [r["step"] for r in trainer.records("full_disk") if "train/loss" in r] == [1, 2, 3, 4]
     assert json.loads((trainer.root / "full_disk" / "run.json").read_text())["status"] != "finished"

@@ -261,7 +261,7 @@ def _cut(
 def _places(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[ShardedTensor, int]]:
     """The shards that `entry` stands for, each with the place of its first element in the entry's flattened tensor.
 
-    A factory (gate and up projection in one matrix) is called with a tensor without memory, whose views show the places.
+    A factory (gate and up projection in one matrix) gets a tensor without memory, whose views show the places.
     """
     if isinstance(entry, ShardedTensor):
         yield entry, 0

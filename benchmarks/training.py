@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sepllm_train.metrics.peak import peak_tflops
 
 from benchmarks.common import check_positive, exit_with, write_json
 from sepllm_train.base.console import duration, say
@@ -32,6 +31,7 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
+from sepllm_train.metrics.flops import peak_tflops
 
 PATTERNS = ("dense", "sep")
 # Sep over dense in tokens per second on a CPU that must be reached, by length; data_wait as a share of the step.

@@ -20,15 +20,16 @@ from data_prep.separators import class_numbers
 from sepllm_train.analysis import ablation_report
 from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
 from sepllm_train.analysis.losses import Job
-from sepllm_train.analysis.recall import recall_distance
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig, require
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.placement import uniform_draws
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
-from sepllm_train.runs.evaluate import AnalysisSource, text_of, usual_window
-from sepllm_train.runs.folder import Run, alone, describe, held_out_samples
+from sepllm_train.runs.evaluate import recall_distance, usual_window
+from sepllm_train.runs.held_out import held_out_samples, text_of
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.variations import base_attention
 
 # The paper's Table 17, and every token with a line break, merged ones too.
@@ -112,8 +113,9 @@ class Row:
 class Ablation:
     """The rows for a run on `samples` samples, and the answers once their jobs have run."""
 
-    def __init__(self, run: Run, options: AblationOptions, samples: int) -> None:
+    def __init__(self, run: TrainedRun, options: AblationOptions, samples: int) -> None:
         self.run = run
+        self.model = run.model
         self.samples = samples
         trained = run.config.attention
         base = base_attention(trained, [])
@@ -223,7 +225,7 @@ class Ablation:
     def answer(self, advance: Callable[[], object]) -> dict[str, Any]:
         """Run every job and give the answers; `advance` is called after each forward pass."""
         for job in self.jobs:
-            job.run(self.run.model, advance)
+            job.run(self.model, advance)
         far = recall_distance(self.text["tokens"], self.text["labels"]) > self.window
         masks: dict[str, Tensor | None] = {"": None} | ({"far_recall_": far} if far.any() else {})
         figures = {row: self._figures(row, masks) for row in self.rows.values()}
@@ -238,7 +240,7 @@ class Ablation:
                 found |= _gains("random_", random, subset, masks)
             equal.append(found)
         return {
-            **describe(self.run, self.samples),
+            **self.run.describe(self.samples),
             "window": self.base.window,
             "recall_window": self.window,
             "initial_tokens": self.base.initial_tokens,
@@ -274,16 +276,18 @@ def _gains(prefix: str, other: Row, subset: Row, masks: dict[str, Tensor | None]
     return {f"{prefix}{name}gain": token_mean(difference, mask) for name, mask in masks.items()}
 
 
-def ablation_command(source: AnalysisSource, output: Path, options: AblationOptions) -> dict[str, Any]:
-    """Try separator subsets on a run's checkpoint, write the report to `output` and give the result.
+def ablation_command(
+    run: TrainedRun, output: Path, options: AblationOptions, samples: int | None = None
+) -> dict[str, Any]:
+    """Try separator subsets on a run's checkpoint, write the report to `output` and return the result.
 
-    Raises UserError for whatever cannot be answered, before anything is written.
+    samples: as in `TrainedRun.sample_count`. Raises UserError for whatever cannot be answered, before anything is
+    written.
     """
     check_output(output)
     options.check()
     with alone():
-        run, samples = source.open()
-        ablation = Ablation(run, options, samples)
+        ablation = Ablation(run, options, run.sample_count(samples))
         with progress(sum(job.samples for job in ablation.jobs), "sequence") as bar:
             result = ablation.answer(lambda: bar.update())
     write_report(output, "ablation", result, ablation_report.markdown(result), ablation_report.figures(result))

@@ -16,8 +16,9 @@ from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import require
-from sepllm_train.runs.evaluate import AnalysisSource, usual_window
-from sepllm_train.runs.folder import Run, alone, describe
+from sepllm_train.distributed.launch import alone
+from sepllm_train.runs.evaluate import usual_window
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.variations import CLASS_NAMES, classes_of
 
 GROUPS = ("itself", "initial", "separators near", "separators far", "others near", "others far")
@@ -44,20 +45,22 @@ class AttentionOptions:
             class_numbers(self.separators)
 
 
-def attention_command(source: AnalysisSource, output: Path, options: AttentionOptions) -> dict[str, Any]:
-    """Measure the attention of a run's checkpoint, write the report to `output` and give the result.
+def attention_command(
+    run: TrainedRun, output: Path, options: AttentionOptions, samples: int | None = None
+) -> dict[str, Any]:
+    """Measure the attention of a run's checkpoint, write the report to `output` and return the result.
 
-    Raises UserError for a mistake, before anything is written.
+    samples: as in `TrainedRun.sample_count`. Raises UserError for a mistake, before anything is written.
     """
     check_output(output)
     options.check()
     with alone():
-        result = measure(*source.open(), options)
+        result = measure(run, run.sample_count(samples), options)
     write_report(output, "attention", result, attention_report.markdown(result), attention_report.figures(result))
     return result
 
 
-def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]:
+def measure(run: TrainedRun, samples: int, options: AttentionOptions) -> dict[str, Any]:
     """The attention of a run's model on its first `samples` held-out samples. Raises UserError for a layer or head
     that it does not have."""
     model, own = run.config.model, classes_of(run.pattern)
@@ -68,11 +71,12 @@ def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]
     separators = list(class_numbers(options.separators)) if options.separators else own or list(PAPER)
     layers = _chosen("layers", options.layers, model.layers)
     heads = _chosen("heads", options.heads, model.heads)
+    trained, validation = run.model, run.validation
     with progress(samples, "sequence") as bar:
         mass = attention_mass(
-            run.model,
+            trained,
             run.pattern,
-            run.validation,
+            validation,
             samples,
             window=window,
             initial=initial,
@@ -85,7 +89,7 @@ def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]
         "initial": initial,
         "separators_chosen": [CLASS_NAMES[number] for number in separators],
     }
-    return {**describe(run, samples), **settings, "layers": layers, "heads": heads, **summary(mass, separators, window)}
+    return {**run.describe(samples), **settings, "layers": layers, "heads": heads, **summary(mass, separators, window)}
 
 
 def _chosen(what: str, asked: Sequence[int] | None, there: int) -> list[int]:

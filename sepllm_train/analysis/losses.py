@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sepllm_train.analysis import loss_report
-from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import Estimate, Losses, token_mean
 from sepllm_train.config.schema import require
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
-from sepllm_train.runs.evaluate import AnalysisSource, Pieces, evaluate, text_of, usual_window
-from sepllm_train.runs.folder import Run, alone, describe, held_out_samples
+from sepllm_train.runs.evaluate import evaluate, recall_distance, stacked_reach, usual_window
+from sepllm_train.runs.held_out import Pieces, held_out_samples, text_of
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.variations import (
     CLASS_NAMES,
     base_attention,
@@ -90,7 +91,7 @@ class Job:
 class LossAnalysis:
     """The jobs that answer `questions` about a run on `samples` samples, and the answers once they have run."""
 
-    run: Run
+    run: TrainedRun
     questions: Questions
     samples: int
     trained: Job = field(init=False)
@@ -100,6 +101,7 @@ class LossAnalysis:
 
     def __post_init__(self) -> None:
         config, own = self.run.config, self.run.config.data.sequence_length
+        self.model = self.run.model
         attention = base_attention(config.attention, self.questions.attention)
         pattern = resolve_pattern(attention, config.model.layers)
         self.text: dict[str, Tensor] = text_of(self.run.validation, self.samples)
@@ -163,10 +165,10 @@ class LossAnalysis:
     def answer(self, advance: Callable[[], object]) -> dict[str, Any]:
         """Run every job and give the answers; `advance` is called after each forward pass."""
         for job in self.jobs:
-            job.run(self.run.model, advance)
+            job.run(self.model, advance)
         distance = recall_distance(self.text["tokens"], self.text["labels"])
         return {
-            **describe(self.run, self.samples),
+            **self.run.describe(self.samples),
             "window": self.window,
             "trained_differs": self.base is not self.trained,
             "patterns": [_figures(name, job.result, self.trained.result) for name, job in self._named()],
@@ -269,16 +271,16 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.mean * factor, estimate.error * factor)
 
 
-def loss_command(source: AnalysisSource, output: Path, questions: Questions) -> dict[str, Any]:
-    """Ask `questions` of a run's checkpoint, write the report to `output` and give the result.
+def loss_command(run: TrainedRun, output: Path, questions: Questions, samples: int | None = None) -> dict[str, Any]:
+    """Ask `questions` of a run's checkpoint, write the report to `output` and return the result.
 
-    Raises UserError for whatever cannot be answered, before anything is written.
+    samples: as in `TrainedRun.sample_count`. Raises UserError for whatever cannot be answered, before anything is
+    written.
     """
     check_output(output)
     questions.check()
     with alone():
-        run, samples = source.open()
-        analysis = LossAnalysis(run, questions, samples)
+        analysis = LossAnalysis(run, questions, run.sample_count(samples))
         passes = sum(job.samples * job.parts for job in analysis.jobs)
         with progress(passes, "sequence") as bar:
             result = analysis.answer(lambda: bar.update())

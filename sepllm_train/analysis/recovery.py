@@ -25,11 +25,13 @@ from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.comparable import ALLOWED, check_comparable
 from sepllm_train.config.schema import AttentionConfig, Config, require
-from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.data.corpus import Corpus
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 from sepllm_train.runs import records
 from sepllm_train.runs.evaluate import evaluate
-from sepllm_train.runs.folder import alone, find_checkpoint, held_out_samples, load_run, read_config, validated_on
+from sepllm_train.runs.held_out import held_out_samples, validated_on
+from sepllm_train.runs.open import Checkpoint, TrainedRun
 from sepllm_train.runs.variations import with_window
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, step_folder
@@ -47,44 +49,22 @@ SHARED = {
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A checkpoint: its folder, the content of state.json and the hash of the manifest."""
-
-    path: Path
-    state: dict[str, Any]
-    manifest_sha256: str
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Settings of the run that wrote it."""
-        return dict(self.state["identity"])
-
-    @property
-    def step(self) -> int:
-        """Steps of the run that wrote it; 0 for an imported model."""
-        return int(self.state["state"]["step"])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens it was trained on; 0 for an imported model, of which they are not known."""
-        return int(self.state["state"]["tokens"])
-
-    @property
-    def attention(self) -> AttentionConfig:
-        """The attention it was trained with."""
-        settings = {key: value for key, value in self.identity.items() if key.startswith("attention.")}
-        return AttentionConfig(**{key.removeprefix("attention."): value for key, value in settings.items()})
-
-
-@dataclass(frozen=True)
 class PostTrained:
-    """A run, its newest checkpoint and the one that it began with, which run.json has on `record` or not."""
+    """A run at its newest checkpoint, and the one that it began with, which run.json has on `record` or not."""
 
-    folder: Path
-    config: Config
-    newest: Weights
-    source: Weights
+    trained: TrainedRun
+    source: Checkpoint
     record: bool
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.trained.folder
+
+    @property
+    def newest(self) -> Checkpoint:
+        """The run's newest checkpoint."""
+        return self.trained.checkpoint
 
 
 @dataclass(frozen=True)
@@ -104,15 +84,15 @@ class HeldOut:
 
 
 def recovery_command(
-    folders: Sequence[Path],
+    trained: Sequence[TrainedRun],
     output: Path | None = None,
     *,
     source: Path | None = None,
-    continued: Path | None = None,
+    continued: TrainedRun | None = None,
     samples: int | None = None,
     windows: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measure what the post-trained runs `folders` recovered, print the report and give the result.
+    """Measure what the post-trained runs `trained` recovered, print the report and return the result.
 
     output: folder for recovery.json, recovery.md and the picture; None writes nothing. source: run or checkpoint folder
     of every run's source, where it is no longer where they began. continued: a run from the same source that went on
@@ -127,17 +107,18 @@ def recovery_command(
     require(samples is None or samples >= 1, f"--samples {samples} must be at least 1.")
     for window in windows:
         require(window >= 1, f"--windows {window}: a window counts the token itself, so it is at least 1.")
-    records.refuse_twins(folders)
-    runs = [open_run(folder, source) for folder in folders]
-    rival = None if continued is None else open_run(continued, source)
+    records.refuse_twins([run.folder for run in trained])
+    runs = [post_trained(run, source) for run in trained]
+    rival = None if continued is None else post_trained(continued, source)
     every = runs if rival is None else [*runs, rival]
     _check_alike(every)
     if rival is not None:
         _check_rival(rival, runs)
     windows = sorted(set(windows))
     with alone():
-        config = runs[0].config
-        corpus = open_corpus(config.data)
+        config = runs[0].trained.config
+        # Opening each checks that it is still the data of the run.
+        corpus, *_ = [run.trained.corpus for run in every]
         count = min(samples or config.training.validation_samples or 1, len(held_out_samples(config, corpus)))
         passes = len({_dense_key(run) for run in runs}) + (2 + 2 * len(windows)) * len(runs) + (rival is not None)
         with progress(passes * count, "sequence") as bar:
@@ -159,22 +140,20 @@ def recovery_command(
     return result
 
 
-def open_run(folder: Path, source: Path | None = None) -> PostTrained:
-    """The run of `folder` with its newest checkpoint and its source, in the place `source` where that is given.
+def post_trained(run: TrainedRun, source: Path | None = None) -> PostTrained:
+    """Find the checkpoint that a run began with, in the place `source` where that is given.
 
-    Raises UserError for a folder without a run or a whole checkpoint, a run that did not begin with other weights, and
-    a source that is gone, damaged or another.
+    Raises UserError for a run that did not begin with other weights, and a source that is gone, damaged or another.
     """
-    config = read_config(folder)
-    newest = _weights(find_checkpoint(folder))
+    folder = run.folder
     record = read_run(folder).get("initial_weights")
-    if config.init_from is None:
+    if run.config.init_from is None:
         raise UserError(f"{folder} did not begin with the weights of another run: give one that was given init_from.")
-    found = _recorded(folder, record, source) if record else _named(folder, config, newest, source)
+    found = _recorded(folder, record, source) if record else _named(run, source)
     reason = altered(found, 0, 1)
     if reason is not None:
         raise UserError(f"{folder} began with a checkpoint that is damaged, {reason}: give a copy by --source.")
-    return PostTrained(folder, config, newest, _weights(found), bool(record))
+    return PostTrained(run, Checkpoint.read(found), bool(record))
 
 
 def _recorded(folder: Path, record: dict[str, Any], source: Path | None) -> Path:
@@ -194,18 +173,16 @@ def _recorded(folder: Path, record: dict[str, Any], source: Path | None) -> Path
     return place
 
 
-def _named(folder: Path, config: Config, newest: Weights, source: Path | None) -> Path:
+def _named(run: TrainedRun, source: Path | None) -> Path:
     """The checkpoint that init_from, or `source`, means today. Raises UserError when there is none, or it cannot be."""
-    named = Path(config.init_from or "").expanduser() if source is None else source
+    named = Path(run.config.init_from or "").expanduser() if source is None else source
     if not named.exists():
-        raise UserError(f"{folder} began with the weights of {named}, which is not there: give its place by --source.")
-    found = find_initial_weights(replace(config, init_from=str(named)), newest.identity)
+        raise UserError(
+            f"{run.folder} began with the weights of {named}, which is not there: give its place by --source."
+        )
+    found = find_initial_weights(replace(run.config, init_from=str(named)), run.checkpoint.identity)
     assert found is not None
     return found
-
-
-def _weights(path: Path) -> Weights:
-    return Weights(path, checkpoints.read_state(path), hash_file(path / MANIFEST).sha256)
 
 
 def _check_alike(runs: Sequence[PostTrained]) -> None:
@@ -249,7 +226,7 @@ def _attended(attention: AttentionConfig) -> Any:
 
 def _dense_key(run: PostTrained) -> tuple[str, str]:
     """Runs of which this is the same have the same dense losses."""
-    return run.source.manifest_sha256, run.config.training.precision
+    return run.source.manifest_sha256, run.trained.config.training.precision
 
 
 def _rows(
@@ -258,14 +235,12 @@ def _rows(
     """Evaluate everything, one model in memory at a time, and give the figures of each run."""
     beside = None
     if rival is not None:
-        opened = load_run(rival.folder)
-        beside = text.losses(opened.model, opened.config.attention)
+        beside = text.losses(rival.trained.load_model(), rival.trained.config.attention)
     dense: dict[tuple[str, str], Tensor] = {}
     rows = []
     for run in runs:
-        opened = load_run(run.folder)
-        model, attention = opened.model, opened.config.attention
-        patterns = {window: with_window(opened.pattern, window) for window in windows}
+        model, attention = run.trained.load_model(), run.trained.config.attention
+        patterns = {window: with_window(run.trained.pattern, window) for window in windows}
         after = text.losses(model, attention)
         after_at = {window: text.losses(model, attention, pattern) for window, pattern in patterns.items()}
         # The same model with the weights of the source, which are rounded to the run's precision.
@@ -280,7 +255,7 @@ def _rows(
             {"window": window, **recovery(dense[key], before_at[window], after_at[window])} for window in windows
         ]
         rows.append(row | {"curve": _curve(run) if row["recovered"] else None})
-        del opened, model
+        del model
     return rows
 
 
@@ -306,7 +281,7 @@ def _share(gained: Tensor, gap: Tensor) -> Estimate | None:
     return ratio_of_sums(gained.sum(-1), gap.sum(-1)) if whole.mean > 0 and clear_of_zero(whole) else None
 
 
-def _told(weights: Weights) -> dict[str, Any]:
+def _told(weights: Checkpoint) -> dict[str, Any]:
     return {
         "checkpoint": str(weights.path),
         "manifest_sha256": weights.manifest_sha256,
@@ -320,13 +295,14 @@ def _described(run: PostTrained) -> dict[str, Any]:
 
     An imported source has no steps on record: there they are the step of the schedule at which the run began.
     """
-    source, newest, optim = run.source, run.newest, run.config.optim
+    source, newest, config = run.source, run.newest, run.trained.config
+    optim = config.optim
     steps = source.step or optim.schedule_start
     return {
         "run": str(run.folder),
         **_told(newest),
-        "precision": run.config.training.precision,
-        "attention": {k: v for k, v in asdict(run.config.attention).items() if k != "backend"},
+        "precision": config.training.precision,
+        "attention": {k: v for k, v in asdict(config.attention).items() if k != "backend"},
         "optim": asdict(optim),
         "source": {**_told(source), "attention": asdict(source.attention), "on_record": run.record},
         "source_steps": steps or None,

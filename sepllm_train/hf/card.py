@@ -5,7 +5,7 @@ from __future__ import annotations
 from sep_attention import FOREVER
 
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.runs.source import Source
+from sepllm_train.runs.open import TrainedRun
 
 _FRONT = """---
 library_name: transformers
@@ -24,19 +24,19 @@ same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa"
 _LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
 
 
-def model_card(source: Source, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
+def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
     """Markdown text. differences: largest difference of logits by pattern. note: on the tokenizer, or None."""
-    model, state = source.config.model, source.state["state"]
-    separators = not source.pattern.dense
+    model, pattern = run.config.model, run.token_pattern
+    separators = not pattern.dense
     largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
     lines = [
         _FRONT,
-        f"# {source.config.name}",
+        f"# {run.config.name}",
         "",
         f"A `{architecture}` from sepllm-train: {model.layers} layers of {model.hidden} features, "
-        f"{model.heads} heads, {source.vocabulary:,} vocabulary entries, context of "
-        f"{source.config.data.sequence_length:,} tokens, weights in {dtype}. Checkpoint of step {state['step']:,}, "
-        f"after {state['tokens']:,} tokens.",
+        f"{model.heads} heads, {run.vocabulary:,} vocabulary entries, context of "
+        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. Checkpoint of step {run.checkpoint.step:,}, "
+        f"after {run.checkpoint.tokens:,} tokens.",
         "",
         "## Use",
         "",
@@ -49,7 +49,7 @@ def model_card(source: Source, architecture: str, differences: dict[str, float],
         "",
         _LOAD_SEPARATORS if separators else _LOAD_DENSE,
         *([f"There is no tokenizer of transformers here: {note}", ""] if note is not None else []),
-        *(_pattern_lines(source.pattern) if not source.pattern.dense else []),
+        *(_pattern_lines(pattern) if separators else []),
         "## Checked",
         "",
         f"The files were read again, and their logits compared in fp32 with those of the training code: the largest "

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig
-from sepllm_train.distributed.launch import device_of
+from sepllm_train.distributed.launch import ALONE, alone, device_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 from sepllm_train.runs.evaluate import attending
-from sepllm_train.runs.folder import ALONE, alone
 from sepllm_train.training import checkpoint as checkpoints
 
 # Largest difference of two logits: absolute, and as a share of the largest logit where that is more.

@@ -21,6 +21,7 @@ from sepllm_train.base.files import write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
@@ -30,9 +31,8 @@ from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existi
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.folder import alone
-from sepllm_train.runs.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.runs.variations import base_attention
+from sepllm_train.runs.vocabulary import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
 from sepllm_train.training.setup import Training

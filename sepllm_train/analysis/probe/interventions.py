@@ -24,7 +24,7 @@ from sepllm_train.analysis.probe.values import Values, donors_before, donors_els
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.runs.evaluate import attending
-from sepllm_train.runs.folder import Run
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.variations import classes_of, without_classes
 
 # Conditions beside the model as it is. The first of the replacements decides.
@@ -70,7 +70,9 @@ def far_separators(pattern: AttentionPattern, sequence: Text) -> Tensor:
 
 
 @torch.no_grad()
-def intervene(run: Run, samples: int, seed: int = 0, advance: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
+def intervene(
+    run: TrainedRun, samples: int, seed: int = 0, advance: Callable[[], object] = lambda: None
+) -> dict[str, Tensor]:
     """Losses of the first `samples` held-out samples of a run under each of CONDITIONS: f32 [N, S] each.
 
     Calls `advance` twice for each sample: after the model as it is, and after the rest.
@@ -97,7 +99,7 @@ def intervene(run: Run, samples: int, seed: int = 0, advance: Callable[[], objec
 
 
 def _replacements(
-    run: Run, texts: list[Text], number: int, chosen: Tensor, means: ClassMeans, seed: int
+    run: TrainedRun, texts: list[Text], number: int, chosen: Tensor, means: ClassMeans, seed: int
 ) -> Iterator[tuple[str, Values]]:
     """(condition, values of each layer) for text `number`."""
     generator = torch.Generator().manual_seed(seed * len(texts) + number)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sepllm_train.analysis.probe.facts import VALUES, Vocabulary
 from sepllm_train.analysis.probe.interventions import Text, far_separators
 from sepllm_train.analysis.probe.values import recording, replacing
-from sepllm_train.runs.folder import Run
+from sepllm_train.runs.open import TrainedRun
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class NeedleAnswer:
 
 @torch.no_grad()
 def ask_needle(
-    run: Run, needle: Needle, classes: np.ndarray, vocabulary: Vocabulary, without: Callable[[Text], Tensor]
+    run: TrainedRun, needle: Needle, classes: np.ndarray, vocabulary: Vocabulary, without: Callable[[Text], Tensor]
 ) -> NeedleAnswer:
     """Ask a run's model. classes: u8 [V], separator class of each entry of the vocabulary; without: gives the logits
     [S, V] of a text with far separators masked."""

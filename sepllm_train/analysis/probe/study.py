@@ -30,15 +30,15 @@ from sepllm_train.analysis.probe.interventions import (
     intervene,
 )
 from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
-from sepllm_train.analysis.recall import recall_distance, stacked_reach
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import Estimate, token_mean
 from sepllm_train.compare.student import estimate
 from sepllm_train.config.schema import require
-from sepllm_train.runs.evaluate import attending, samples_of, text_of
-from sepllm_train.runs.folder import Run, alone, describe, load_run, read_config
+from sepllm_train.distributed.launch import alone
+from sepllm_train.runs.evaluate import attending, recall_distance, stacked_reach
+from sepllm_train.runs.held_out import text_of
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.records import refuse_twins
-from sepllm_train.runs.source import open_source
 from sepllm_train.runs.variations import classes_of, without_classes
 
 FAR = "far recall"
@@ -63,17 +63,18 @@ class Questions:
     seed: int = 0
 
 
-def ask(folders: Sequence[Path], output: Path, questions: Questions) -> dict[str, Any]:
-    """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and give the result.
+def ask(runs: Sequence[TrainedRun], output: Path, questions: Questions) -> dict[str, Any]:
+    """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and return the result.
 
     Raises UserError, before anything is written, for runs without separators beyond the window, with full layers, or
-    with different patterns, and as `load_run` does.
+    with different patterns, and as the properties of `TrainedRun` do.
     """
     check_output(output)
     require(questions.samples >= 2, f"--samples {questions.samples} must be at least 2: one is the other's donor.")
-    _check_seeds(folders)
+    _check_seeds(runs)
     with alone():
-        results = [_ask_run(folder, questions) for folder in folders]
+        # Copies, each dropped with its model: one at a time is in memory.
+        results = [_ask_run(replace(run), questions) for run in runs]
     result = {
         "runs": results,
         **results[0]["model"],
@@ -84,12 +85,12 @@ def ask(folders: Sequence[Path], output: Path, questions: Questions) -> dict[str
     return result
 
 
-def _check_seeds(folders: Sequence[Path]) -> None:
+def _check_seeds(runs: Sequence[TrainedRun]) -> None:
     """Raise UserError unless the runs differ in their seed, and in nothing that they are asked about."""
-    refuse_twins(folders)
-    configs = [read_config(folder) for folder in folders]
-    first, *others = configs
-    for folder, config in zip(folders[1:], others, strict=True):
+    refuse_twins([run.folder for run in runs])
+    configs = [run.config for run in runs]
+    first = configs[0]
+    for run, config in zip(runs[1:], configs[1:], strict=True):
         for key, own, wanted in (
             ("model", config.model, first.model),
             ("attention", replace(config.attention, backend="auto"), replace(first.attention, backend="auto")),
@@ -99,7 +100,8 @@ def _check_seeds(folders: Sequence[Path]) -> None:
             ("training.steps", config.training.steps, first.training.steps),
         ):
             require(
-                own == wanted, f"{folder} has another {key} than {folders[0]}: give runs that differ in their seed."
+                own == wanted,
+                f"{run.folder} has another {key} than {runs[0].folder}: give runs that differ in their seed.",
             )
     require(
         len({config.seed for config in configs}) == len(configs),
@@ -107,45 +109,45 @@ def _check_seeds(folders: Sequence[Path]) -> None:
     )
 
 
-def _ask_run(folder: Path, questions: Questions) -> dict[str, Any]:
+def _ask_run(run: TrainedRun, questions: Questions) -> dict[str, Any]:
     """Every answer of one run."""
-    run = load_run(folder)
     layers = run.pattern.layers
     require(
         bool(classes_of(run.pattern)) and not any(layer.full for layer in layers) and len(set(layers)) == 1,
-        f"{folder}: the probe needs separators beyond the window and no full layer, with one window for all layers.",
+        f"{run.folder}: the probe needs separators beyond the window and no full layer, with one window for all "
+        "layers.",
     )
     window, length = layers[0].window, run.config.data.sequence_length
     reach = stacked_reach(window, len(layers))
     require(
         2 * reach < length,
-        f"{folder}: {len(layers)} windows of {window} reach {reach} tokens, more than half of its {length}: too few "
-        "tokens can be recalled from beyond.",
+        f"{run.folder}: {len(layers)} windows of {window} reach {reach} tokens, more than half of its {length}: too "
+        "few tokens can be recalled from beyond.",
     )
-    source = open_source(folder)
-    vocabulary = vocabulary_of(source.tokenizer)
-    samples = samples_of(run, questions.samples)
-    hidden = _hidden(questions, source.tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
+    tokenizer, classes = run.tokenizer, run.classes
+    vocabulary = vocabulary_of(tokenizer)
+    samples = run.sample_count(questions.samples)
+    hidden = _hidden(questions, tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
     text = text_of(run.validation, samples)
-    masked = without_classes(run.pattern, classes_of(run.pattern))
+    masked, model = without_classes(run.pattern, classes_of(run.pattern)), run.model
 
     def without(asked: Text) -> Tensor:
-        with attending(run.model, masked):
-            return asked.forward(run.model, masked, loss=False)
+        with attending(model, masked):
+            return asked.forward(model, masked, loss=False)
 
     with progress(3 * samples + len(hidden), "sequence") as bar:
         losses = intervene(run, samples, questions.seed, lambda: bar.update())
         recalled = _associative(run, samples, vocabulary, reach, without, lambda: bar.update())
         answers = []
         for needle in hidden:
-            answers.append(ask_needle(run, needle, source.classes, vocabulary, without))
+            answers.append(ask_needle(run, needle, classes, vocabulary, without))
             bar.update()
-    embeddings = run.model.vocab_size * run.config.model.hidden * (1 if run.config.model.tied_embeddings else 2)
+    embeddings = model.vocab_size * run.config.model.hidden * (1 if run.config.model.tied_embeddings else 2)
     return {
-        **describe(run, samples),
+        **run.describe(samples),
         "seed": run.config.seed,
         "model": {
-            "parameters_without_embeddings": sum(p.numel() for p in run.model.parameters()) - embeddings,
+            "parameters_without_embeddings": sum(p.numel() for p in model.parameters()) - embeddings,
             "layers": len(layers),
             "window": window,
             "length": length,
@@ -193,7 +195,7 @@ def _needle_row(distance: int, answers: Sequence[NeedleAnswer]) -> dict[str, Any
 
 @torch.no_grad()
 def _associative(
-    run: Run,
+    run: TrainedRun,
     samples: int,
     vocabulary: Vocabulary,
     reach: int,

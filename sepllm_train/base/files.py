@@ -1,4 +1,4 @@
-"""Writing files so that what has its final name is whole: write aside, fsync, rename."""
+"""Files and folders that are whole when they have their final name: write aside, fsync, rename."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import fcntl
 import functools
 import hashlib
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO
 
-from sepllm_train.base.errors import UserError
+from sepllm_train.base.errors import UserError, first_line
 
 PARTIAL = ".partial"
 _HASH_CHUNK = 1 << 20
@@ -134,7 +136,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a crash of the machine."""
+    """Make renames inside `folder`, or the content of a file, survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,3 +155,68 @@ def hash_file(path: Path) -> FileInfo:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
     return FileInfo(size, digest.hexdigest())
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write in, which becomes `output` at the end of the block, in place of one that exists.
+
+    Its name until then is `<output>.partial`; it is removed when the block fails. Raises UserError where it cannot be
+    written.
+    """
+    aside = output.with_name(output.name + PARTIAL)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            sync_folder(path)
+        _put(aside, output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {output} ({error.strerror or first_line(error)}).") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(output: Path) -> None:
+    """Repair what a process left that was killed while `whole_folder` replaced `output`.
+
+    The old folder gets its name back when the new one had not taken it yet, and is removed when it had.
+    """
+    old = _removed(output)
+    if not old.exists():
+        return
+    if output.exists() or output.is_symlink():
+        _remove(old)
+    else:
+        os.rename(old, output)
+
+
+def _put(aside: Path, output: Path) -> None:
+    """Rename the folder `aside` to `output`; one that is there goes when the other has its place."""
+    if not output.exists():
+        os.rename(aside, output)
+        return
+    old = _removed(output)
+    _remove(old)
+    os.rename(output, old)
+    try:
+        os.rename(aside, output)
+    except BaseException:
+        os.rename(old, output)
+        raise
+    _remove(old)
+
+
+def _removed(output: Path) -> Path:
+    """Name of the folder that had the name `output`, until the new one has it."""
+    return output.with_name(f"{output.name}.removed{PARTIAL}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one; what it points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sep_attention import FOREVER
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,23 +18,38 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import whole_folder, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
+from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
-from sepllm_train.hf.card import model_card
-from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import altered_export, refuse_existing, whole_folder, write_mark
+from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
+from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
 from sepllm_train.runs.open import TrainedRun
 from sepllm_train.training.checkpoint.load import SafeReader
 
 # What a checkpoint holds besides weights.
 _OTHERS = ("optimizer.", "rng.")
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sepllm
+---
+"""
+_IMPORTS_SEPARATORS = ("from sepllm_train.hf import load_model", "from transformers import AutoTokenizer")
+_IMPORTS_DENSE = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
+_LOAD_SEPARATORS = """`load_model` lets the model attend by the pattern that it was trained with (`pip install
+'sepllm-train[hf]'`). With full attention it is another model with other losses, so transformers alone refuses to load
+it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. To look at it with full attention all the
+same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa")`.
+"""
+_LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
 
 
 def in_memory(run: TrainedRun, dtype: torch.dtype | None = torch.float32) -> Any:
@@ -159,3 +175,73 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({first_line(error)}).") from None
+
+
+def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
+    """README.md of an exported run.
+
+    differences: largest difference of logits by pattern. note: on the tokenizer, or None.
+    """
+    model, pattern = run.config.model, run.token_pattern
+    separators = not pattern.dense
+    largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
+    lines = [
+        _FRONT,
+        f"# {run.config.name}",
+        "",
+        f"A `{architecture}` from sepllm-train: {model.layers} layers of {model.hidden} features, "
+        f"{model.heads} heads, {run.vocabulary:,} vocabulary entries, context of "
+        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. Checkpoint of step {run.checkpoint.step:,}, "
+        f"after {run.checkpoint.tokens:,} tokens.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *(_IMPORTS_SEPARATORS if separators else _IMPORTS_DENSE),
+        "",
+        f'model = {"load_model" if separators else "AutoModelForCausalLM.from_pretrained"}("FOLDER")',
+        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if note is None else []),
+        "```",
+        "",
+        _LOAD_SEPARATORS if separators else _LOAD_DENSE,
+        *([f"There is no tokenizer of transformers here: {note}", ""] if note is not None else []),
+        *(_pattern_lines(pattern) if separators else []),
+        "## Checked",
+        "",
+        f"The files were read again, and their logits compared in fp32 with those of the training code: the largest "
+        f"difference is {largest}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _pattern_lines(pattern: TokenPattern) -> list[str]:
+    """What each token attends to."""
+    windows = sorted(set(pattern.windows))
+    of_layers = {window: [n for n, own in enumerate(pattern.windows) if own == window] for window in windows}
+    lines = [
+        "## Attention",
+        "",
+        "Key j is visible to query i when `0 <= i - j < max(n, R(j))`. `sepllm_attention` in config.json holds:",
+        "",
+        *(
+            f"- n = {_counted(window)}" + ("" if len(windows) == 1 else f" in layers {', '.join(map(str, layers))}")
+            for window, layers in of_layers.items()
+        ),
+        f"- the first {pattern.initial} tokens are visible for ever",
+    ]
+    if pattern.interval is not None:
+        lines.append(f"- so is every token at a multiple of {pattern.interval}")
+    else:
+        lines += [
+            f"- {count:,} vocabulary entries are separators with R = {_counted(horizon)}"
+            for horizon, count in zip(pattern.horizons, pattern.tier_of_token.bincount().tolist()[1:], strict=False)
+            if count
+        ]
+    if pattern.end_of_document is not None:
+        lines.append(f"- all of it starts anew after token {pattern.end_of_document}, the end of a document")
+    return [*lines, ""]
+
+
+def _counted(count: int) -> str:
+    return "without end" if count >= FOREVER else f"{count:,} tokens"

@@ -17,18 +17,18 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import whole_folder, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
-from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
-from sepllm_train.hf.classes import attention_of
-from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existing, whole_folder
+from sepllm_train.hf.architecture import FAMILIES, attention_of, read_theirs, to_ours
+from sepllm_train.hf.folder import read_object, refuse_existing
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
+from sepllm_train.hf.verify import Sides, compare
+from sepllm_train.hf.weights import SafetensorsFolder
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.runs.variations import base_attention

@@ -31,10 +31,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is an op
 
 from sepllm_train.generation.pattern import TokenPattern  # noqa: E402
 from sepllm_train.hf import export, weights  # noqa: E402
-from sepllm_train.hf.classes import attention_of  # noqa: E402
-from sepllm_train.hf.compare import logits_of  # noqa: E402
+from sepllm_train.hf.architecture import attention_of  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
+from sepllm_train.hf.verify import logits_of  # noqa: E402
 from tests.hf.bridge_models import LLAMA_BLOCK, MODELS, VOCABULARY  # noqa: E402
 from tests.hf.bridge_worker import split_logits  # noqa: E402
 from tests.support.waiting import HANG_SECONDS  # noqa: E402

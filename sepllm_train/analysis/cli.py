@@ -113,9 +113,9 @@ def _add_attention(commands: _Commands) -> None:
 
 
 def _run_attention(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.attention import AttentionOptions, attention_command
+    from sepllm_train.analysis.attention import MassOptions, attention_command
 
-    options = AttentionOptions(
+    options = MassOptions(
         separators=arguments.separators,
         window=arguments.window,
         initial=arguments.initial,
@@ -148,9 +148,9 @@ def _add_loss(commands: _Commands) -> None:
 
 
 def _run_loss(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.losses import Questions, loss_command
+    from sepllm_train.analysis.losses import LossOptions, loss_command
 
-    questions = Questions(
+    questions = LossOptions(
         drop_classes=arguments.drop_classes,
         windows=arguments.windows,
         lengths=arguments.lengths,

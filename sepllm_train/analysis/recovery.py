@@ -14,16 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from sepllm_train.analysis import recovery_report
-from sepllm_train.analysis.loss_report import clear_of_zero
-from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.base.console import say
+from sepllm_train.analysis import plots
+from sepllm_train.analysis.report import check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.comparable import ALLOWED, check_comparable
+from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import AttentionConfig, Config, require
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.distributed.launch import alone
@@ -46,6 +47,16 @@ SHARED = {
     "data.validation_fraction": "data.validation_fraction, so other text was held out",
     "data.sequence_length": "sequence lengths",
 }
+READING = (
+    "Losses in nats per token, of the same tokens throughout, ± one standard error over samples: differences are "
+    "paired, and the error of a share is that of a ratio of sums over samples (delta method). Samples of one document "
+    "are not independent, so the errors are low rather than high, and other seeds are not in them.\n\n"
+    "dense: the source under its own pattern. before: its weights under the run's pattern. after: the run. gap = "
+    "before - dense; left = after - dense; recovered = (before - after) / gap. A source whose learning rate has not "
+    "come down improves by further training alone, and that counts as recovered: a dense run that goes on from it for "
+    "as many steps (--continued) tells how much. No share is given when the gap is not above twice its error."
+)
+NONE = "no share"
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,9 @@ def recovery_command(
         "caveats": list(_caveats(every)),
     }
     if output is None:
-        say(recovery_report.markdown(result))
+        say(markdown(result))
     else:
-        write_report(output, "recovery", result, recovery_report.markdown(result), recovery_report.figures(result))
+        write_report(output, "recovery", result, markdown(result), figures(result))
     return result
 
 
@@ -346,3 +357,120 @@ def _caveats(runs: Sequence[PostTrained]) -> Iterator[str]:
                 f"{run.source.path} was imported: whether it was trained on this text is not known, and its steps, "
                 "where they are told, are those at which the schedule of the run began."
             )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    names = _names(result["runs"])
+    tables = [
+        _recovered_table(result, names),
+        _continued_table(result, names),
+        _windows_table(result, names),
+        _lengths_table(result, names),
+    ]
+    return "\n".join(
+        [
+            "# What post-training recovered\n",
+            f"{result['samples']:,} held-out samples of {result['sequence_length']:,} tokens. {READING}\n",
+            *(table.markdown() for table in tables if table is not None),
+            *(f"{sentence}\n" for sentence in [*_without_share(result, names), *result["caveats"]]),
+        ]
+    )
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Recovered share by step of the runs that were validated on the same text as their source; none without one."""
+    names = _names(result["runs"])
+    curves: list[plots.Curve] = [
+        (name, row["curve"]["steps"], row["curve"]["recovered"], {"colour": number})
+        for number, (name, row) in enumerate(zip(names, result["runs"], strict=True))
+        if row["curve"] is not None
+    ]
+    if not curves:
+        return {}
+    title = "Recovered share of the gap, by the validations of training"
+    return {"recovered_by_step": plots.lines(title, curves, "steps of post-training", "recovered share", level=1.0)}
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the runs, with their folders where they are not told apart otherwise."""
+    names = [Path(row["run"]).resolve().name for row in rows]
+    return [name if names.count(name) == 1 else f"{name} ({row['run']})" for name, row in zip(names, rows, strict=True)]
+
+
+def _recovered_table(result: dict[str, Any], names: list[str]) -> Table:
+    rows = [[name, _pattern(row["attention"]), *_cells(row)] for name, row in zip(names, result["runs"], strict=True)]
+    return Table("Recovered", ["run", "pattern", "dense", "before", "gap", "after", "left", "recovered"], rows)
+
+
+def _continued_table(result: dict[str, Any], names: list[str]) -> Table | None:
+    if result["continued"] is None:
+        return None
+    rows = [
+        [name, shown(row["continued"]), signed(row["left_of_continued"]), _share_cell(row["recovered_of_continued"])]
+        for name, row in zip(names, result["runs"], strict=True)
+    ]
+    title = f"Beside {Path(result['continued']['run']).resolve().name}, the source trained on for as many tokens"
+    header = ["run", "continued", "after - continued", "(before - after) / (before - continued)"]
+    return Table(title, header, rows)
+
+
+def _windows_table(result: dict[str, Any], names: list[str]) -> Table | None:
+    rows = [
+        [f"{name}, n = {entry['window']}", *_cells(entry)]
+        for name, row in zip(names, result["runs"], strict=True)
+        for entry in row["windows"]
+    ]
+    header = ["run", "dense", "before", "gap", "after", "left", "recovered"]
+    return Table("The same weights with other windows", header, rows) if rows else None
+
+
+def _lengths_table(result: dict[str, Any], names: list[str]) -> Table:
+    rows = []
+    for name, row in zip(names, result["runs"], strict=True):
+        source, optim = row["source"], row["optim"]
+        schedule = f"from {optim['schedule_start']:,}" if optim["schedule_start"] else "anew"
+        rows.append(
+            [
+                name,
+                "-" if row["source_steps"] is None else f"{row['source_steps']:,}",
+                quantity(source["tokens"]) if source["tokens"] else "-",
+                f"{row['step']:,}",
+                quantity(row["tokens"]),
+                *("-" if row[key] is None else f"{row[key]:.1%}" for key in ("steps_share", "tokens_share")),
+                f"{optim['lr']:g}",
+                schedule,
+            ]
+        )
+    header = ["run", "source's steps", "its tokens", "steps", "tokens", "of its steps", "of its tokens", "lr"]
+    return Table("Length of training", [*header, "schedule"], rows)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Cells of the losses and what follows from them."""
+    losses = [shown(row["dense"]), shown(row["before"]), signed(row["gap"]), shown(row["after"]), signed(row["left"])]
+    return [*losses, _share_cell(row["recovered"])]
+
+
+def _share_cell(estimate: Estimate | None) -> str:
+    return NONE if estimate is None else f"{estimate.mean:.1%} ± {estimate.error:.1%}"
+
+
+def _pattern(attention: dict[str, Any]) -> str:
+    return (
+        attention["pattern"]
+        if attention["pattern"] == "dense"
+        else f"{attention['pattern']}, n = {attention['window']}"
+    )
+
+
+def _without_share(result: dict[str, Any], names: list[str]) -> list[str]:
+    """A sentence for each run of which no share can be given."""
+    sentences = []
+    for name, row in zip(names, result["runs"], strict=True):
+        if row["recovered"] is None:
+            sentences.append(
+                f"{name}: no share can be given, its gap of {signed(row['gap'])} is not above 0 by more than twice its "
+                f"error on {result['samples']:,} samples."
+            )
+    return sentences

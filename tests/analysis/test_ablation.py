@@ -14,7 +14,7 @@ from sep_attention import visible_mask
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
 from sepllm_train.analysis.cli import main
-from sepllm_train.analysis.interval import kept_keys
+from sepllm_train.analysis.match import kept_keys
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import resolve_pattern

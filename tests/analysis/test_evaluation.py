@@ -11,7 +11,7 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.losses import LossAnalysis, Questions
+from sepllm_train.analysis.losses import LossAnalysis, LossOptions
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import resolve_pattern
@@ -84,7 +84,7 @@ def _stop() -> None:
 
 
 def test_dropping_a_class_is_configuring_without_it(run: TrainedRun) -> None:
-    analysis = LossAnalysis(run, Questions(drop_classes=True), SAMPLES)
+    analysis = LossAnalysis(run, LossOptions(drop_classes=True), SAMPLES)
     result = analysis.answer(lambda: None)
     base = evaluate(run.model, run.pattern, run.validation, SAMPLES)
     rows = {row["class"]: row for row in result["classes"]}
@@ -106,7 +106,7 @@ def test_dropping_a_class_is_configuring_without_it(run: TrainedRun) -> None:
 
 def test_lengths_and_windows(run: TrainedRun) -> None:
     """Pieces of 32 tokens: the same tokens as whole samples, each piece seeing itself alone."""
-    questions = Questions(windows=[4, 200], lengths=[32, 128], far_recall=True)
+    questions = LossOptions(windows=[4, 200], lengths=[32, 128], far_recall=True)
     rows = LossAnalysis(run, questions, SAMPLES).answer(lambda: None)["sweep"]
     assert [(row["length"], row["window"]) for row in rows] == [(32, 4), (32, 200), (128, 4), (128, 200)]
     pieces = Pieces(run.validation, 32)

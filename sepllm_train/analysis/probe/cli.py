@@ -98,7 +98,7 @@ def _text(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.probe.study import Questions, ask
+    from sepllm_train.analysis.probe.study import ProbeOptions, ask
     from sepllm_train.runs.open import open_run
 
     for name in ("samples", "needles"):
@@ -106,5 +106,5 @@ def _ask(arguments: argparse.Namespace) -> None:
     ask(
         [open_run(folder) for folder in arguments.runs],
         arguments.output,
-        Questions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
+        ProbeOptions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
     )

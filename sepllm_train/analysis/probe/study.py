@@ -11,12 +11,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer
-from sepllm_train.analysis.probe import report
-from sepllm_train.analysis.probe.facts import Vocabulary, sentences, vocabulary_of
+from sepllm_train.analysis import plots
+from sepllm_train.analysis.probe.facts import VALUES, FactVocabulary, sentences, vocabulary_of
 from sepllm_train.analysis.probe.interventions import (
     BESIDE,
     CONDITIONS,
@@ -33,6 +34,7 @@ from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle,
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import Estimate, token_mean
 from sepllm_train.compare.student import estimate
+from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
 from sepllm_train.distributed.launch import alone
 from sepllm_train.runs.evaluate import attending, recall_distance, stacked_reach
@@ -50,10 +52,19 @@ GROUPS = ("all", FAR, VALUES_TOLD, KEYS_TOLD, REAL)
 _SENTENCES = 2000
 # Tokens of the longest of them.
 _LONGEST = 60
+FIRST = f"right value first of {VALUES}"
+READING = (
+    "Only what queries at the window's distance or more read of separators is changed; neighbours, keys, initial "
+    "tokens and the learned sink stay. share = (loss with values replaced - loss) / (loss with far separators masked - "
+    f"loss), per seed; `{DECIDING}` decides: values of separators of the same class in another held-out text. Over 0.5 "
+    "supports summary, under 0.2 refutes it; three seeds. The first separator of a class has no earlier segment and "
+    "keeps its own value in `another segment`. Far-recall tokens repeat a bigram whose last occurrence is further back "
+    "than all windows together reach. Intervals are Student's t over seeds; ± is one standard error over samples."
+)
 
 
 @dataclass(frozen=True)
-class Questions:
+class ProbeOptions:
     """What is asked: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
     (.txt or .jsonl files that no run was trained on; without any, no needles)."""
 
@@ -63,7 +74,7 @@ class Questions:
     seed: int = 0
 
 
-def ask(runs: Sequence[TrainedRun], output: Path, questions: Questions) -> dict[str, Any]:
+def ask(runs: Sequence[TrainedRun], output: Path, questions: ProbeOptions) -> dict[str, Any]:
     """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and return the result.
 
     Raises UserError, before anything is written, for runs without separators beyond the window, with full layers, or
@@ -81,7 +92,7 @@ def ask(runs: Sequence[TrainedRun], output: Path, questions: Questions) -> dict[
         "groups": _together(results),
         "verdict": verdict(results),
     }
-    write_report(output, "probe", result, report.markdown(result), report.figures(result))
+    write_report(output, "probe", result, markdown(result), figures(result))
     return result
 
 
@@ -109,7 +120,7 @@ def _check_seeds(runs: Sequence[TrainedRun]) -> None:
     )
 
 
-def _ask_run(run: TrainedRun, questions: Questions) -> dict[str, Any]:
+def _ask_run(run: TrainedRun, questions: ProbeOptions) -> dict[str, Any]:
     """Every answer of one run."""
     layers = run.pattern.layers
     require(
@@ -161,7 +172,7 @@ def _ask_run(run: TrainedRun, questions: Questions) -> dict[str, Any]:
 
 
 def _hidden(
-    questions: Questions, tokenizer: Tokenizer, vocabulary: Vocabulary, reach: int, length: int, initial: int
+    questions: ProbeOptions, tokenizer: Tokenizer, vocabulary: FactVocabulary, reach: int, length: int, initial: int
 ) -> list[Needle]:
     """Needles at distances from just beyond the stacked windows to the whole length."""
     if not questions.text:
@@ -197,7 +208,7 @@ def _needle_row(distance: int, answers: Sequence[NeedleAnswer]) -> dict[str, Any
 def _associative(
     run: TrainedRun,
     samples: int,
-    vocabulary: Vocabulary,
+    vocabulary: FactVocabulary,
     reach: int,
     without: Callable[[Text], Tensor],
     advance: Callable[[], object],
@@ -232,7 +243,9 @@ def _associative(
     ]
 
 
-def _groups(losses: dict[str, Tensor], text: dict[str, Tensor], vocabulary: Vocabulary, reach: int) -> dict[str, Any]:
+def _groups(
+    losses: dict[str, Tensor], text: dict[str, Tensor], vocabulary: FactVocabulary, reach: int
+) -> dict[str, Any]:
     """For each group of tokens: their share, the loss, its change in each condition, and the share of each
     replacement in what masking costs."""
     far = recall_distance(text["tokens"], text["labels"]) > reach
@@ -317,3 +330,130 @@ def _answer(share: dict[str, Any] | None, seeds: int) -> str:
         refuted = "sink: summary is refuted"
         return refuted + (", though the interval reaches above the bound" if share["high"] >= REFUTES else "")
     return "undecided"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    runs = result["runs"]
+    return "\n".join(
+        [
+            "# Summary or sink?\n",
+            f"{headline(result['verdict'], len(runs))}\n",
+            f"{len(runs)} runs of {result['parameters_without_embeddings'] / 1e6:.2f}M parameters without embeddings, "
+            f"{result['layers']} layers of n = {result['window']}, sequences of {result['length']:,} tokens, sink: "
+            f"{result['sink']}, no full layer. Stacked windows reach {result['reach']} tokens. {READING}\n",
+            *(
+                table.markdown()
+                for table in (_over_seeds_table(result), _by_seed_table(result), _associative_table(result))
+            ),
+            *([_needles_table(result).markdown()] if runs[0]["needles"] else []),
+        ]
+    )
+
+
+def headline(verdict: dict[str, Any], seeds: int) -> str:
+    """The verdict and the shares that it and the other reading go by."""
+    beside = verdict["beside"]
+    own, other = ("" if one["share"] is None else f" Share {_interval(one['share'])}" for one in (verdict, beside))
+    found = own and f"{own} with `{verdict['by']}` on far-recall tokens, {seeds} seed{'s' * (seeds > 1)}."
+    told = other and f"{other} with `{beside['by']}` of the same text, which does not decide: {beside['answer']}."
+    return f"**{verdict['answer'].capitalize()}.**{found}{told}"
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Pictures, by file name."""
+    groups = [name for name in result["groups"] if name != "all"]
+    changes = {key: [result["groups"][name]["changes"][key]["mean"] for name in groups] for key in (MASKED, *REPLACED)}
+    found = {
+        "loss_by_intervention": plots.bars(
+            "What far separators are worth", groups, changes, "change in loss (nats per token), mean over seeds"
+        ),
+        "recall_by_distance": _recall_figure(result, "associative", "Associative recall in held-out text"),
+    }
+    if result["runs"][0]["needles"]:
+        found["needles"] = _recall_figure(result, "needles", "One fact in real text")
+    return found
+
+
+def _over_seeds_table(result: dict[str, Any]) -> Table:
+    rows = []
+    for name, group in result["groups"].items():
+        for key in (MASKED, *REPLACED):
+            share = group["shares"].get(key)
+            told = "1" if key == MASKED else "-" if share is None else _interval(share)
+            rows.append([name, key, f"{group['loss']['mean']:.4f}", _interval(group["changes"][key], "+"), told])
+    return Table("Over seeds", ["tokens", "far separators", "loss", "change in loss", "share"], rows)
+
+
+def _by_seed_table(result: dict[str, Any]) -> Table:
+    rows = []
+    for run in result["runs"]:
+        for name, group in run["groups"].items():
+            changes = [f"{found.mean:+.4f} ± {found.error:.4f}" for found in group["changes"].values()]
+            share = group["shares"][DECIDING]
+            told = "-" if share is None else f"{share:.2f}"
+            rows.append([str(run["seed"]), name, f"{group['tokens']:,}", f"{group['loss'].mean:.4f}", *changes, told])
+    heads = ["seed", "tokens", "count", "loss", MASKED, *REPLACED, f"share, {DECIDING}"]
+    return Table("Seed by seed, change in loss", heads, rows)
+
+
+def _associative_table(result: dict[str, Any]) -> Table:
+    rows = [
+        [
+            str(run["seed"]),
+            row["distances"],
+            f"{row['questions']:,}",
+            f"{row['first']:.1%}",
+            f"{row['first_masked']:.1%}",
+        ]
+        for run in result["runs"]
+        for row in run["associative"]
+    ]
+    heads = ["seed", "tokens back", "questions", FIRST, "far separators masked"]
+    return Table("Associative recall in held-out text", heads, rows)
+
+
+def _needles_table(result: dict[str, Any]) -> Table:
+    rows = [
+        [
+            str(run["seed"]),
+            f"{row['distance']:.0f}",
+            str(row["needles"]),
+            f"{row['first']:.1%}",
+            f"{row['first_masked']:.1%}",
+            f"{row['prefers_twin']:.1%}",
+            f"{row['follows_twin']:.1%}",
+        ]
+        for run in result["runs"]
+        for row in run["needles"]
+    ]
+    heads = [
+        "seed",
+        "tokens back",
+        "needles",
+        FIRST,
+        "far separators masked",
+        "prefers the twin's value",
+        "with the twin's values of far separators",
+    ]
+    return Table("Needles: one fact in real text, and its twin with another value", heads, rows)
+
+
+def _recall_figure(result: dict[str, Any], key: str, title: str) -> Figure:
+    """Share of right answers by distance, each seed a line, dashed with far separators masked."""
+    curves: list[plots.Curve] = []
+    for number, run in enumerate(result["runs"]):
+        away = [row["distance"] for row in run[key]]
+        curves.append((f"seed {run['seed']}", away, [row["first"] for row in run[key]], {"colour": number}))
+        masked = [row["first_masked"] for row in run[key]]
+        style = {"colour": number, "dashed": True}
+        curves.append((f"seed {run['seed']}, far separators masked", away, masked, style))
+    return plots.lines(title, curves, "tokens back", FIRST, log_x=True, level=1 / VALUES)
+
+
+def _interval(estimate: dict[str, Any], sign: str = "") -> str:
+    """Mean and interval of an estimate over seeds."""
+    mean = f"{estimate['mean']:{sign}.3f}"
+    if estimate["low"] is None:
+        return mean
+    return f"{mean} ({estimate['low']:{sign}.3f} to {estimate['high']:{sign}.3f})"

@@ -18,12 +18,15 @@ from sepllm_train.analysis.probe.interventions import (
     MASKED,
     REPLACED,
     Text,
+    donors_before,
+    donors_elsewhere,
     far_separators,
     intervene,
+    recording,
+    replacing,
+    taken,
 )
-from sepllm_train.analysis.probe.report import headline
-from sepllm_train.analysis.probe.study import FAR, shared, verdict
-from sepllm_train.analysis.probe.values import donors_before, donors_elsewhere, recording, replacing, taken
+from sepllm_train.analysis.probe.study import FAR, headline, shared, verdict
 from sepllm_train.base.statistics import Estimate
 from sepllm_train.distributed.launch import alone
 from sepllm_train.model.sequence import SeparatorSequence

@@ -260,7 +260,7 @@ class Ablation:
         }
 
     def _figures(self, row: Trial, masks: dict[str, Tensor | None]) -> dict[str, Any]:
-        """What a row sees, and its losses."""
+        """Keys that a trial sees, and its losses."""
         kept = kept_keys(row.job.pattern, text_of(row.job.dataset, self.samples))
         shown = ("pattern", "separators", "placement", "window", "initial_tokens", "interval", "full_layers")
         result: dict[str, Any] = {
@@ -281,7 +281,7 @@ class Ablation:
 
 
 def _gains(prefix: str, other: Trial, subset: Trial, masks: dict[str, Tensor | None]) -> dict[str, Any]:
-    """How much lower the loss is with the subset than with `other`, of all tokens and of far-recall ones."""
+    """Loss with `other` minus loss with the subset, of all tokens and of far-recall ones."""
     difference = other.job.result.nats - subset.job.result.nats
     return {f"{prefix}{name}gain": token_mean(difference, mask) for name, mask in masks.items()}
 
@@ -336,7 +336,7 @@ def _far(result: dict[str, Any]) -> bool:
 
 
 def _tables(result: dict[str, Any]) -> list[Table]:
-    """What each pattern keeps and loses, one table for patterns with separators and two for those at equal KV kept."""
+    """Keys kept and losses: one table for patterns with separators and two for those at equal KV kept."""
     groups: dict[str, list[dict[str, Any]]] = {"Patterns": [], "Evenly spaced tokens": [], "Neighbours alone": []}
     for row in result["rows"]:
         alone = "Neighbours alone" if row["matches"] else "Patterns"
@@ -369,7 +369,7 @@ def _equal_table(result: dict[str, Any]) -> Table:
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
-    """What the numbers say, and how they were counted."""
+    """Conclusions from the numbers, and how they were counted."""
     sentences = [
         "KV kept is the share of the keys so far that the last token of a sequence sees, the mean over layers and "
         "samples; over all tokens it is the mean of each token's own share. Attended are the pairs over those of the "

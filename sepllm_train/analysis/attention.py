@@ -36,7 +36,7 @@ READING = (
 
 @dataclass(frozen=True)
 class MassOptions:
-    """How keys are sorted, None for the run's own (the paper's where it has none), and what is looked at, None for all.
+    """Kinds of keys, None for the run's own (the paper's where it has none), and layers and heads, None for all.
 
     `separators`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
     """
@@ -109,7 +109,7 @@ def _chosen(what: str, asked: Sequence[int] | None, there: int) -> list[int]:
 
 
 def group_masks(separators: Sequence[int], edges: Sequence[int], window: int) -> dict[str, Tensor]:
-    """Which kinds and ranges make up each of GROUPS: bool [K, E]; each kind and range is in exactly one.
+    """Kinds and ranges that make up each of GROUPS: bool [K, E]; each kind and range is in exactly one.
 
     itself: the query's own token, unless it is initial. initial: the initial tokens, at any distance. The others by
     whether their class is among `separators`, near at a distance below `window` and far from there on.
@@ -307,7 +307,7 @@ def _distances_table(result: dict[str, Any]) -> Table:
 
 
 def _sentence(result: dict[str, Any]) -> str:
-    """What the numbers say of separators."""
+    """Conclusion about separators."""
     pair, far, others = result["separators"], result["groups"]["separators far"], result["groups"]["others near"]
     text = (
         f"Separators receive {pair['mass'].mean:.1%} of the attention; even attention would give {pair['uniform']:.1%}."

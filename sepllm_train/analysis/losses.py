@@ -40,8 +40,8 @@ FIRST_BUCKET = 16
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What to ask of a model. Windows and lengths in tokens; `attention` are KEY=VALUE overrides of the base pattern,
-    from which the others are made."""
+    """Patterns to evaluate a model under. Windows and lengths in tokens; `attention` are KEY=VALUE overrides of the base
+    pattern, from which the others are made."""
 
     drop_classes: bool = False
     windows: Sequence[int] = ()
@@ -64,7 +64,7 @@ class LossOptions:
 
 @dataclass(eq=False)
 class Evaluation:
-    """One evaluation to come: the pattern, and samples of `text` [N, S] to evaluate, `parts` of each."""
+    """An evaluation of a pattern on the first `samples` samples of `dataset`, each cut into `parts`; see `run`."""
 
     pattern: AttentionPattern
     dataset: Any
@@ -91,10 +91,10 @@ class Evaluation:
 
 @dataclass
 class LossAnalysis:
-    """The jobs that answer `questions` about a run on `samples` samples, and the answers once they have run."""
+    """The evaluations that `options` ask for, of a run on `samples` samples, and the figures once they have run."""
 
     run: TrainedRun
-    questions: LossOptions
+    options: LossOptions
     samples: int
     trained: Evaluation = field(init=False)
     base: Evaluation = field(init=False)
@@ -104,17 +104,17 @@ class LossAnalysis:
     def __post_init__(self) -> None:
         config, own = self.run.config, self.run.config.data.sequence_length
         self.model = self.run.model
-        attention = base_attention(config.attention, self.questions.attention)
+        attention = base_attention(config.attention, self.options.attention)
         pattern = resolve_pattern(attention, config.model.layers)
         self.text: dict[str, Tensor] = text_of(self.run.validation, self.samples)
         self.window = usual_window(pattern)
         self.trained = self._job(self.run.pattern)
         own_attention = replace(config.attention, window_choices=None)
         self.base = self.trained if attention == own_attention else self._job(pattern)
-        if self.questions.drop_classes:
+        if self.options.drop_classes:
             self._plan_drops(pattern)
-        lengths = sorted(set(self.questions.lengths)) or [own]
-        if self.questions.windows or self.questions.lengths:
+        lengths = sorted(set(self.options.lengths)) or [own]
+        if self.options.windows or self.options.lengths:
             self._plan_sweep(pattern, lengths, own)
 
     def _job(self, pattern: AttentionPattern) -> Evaluation:
@@ -143,7 +143,7 @@ class LossAnalysis:
             dataset = held_out_samples(config, self.run.corpus)
             # As many tokens as elsewhere, but enough samples for an error.
             samples = min(len(dataset), max(2, self.samples * own // longest))
-        windows = sorted(set(self.questions.windows)) or [self.window]
+        windows = sorted(set(self.options.windows)) or [self.window]
         for length in lengths:
             pieces = dataset if length == longest else Pieces(dataset, length)
             parts = longest // length
@@ -167,7 +167,7 @@ class LossAnalysis:
         return list({id(job): job for job in (self.trained, self.base, *self.dropped.values(), *swept)}.values())
 
     def answer(self, advance: Callable[[], object]) -> dict[str, Any]:
-        """Run every job and give the answers; `advance` is called after each forward pass."""
+        """Run every evaluation and return the figures; `advance` is called after each forward pass."""
         for job in self.jobs:
             job.run(self.model, advance)
         distance = recall_distance(self.text["tokens"], self.text["labels"])
@@ -177,7 +177,7 @@ class LossAnalysis:
             "trained_differs": self.base is not self.trained,
             "patterns": [_figures(name, job.result, self.trained.result) for name, job in self._named()],
             "positions": list(self._positions()),
-            "far_recall": list(self._far_recall(distance)) if self.questions.far_recall else [],
+            "far_recall": list(self._far_recall(distance)) if self.options.far_recall else [],
             "classes": [self._drop(name, job, distance) for name, job in self.dropped.items()],
             "sweep": [self._row(row) for row in self.sweep],
         }
@@ -213,7 +213,7 @@ class LossAnalysis:
                 yield {"pattern": name, "tokens": group, "share": share, "loss": loss, "change": change}
 
     def _drop(self, name: str, job: Evaluation, distance: Tensor) -> dict[str, Any]:
-        """What dropping a class from the base pattern changes."""
+        """Change in loss and in pairs when a class is dropped from the base pattern."""
         base, found = self.base.result, job.result
         removed = int((base.pairs - found.pairs).sum())
         change = token_mean(found.nats - base.nats)
@@ -224,7 +224,7 @@ class LossAnalysis:
             "removed_pairs_per_token": removed / base.nats.numel(),
             "per_thousand_pairs": _scaled(change, 1000 * base.nats.numel() / removed) if removed else None,
         }
-        if self.questions.far_recall:
+        if self.options.far_recall:
             row["far_recall_change"] = token_mean(found.nats - base.nats, distance > self.window)
         return row
 
@@ -234,7 +234,7 @@ class LossAnalysis:
         result = {"length": row["length"], "window": row["window"], **_figures("", found, row["trained"].result)}
         result["trained_loss"] = token_mean(row["trained"].result.nats)
         masks: dict[str, Tensor | None] = {"": None}
-        if self.questions.far_recall:
+        if self.options.far_recall:
             far = recall_distance(row["text"]["tokens"], row["text"]["labels"]) > self.window
             masks["far_recall_"] = far.view(found.nats.shape)
             result["far_recall_loss"] = token_mean(found.nats, masks["far_recall_"])
@@ -275,16 +275,16 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.mean * factor, estimate.error * factor)
 
 
-def loss_command(run: TrainedRun, output: Path, questions: LossOptions, samples: int | None = None) -> dict[str, Any]:
-    """Ask `questions` of a run's checkpoint, write the report to `output` and return the result.
+def loss_command(run: TrainedRun, output: Path, options: LossOptions, samples: int | None = None) -> dict[str, Any]:
+    """Evaluate a run's checkpoint as `options` ask, write the report to `output` and return the result.
 
     samples: as in `TrainedRun.sample_count`. Raises UserError for whatever cannot be answered, before anything is
     written.
     """
     check_output(output)
-    questions.check()
+    options.check()
     with alone():
-        analysis = LossAnalysis(run, questions, run.sample_count(samples))
+        analysis = LossAnalysis(run, options, run.sample_count(samples))
         passes = sum(job.samples * job.parts for job in analysis.jobs)
         with progress(passes, "sequence") as bar:
             result = analysis.answer(lambda: bar.update())
@@ -409,7 +409,7 @@ def _positions_table(result: dict[str, Any]) -> Table:
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
-    """What the numbers say, and what they leave open."""
+    """Conclusions from the numbers, and what they leave open."""
     sentences = []
     single = [row for row in result["classes"] if row["class"] != "all of them"]
     if single:

@@ -1,4 +1,4 @@
-"""How much of a dense model's loss post-training under another attention pattern wins back.
+"""Share of a dense model's loss that post-training under another attention pattern recovers.
 
 dense   the source, which is the checkpoint that the run began with, under its own pattern
 before  the same weights under the run's pattern
@@ -230,7 +230,7 @@ def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:
 
 
 def _attended(attention: AttentionConfig) -> Any:
-    """What decides who sees whom: a dense pattern has no window and no separators."""
+    """Settings that decide which keys are visible: a dense pattern has no window and no separators."""
     dense = attention.pattern == "dense"
     return ("dense", attention.separate_documents) if dense else replace(attention, backend="auto")
 
@@ -302,7 +302,7 @@ def _told(weights: Checkpoint) -> dict[str, Any]:
 
 
 def _described(run: PostTrained) -> dict[str, Any]:
-    """What a row was computed from, and how long run and source were trained.
+    """Checkpoints from which a row was computed, and lengths of training of run and source.
 
     An imported source has no steps on record: there they are the step of the schedule at which the run began.
     """
@@ -343,7 +343,7 @@ def _curve(run: PostTrained) -> dict[str, list[float]] | None:
 
 
 def _caveats(runs: Sequence[PostTrained]) -> Iterator[str]:
-    """What a reader must know besides."""
+    """Remarks on what the figures rest on."""
     for run in runs:
         if read_run(run.folder).get("status") != "finished":
             yield f"{run.folder} is not finished: its newest checkpoint is of step {run.newest.step:,}."

@@ -216,7 +216,7 @@ def model_card(run: TrainedRun, architecture: str, differences: dict[str, float]
 
 
 def _pattern_lines(pattern: TokenPattern) -> list[str]:
-    """What each token attends to."""
+    """Lines on the keys that each token attends to."""
     windows = sorted(set(pattern.windows))
     of_layers = {window: [n for n, own in enumerate(pattern.windows) if own == window] for window in windows}
     lines = [

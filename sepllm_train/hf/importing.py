@@ -49,7 +49,7 @@ _IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of the tokens: the tokenizer's file (None without one), its hash, the class of each entry of the
+    """Facts known of the tokens: the tokenizer's file (None without one), its hash, the class of each entry of the
     model's vocabulary (u8 [V], None when not known), and the id that ends a document."""
 
     tokenizer: Tokenizer | None
@@ -99,7 +99,7 @@ def import_model(
 
 
 def _trained(output: Path) -> str | None:
-    """Why a folder is not an imported model as it was written, or None."""
+    """Reason why a folder is not an imported model as it was written, or None."""
     status = read_object(output / "run.json").get("status")
     if status != _IMPORTED:
         return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
@@ -190,7 +190,7 @@ def _precision(tensors: SafetensorsFolder, names: set[str]) -> str:
 
 
 def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary:
-    """What is known of the tokens, from the data if there is some, and from the tokenizer in the model's folder."""
+    """Find what is known of the tokens: from the data if there is some, and from the tokenizer in the model's folder."""
     own = []
     # SentencePiece's file first: a tokenizer.json beside it was made from it.
     for path in (folder / name for name in sorted(TOKENIZER_NAMES.values(), reverse=True)):
@@ -225,7 +225,7 @@ def _check_names(wanted: set[str], model: ModelConfig, kind: str, tensors: Safet
 
 
 def _identity(config: Config, corpus: Corpus | None, words: Vocabulary) -> dict[str, Any]:
-    """What the checkpoint has on record of the run it is of."""
+    """Settings of the run that are recorded in its checkpoint."""
     assert config.model.vocabulary is not None
     data = {} if corpus is None else corpus.identity()
     return checkpoints.identity(config, config.model.vocabulary, data, words.sha256)

@@ -1,4 +1,4 @@
-"""Whether a model of transformers computes what a checkpoint of ours does: logits of both on the same tokens, in fp32.
+"""Check that a model of transformers computes what a checkpoint of ours does: logits on the same tokens, in fp32.
 
 Shape letters: S tokens, V vocabulary entries.
 """
@@ -33,7 +33,7 @@ _LEAST, _MOST = 256, 2048
 
 @dataclass(frozen=True)
 class Sides:
-    """What is compared.
+    """The two models to compare.
 
     `checkpoint` is ours, of a model of `config` with `vocabulary` entries, of the separator classes `classes`, u8 [V]
     (all 0 where they are not known). `end_of_document` is an entry or None. Our weights are rounded to `dtype` first,
@@ -75,7 +75,7 @@ def compare(sides: Sides, theirs: Any) -> dict[str, float]:
 
 
 def mask_of(pattern: TokenPattern, ids: Tensor, layer: int = 0) -> Tensor:
-    """What a layer of transformers adds to its scores for `pattern`: fp32 [B, 1, S, S], 0 or the lowest float.
+    """Mask that a layer of transformers adds to its scores for `pattern`: fp32 [B, 1, S, S], 0 or the lowest float.
 
     ids: i64 [B, S].
     """

@@ -41,7 +41,7 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Where the records come from."""
+        """The file that holds the records."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -136,7 +136,7 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
-    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it.
+    """True where the `identity` of two runs in run.json has no key with different values.
 
     `theirs` is of the run that went on from the other; it may have gone on with other data, which it then tells.
     """

@@ -1,4 +1,4 @@
-"""What far separators' values are worth to a trained model: losses with the values of others in their place.
+"""Worth of far separators' values to a trained model: losses with the values of others in their place.
 
 The rule, which has stayed as it was when the first model was asked: the replacement that decides takes values of
 separators of the same class in another text, a segment that has nothing to do with this one; and

@@ -51,7 +51,7 @@ def mentions(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> Iter
 
 
 def fact_tokens(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> tuple[Tensor, Tensor]:
-    """Which labels of samples i64 [N, S] are keys of facts, and which are any of a fact's four tokens: bool [N, S]."""
+    """Labels of samples i64 [N, S] that are keys of facts, and those that are any of a fact's four tokens: bool [N, S]."""
     text = torch.cat((tokens[:, :1], labels), 1)
     first = torch.isin(text[:, :-1], torch.tensor(vocabulary.keys)) & (text[:, 1:] == vocabulary.equals)
     keys = torch.zeros_like(text, dtype=torch.bool)
@@ -117,7 +117,7 @@ def rank(logits: Tensor, vocabulary: FactVocabulary, value: int) -> int:
 
 @dataclass(frozen=True)
 class NeedleAnswer:
-    """What a model makes of a needle: `rank` of its value as the model is, `masked` with far separators masked; and
+    """A model's answer to a needle: `rank` of its value as the model is, `masked` with far separators masked; and
     whether the twin's value is likelier than the text's own, as the model is (`prefers`) and with the values of far
     separators that they have in the twin (`follows`)."""
 

@@ -65,7 +65,7 @@ READING = (
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What is asked: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
+    """Sizes of the probe: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
     (.txt or .jsonl files that no run was trained on; without any, no needles)."""
 
     samples: int = 128
@@ -319,7 +319,7 @@ def verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _answer(share: dict[str, Any] | None, seeds: int) -> str:
-    """What the rule says of a share; with what its interval holds beyond the bound."""
+    """Verdict of the rule on a share, with a remark where its interval reaches past the bound."""
     if seeds < SEEDS:
         return f"none: the rule takes {SEEDS} seeds, not {seeds}"
     if share is None:

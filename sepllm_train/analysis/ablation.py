@@ -85,7 +85,7 @@ class AblationOptions:
 class RandomTokens(Dataset):
     """Samples of `dataset` in which each token is special with probability `density`, whatever the text.
 
-    What is drawn depends on the seed, the number of the sample and the position alone, so that it tells nothing of
+    What is drawn depends on the seed, the number of the sample and the position alone, so that it reveals nothing of
     later tokens. Special tokens have the class DRAWN, the others none.
     """
 
@@ -183,7 +183,7 @@ class Ablation:
     def _subsets(self, options: AblationOptions) -> dict[str, tuple[str, ...]]:
         """Names of the subsets that occur in the samples, each with its class names.
 
-        Raises UserError when one that was asked for does not, or tells classes apart that the data does not.
+        Raises UserError when one that was asked for does not, or separates classes that the data does not.
         """
         asked = options.named()
         for name, classes in asked.items():

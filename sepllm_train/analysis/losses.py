@@ -40,8 +40,8 @@ FIRST_BUCKET = 16
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Patterns to evaluate a model under. Windows and lengths in tokens; `attention` are KEY=VALUE overrides of the base
-    pattern, from which the others are made."""
+    """Patterns to evaluate. Windows and lengths in tokens; `attention`: KEY=VALUE overrides of the base pattern, from
+    which the others are made."""
 
     drop_classes: bool = False
     windows: Sequence[int] = ()
@@ -73,7 +73,7 @@ class Evaluation:
     losses: Losses | None = None
 
     def run(self, model: Any, advance: Callable[[], object]) -> None:
-        """Evaluate; the parts of a sample are put together again, so that errors are those over whole samples."""
+        """Evaluate; the parts of a sample are joined again, so that errors are those over whole samples."""
         found = evaluate(model, self.pattern, self.dataset, self.samples * self.parts, advance)
         self.losses = replace(
             found,

@@ -120,27 +120,27 @@ def recovery_command(
         require(window >= 1, f"--windows {window}: a window counts the token itself, so it is at least 1.")
     records.refuse_twins([run.folder for run in trained])
     runs = [post_trained(run, source) for run in trained]
-    rival = None if continued is None else post_trained(continued, source)
-    every = runs if rival is None else [*runs, rival]
+    baseline = None if continued is None else post_trained(continued, source)
+    every = runs if baseline is None else [*runs, baseline]
     _check_alike(every)
-    if rival is not None:
-        _check_rival(rival, runs)
+    if baseline is not None:
+        _check_baseline(baseline, runs)
     windows = sorted(set(windows))
     with alone():
         config = runs[0].trained.config
         # Opening each checks that it is still the data of the run.
         corpus, *_ = [run.trained.corpus for run in every]
         count = min(samples or config.training.validation_samples or 1, len(held_out_samples(config, corpus)))
-        passes = len({_dense_key(run) for run in runs}) + (2 + 2 * len(windows)) * len(runs) + (rival is not None)
+        passes = len({_dense_key(run) for run in runs}) + (2 + 2 * len(windows)) * len(runs) + (baseline is not None)
         with progress(passes * count, "sequence") as bar:
-            rows = _rows(runs, rival, HeldOut(config, corpus, count, lambda: bar.update()), windows)
+            rows = _rows(runs, baseline, HeldOut(config, corpus, count, lambda: bar.update()), windows)
     result = {
         "samples": count,
         "sequence_length": config.data.sequence_length,
         "held_out": config.data.validation_fraction,
         "data": {entry.prefix: entry.header.files[".bin"].sha256 for entry in corpus.sources},
         **validated_on(corpus),
-        "continued": None if rival is None else {"run": str(rival.folder), **_told(rival.newest)},
+        "continued": None if baseline is None else {"run": str(baseline.folder), **_checkpoint_fields(baseline.newest)},
         "runs": rows,
         "caveats": list(_caveats(every)),
     }
@@ -168,7 +168,7 @@ def post_trained(run: TrainedRun, source: Path | None = None) -> PostTrained:
 
 
 def _recorded(folder: Path, record: dict[str, Any], source: Path | None) -> Path:
-    """The checkpoint that run.json tells of, by its place or in `source`. Raises UserError unless it is the same."""
+    """The checkpoint that run.json records, by its place or in `source`. Raises UserError unless it is the same."""
     step, place = record["step"], Path(record["checkpoint"])
     if source is not None:
         place = source
@@ -211,20 +211,20 @@ def _check_alike(runs: Sequence[PostTrained]) -> None:
             checkpoints.check_unseen(run.source.identity, run.newest.identity, str(run.source.path))
 
 
-def _check_rival(rival: PostTrained, runs: Sequence[PostTrained]) -> None:
-    """Raise UserError unless `rival` went on from the source of every run, for as many tokens, under its pattern."""
-    where = f"--continued {rival.folder}"
-    if _attended(rival.newest.attention) != _attended(rival.source.attention):
+def _check_baseline(baseline: PostTrained, runs: Sequence[PostTrained]) -> None:
+    """Raise UserError unless `baseline` continued the source of every run, for as many tokens, under its pattern."""
+    where = f"--continued {baseline.folder}"
+    if _attended(baseline.newest.attention) != _attended(baseline.source.attention):
         raise UserError(f"{where} has another attention pattern than its source: give a run that went on without one.")
     for run in runs:
-        if rival.source.manifest_sha256 != run.source.manifest_sha256:
+        if baseline.source.manifest_sha256 != run.source.manifest_sha256:
             raise UserError(
-                f"{where} began with {rival.source.path} and {run.folder} with {run.source.path}: they must begin with "
-                "the same checkpoint."
+                f"{where} began with {baseline.source.path} and {run.folder} with {run.source.path}: they must begin "
+                "with the same checkpoint."
             )
-        if rival.newest.tokens != run.newest.tokens:
+        if baseline.newest.tokens != run.newest.tokens:
             raise UserError(
-                f"{where} was trained on {rival.newest.tokens:,} tokens and {run.folder} on {run.newest.tokens:,}: "
+                f"{where} was trained on {baseline.newest.tokens:,} tokens and {run.folder} on {run.newest.tokens:,}: "
                 "train both for the same number of steps."
             )
 
@@ -241,12 +241,12 @@ def _dense_key(run: PostTrained) -> tuple[str, str]:
 
 
 def _rows(
-    runs: Sequence[PostTrained], rival: PostTrained | None, text: HeldOut, windows: Sequence[int]
+    runs: Sequence[PostTrained], baseline: PostTrained | None, text: HeldOut, windows: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Evaluate everything, one model in memory at a time, and give the figures of each run."""
     beside = None
-    if rival is not None:
-        beside = text.losses(rival.trained.load_model(), rival.trained.config.attention)
+    if baseline is not None:
+        beside = text.losses(baseline.trained.load_model(), baseline.trained.config.attention)
     dense: dict[tuple[str, str], Tensor] = {}
     rows = []
     for run in runs:
@@ -292,7 +292,7 @@ def _share(gained: Tensor, gap: Tensor) -> Estimate | None:
     return ratio_of_sums(gained.sum(-1), gap.sum(-1)) if whole.mean > 0 and clear_of_zero(whole) else None
 
 
-def _told(weights: Checkpoint) -> dict[str, Any]:
+def _checkpoint_fields(weights: Checkpoint) -> dict[str, Any]:
     return {
         "checkpoint": str(weights.path),
         "manifest_sha256": weights.manifest_sha256,
@@ -311,11 +311,11 @@ def _described(run: PostTrained) -> dict[str, Any]:
     steps = source.step or optim.schedule_start
     return {
         "run": str(run.folder),
-        **_told(newest),
+        **_checkpoint_fields(newest),
         "precision": config.training.precision,
         "attention": {k: v for k, v in asdict(config.attention).items() if k != "backend"},
         "optim": asdict(optim),
-        "source": {**_told(source), "attention": asdict(source.attention), "on_record": run.record},
+        "source": {**_checkpoint_fields(source), "attention": asdict(source.attention), "on_record": run.record},
         "source_steps": steps or None,
         "steps_share": newest.step / steps if steps else None,
         "tokens_share": newest.tokens / source.tokens if source.tokens else None,
@@ -393,7 +393,7 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
-    """Names of the runs, with their folders where they are not told apart otherwise."""
+    """Names of the runs, with their folders where two are the same."""
     names = [Path(row["run"]).resolve().name for row in rows]
     return [name if names.count(name) == 1 else f"{name} ({row['run']})" for name, row in zip(names, rows, strict=True)]
 
@@ -465,7 +465,7 @@ def _pattern(attention: dict[str, Any]) -> str:
 
 
 def _without_share(result: dict[str, Any], names: list[str]) -> list[str]:
-    """A sentence for each run of which no share can be given."""
+    """A remark on each run of which no share can be given."""
     sentences = []
     for name, row in zip(names, result["runs"], strict=True):
         if row["recovered"] is None:

@@ -190,7 +190,7 @@ def _precision(tensors: SafetensorsFolder, names: set[str]) -> str:
 
 
 def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary:
-    """Find what is known of the tokens: from the data if there is some, and from the tokenizer in the model's folder."""
+    """Find what is known of the tokens, from the data if there is some and the tokenizer in the model's folder."""
     own = []
     # SentencePiece's file first: a tokenizer.json beside it was made from it.
     for path in (folder / name for name in sorted(TOKENIZER_NAMES.values(), reverse=True)):

@@ -155,7 +155,7 @@ def _tokens(sides: Sides, pattern: AttentionPattern) -> Tensor:
 
 
 def _document_start(ids: Tensor, end_of_document: int | None) -> Tensor:
-    """i32 [1, S]: position at which each token's document starts, as training data tells it."""
+    """i32 [1, S]: position at which each token's document starts, as in training data."""
     starts, start = [], 0
     for position, token in enumerate(ids[0].tolist()):
         starts.append(start)

@@ -1,4 +1,4 @@
-"""Facts in real text: " key = value." between sentences, each value one token that only an earlier mention tells.
+"""Facts in real text: " key = value." between sentences, each value one token that only an earlier mention gives.
 
 A key, the equals sign, a value and the full stop are one token each, so that the prediction of a value is one token
 whose candidates can be ranked. Everything that is random depends on a seed alone.

@@ -8,8 +8,8 @@ separators of the same class in another text, a segment that has nothing to do w
 on far-recall tokens that stacked windows cannot explain. A sink's value says nothing of its segment, so another's does
 as well, and the share is near 0; of a summary nothing is left, and the share is near 1. Over 0.5 supports "summary",
 under 0.2 refutes it, and between them nothing is decided. It takes three seeds. Without a loss from masking there is
-nothing to share. What the rule would say of an earlier segment of the same text is told beside it: that segment has
-the same subject and many of the same words.
+nothing to share. The verdict of the rule on an earlier segment of the same text is reported beside it: that segment
+has the same subject and many of the same words.
 
 Attention is linear in the values. For query i and separator j at a distance of the window or more, with p(i, j) the
 softmax over all keys that i sees (learned sink included), the output changes by

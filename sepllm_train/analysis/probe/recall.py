@@ -22,7 +22,7 @@ from sepllm_train.runs.open import TrainedRun
 
 @dataclass(frozen=True)
 class Mention:
-    """A value that an earlier mention tells: the query that predicts it is token `query` of sample `sample`.
+    """A value that an earlier mention gives: the query that predicts it is token `query` of sample `sample`.
 
     `value`: its number among the values. `distance`: tokens from the last mention's value to this one.
     """
@@ -51,7 +51,7 @@ def mentions(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> Iter
 
 
 def fact_tokens(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> tuple[Tensor, Tensor]:
-    """Labels of samples i64 [N, S] that are keys of facts, and those that are any of a fact's four tokens: bool [N, S]."""
+    """Labels of samples i64 [N, S] that are keys of facts, and that are any of a fact's four tokens: bool [N, S]."""
     text = torch.cat((tokens[:, :1], labels), 1)
     first = torch.isin(text[:, :-1], torch.tensor(vocabulary.keys)) & (text[:, 1:] == vocabulary.equals)
     keys = torch.zeros_like(text, dtype=torch.bool)

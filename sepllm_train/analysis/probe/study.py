@@ -65,8 +65,8 @@ READING = (
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Sizes of the probe: held-out samples for the interventions; `needles` for each distance, hidden in the text of `text`
-    (.txt or .jsonl files that no run was trained on; without any, no needles)."""
+    """Sizes of the probe: held-out samples for the interventions; `needles` for each distance, hidden in the `text`
+    files (.txt or .jsonl that no run was trained on; without any, no needles)."""
 
     samples: int = 128
     needles: int = 32
@@ -74,18 +74,18 @@ class ProbeOptions:
     seed: int = 0
 
 
-def ask(runs: Sequence[TrainedRun], output: Path, questions: ProbeOptions) -> dict[str, Any]:
+def ask(runs: Sequence[TrainedRun], output: Path, options: ProbeOptions) -> dict[str, Any]:
     """Ask runs that differ in their seed, write probe.json, probe.md and pictures to `output` and return the result.
 
     Raises UserError, before anything is written, for runs without separators beyond the window, with full layers, or
     with different patterns, and as the properties of `TrainedRun` do.
     """
     check_output(output)
-    require(questions.samples >= 2, f"--samples {questions.samples} must be at least 2: one is the other's donor.")
+    require(options.samples >= 2, f"--samples {options.samples} must be at least 2: one is the other's donor.")
     _check_seeds(runs)
     with alone():
         # Copies, each dropped with its model: one at a time is in memory.
-        results = [_ask_run(replace(run), questions) for run in runs]
+        results = [_ask_run(replace(run), options) for run in runs]
     result = {
         "runs": results,
         **results[0]["model"],
@@ -120,7 +120,7 @@ def _check_seeds(runs: Sequence[TrainedRun]) -> None:
     )
 
 
-def _ask_run(run: TrainedRun, questions: ProbeOptions) -> dict[str, Any]:
+def _ask_run(run: TrainedRun, options: ProbeOptions) -> dict[str, Any]:
     """Every answer of one run."""
     layers = run.pattern.layers
     require(
@@ -137,8 +137,8 @@ def _ask_run(run: TrainedRun, questions: ProbeOptions) -> dict[str, Any]:
     )
     tokenizer, classes = run.tokenizer, run.classes
     vocabulary = vocabulary_of(tokenizer)
-    samples = run.sample_count(questions.samples)
-    hidden = _hidden(questions, tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
+    samples = run.sample_count(options.samples)
+    hidden = _hidden(options, tokenizer, vocabulary, reach, length, run.pattern.initial_tokens)
     text = text_of(run.validation, samples)
     masked, model = without_classes(run.pattern, classes_of(run.pattern)), run.model
 
@@ -147,7 +147,7 @@ def _ask_run(run: TrainedRun, questions: ProbeOptions) -> dict[str, Any]:
             return asked.forward(model, masked, loss=False)
 
     with progress(3 * samples + len(hidden), "sequence") as bar:
-        losses = intervene(run, samples, questions.seed, lambda: bar.update())
+        losses = intervene(run, samples, options.seed, lambda: bar.update())
         recalled = _associative(run, samples, vocabulary, reach, without, lambda: bar.update())
         answers = []
         for needle in hidden:
@@ -172,14 +172,14 @@ def _ask_run(run: TrainedRun, questions: ProbeOptions) -> dict[str, Any]:
 
 
 def _hidden(
-    questions: ProbeOptions, tokenizer: Tokenizer, vocabulary: FactVocabulary, reach: int, length: int, initial: int
+    options: ProbeOptions, tokenizer: Tokenizer, vocabulary: FactVocabulary, reach: int, length: int, initial: int
 ) -> list[Needle]:
     """Needles at distances from just beyond the stacked windows to the whole length."""
-    if not questions.text:
+    if not options.text:
         return []
-    texts = sentences(document.text for document in Corpus(questions.text))
+    texts = sentences(document.text for document in Corpus(options.text))
     filling = [ids for ids in tokenizer.encode_batch(list(islice(texts, _SENTENCES))) if len(ids) <= _LONGEST]
-    require(bool(filling), f"{', '.join(map(str, questions.text))}: there is no sentence to hide a needle in.")
+    require(bool(filling), f"{', '.join(map(str, options.text))}: there is no sentence to hide a needle in.")
     # A tail ends with a whole sentence, so it may be longer than asked for; the fact comes after the initial tokens.
     farthest = length - _LONGEST - 2 - initial
     require(
@@ -187,7 +187,7 @@ def _hidden(
         f"--text: no needle fits between the {reach} tokens that the windows reach and the {length} of a sequence.",
     )
     distances = sorted({round(reach + 1 + (farthest - reach) * part / 3) for part in range(4)})
-    return list(needles(filling, vocabulary, distances, questions.needles, length, questions.seed))
+    return list(needles(filling, vocabulary, distances, options.needles, length, options.seed))
 
 
 def _needle_row(distance: int, answers: Sequence[NeedleAnswer]) -> dict[str, Any]:
@@ -249,14 +249,14 @@ def _groups(
     """For each group of tokens: their share, the loss, its change in each condition, and the share of each
     replacement in what masking costs."""
     far = recall_distance(text["tokens"], text["labels"]) > reach
-    told = torch.zeros_like(far)
+    by_fact = torch.zeros_like(far)
     for mention in mentions(text["tokens"], text["labels"], vocabulary):
-        told[mention.sample, mention.query] = mention.distance > reach
+        by_fact[mention.sample, mention.query] = mention.distance > reach
     keys, facts = fact_tokens(text["tokens"], text["labels"], vocabulary)
     masks = {
         "all": torch.ones_like(far),
         FAR: far,
-        VALUES_TOLD: told,
+        VALUES_TOLD: by_fact,
         KEYS_TOLD: far & keys,
         REAL: far & ~facts,
     }
@@ -356,8 +356,10 @@ def headline(verdict: dict[str, Any], seeds: int) -> str:
     beside = verdict["beside"]
     own, other = ("" if one["share"] is None else f" Share {_interval(one['share'])}" for one in (verdict, beside))
     found = own and f"{own} with `{verdict['by']}` on far-recall tokens, {seeds} seed{'s' * (seeds > 1)}."
-    told = other and f"{other} with `{beside['by']}` of the same text, which does not decide: {beside['answer']}."
-    return f"**{verdict['answer'].capitalize()}.**{found}{told}"
+    beside_text = (
+        other and f"{other} with `{beside['by']}` of the same text, which does not decide: {beside['answer']}."
+    )
+    return f"**{verdict['answer'].capitalize()}.**{found}{beside_text}"
 
 
 def figures(result: dict[str, Any]) -> dict[str, Figure]:
@@ -380,8 +382,8 @@ def _over_seeds_table(result: dict[str, Any]) -> Table:
     for name, group in result["groups"].items():
         for key in (MASKED, *REPLACED):
             share = group["shares"].get(key)
-            told = "1" if key == MASKED else "-" if share is None else _interval(share)
-            rows.append([name, key, f"{group['loss']['mean']:.4f}", _interval(group["changes"][key], "+"), told])
+            cell = "1" if key == MASKED else "-" if share is None else _interval(share)
+            rows.append([name, key, f"{group['loss']['mean']:.4f}", _interval(group["changes"][key], "+"), cell])
     return Table("Over seeds", ["tokens", "far separators", "loss", "change in loss", "share"], rows)
 
 
@@ -391,8 +393,8 @@ def _by_seed_table(result: dict[str, Any]) -> Table:
         for name, group in run["groups"].items():
             changes = [f"{found.mean:+.4f} ± {found.error:.4f}" for found in group["changes"].values()]
             share = group["shares"][DECIDING]
-            told = "-" if share is None else f"{share:.2f}"
-            rows.append([str(run["seed"]), name, f"{group['tokens']:,}", f"{group['loss'].mean:.4f}", *changes, told])
+            cell = "-" if share is None else f"{share:.2f}"
+            rows.append([str(run["seed"]), name, f"{group['tokens']:,}", f"{group['loss'].mean:.4f}", *changes, cell])
     heads = ["seed", "tokens", "count", "loss", MASKED, *REPLACED, f"share, {DECIDING}"]
     return Table("Seed by seed, change in loss", heads, rows)
 

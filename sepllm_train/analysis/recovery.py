@@ -37,7 +37,7 @@ from sepllm_train.runs.variations import with_window
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import MANIFEST, altered, step_folder
 from sepllm_train.training.initial_weights import find_initial_weights
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.run_folder import read_run_json
 
 TOKENIZER = "data (hash of the tokenizer)"
 # What runs and their sources must have in common: keys of a checkpoint's identity, and how to call them.
@@ -157,7 +157,7 @@ def post_trained(run: TrainedRun, source: Path | None = None) -> PostTrained:
     Raises UserError for a run that did not begin with other weights, and a source that is gone, damaged or another.
     """
     folder = run.folder
-    record = read_run(folder).get("initial_weights")
+    record = read_run_json(folder).get("initial_weights")
     if run.config.init_from is None:
         raise UserError(f"{folder} did not begin with the weights of another run: give one that was given init_from.")
     found = _recorded(folder, record, source) if record else _named(run, source)
@@ -345,7 +345,7 @@ def _curve(run: PostTrained) -> dict[str, list[float]] | None:
 def _caveats(runs: Sequence[PostTrained]) -> Iterator[str]:
     """Remarks on what the figures rest on."""
     for run in runs:
-        if read_run(run.folder).get("status") != "finished":
+        if read_run_json(run.folder).get("status") != "finished":
             yield f"{run.folder} is not finished: its newest checkpoint is of step {run.newest.step:,}."
         if not run.record:
             yield (

@@ -125,7 +125,7 @@ def _our_logits(sides: Sides, patterns: Sequence[AttentionPattern], ids: Tensor)
         training=replace(sides.config.training, precision="fp32", recompute="none", compile=False, loss_chunk=0),
     )
     with alone(config) as device:
-        model = checkpoints.load_model(sides.checkpoint, config, sides.vocabulary, device)
+        model = checkpoints.load_for_evaluation(sides.checkpoint, config, sides.vocabulary, device)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(sides.dtype))
         classes = torch.from_numpy(sides.classes)[ids]

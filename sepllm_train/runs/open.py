@@ -167,7 +167,9 @@ class TrainedRun:
                 attention=replace(self.config.attention, backend="auto"),
                 training=replace(self.config.training, recompute="none"),
             )
-        return checkpoints.load_model(self.checkpoint.path, config, self.vocabulary, device or device_of(ALONE))
+        return checkpoints.load_for_evaluation(
+            self.checkpoint.path, config, self.vocabulary, device or device_of(ALONE)
+        )
 
     @cached_property
     def corpus(self) -> Corpus:

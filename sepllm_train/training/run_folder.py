@@ -94,7 +94,7 @@ def enter(
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
     used = (folder / "metrics.jsonl").exists()
     content = _content(folder)
-    earlier = read_run(folder)
+    earlier = read_run_json(folder)
     asked = None if config.resume in ("auto", "never") else str(Path(config.resume).expanduser().resolve())
     if used and earlier.get("status") == "finished":
         raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
@@ -155,12 +155,12 @@ def _content(folder: Path) -> Any:
     checkpoints = folder / checkpoint.FOLDER
     try:
         # Listing makes a network filesystem look anew.
-        return read_run(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+        return read_run_json(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
     except OSError:
-        return read_run(folder), [], 0
+        return read_run_json(folder), [], 0
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
     return _read_object(folder / "run.json")
 

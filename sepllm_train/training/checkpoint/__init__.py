@@ -28,7 +28,7 @@ from sepllm_train.training.checkpoint.identity import (
     schedule_identity,
     trained_on,
 )
-from sepllm_train.training.checkpoint.load import altered_together, load, load_model, load_weights
+from sepllm_train.training.checkpoint.load import altered_together, load, load_for_evaluation, load_weights
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "find",
     "identity",
     "load",
-    "load_model",
+    "load_for_evaluation",
     "load_weights",
     "newest",
     "read_state",

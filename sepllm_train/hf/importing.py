@@ -85,12 +85,16 @@ def import_model(
     corpus = open_corpus(DataConfig(source="prefixes", prefixes=list(data))) if data else None
     words = _vocabulary(folder, corpus, theirs.vocab_size)
     config = _config(theirs, tensors, output, words, attention, data)
+    vocabulary = theirs.vocab_size
+    recorded = checkpoints.identity(config, vocabulary, {} if corpus is None else corpus.identity(), words.sha256)
+    classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
     with whole_folder(output) as aside:
-        saved = _save(config, theirs.model_type, tensors, aside, _identity(config, corpus, words))
-        _describe(config, folder, aside, words, _identity(config, corpus, words))
+        saved = _save(config, theirs.model_type, tensors, aside, recorded)
+        _describe(config, folder, aside, words, recorded)
         model = _load(folder)
         parameters = model.num_parameters()
-        differences = compare(_sides(config, saved, words), model)
+        rounded = PRECISIONS[config.training.precision]
+        differences = compare(Sides(config, vocabulary, saved, classes, words.end_of_document, rounded), model)
     largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
     say(
         f"{output}: {type(model).__name__} of {parameters:,} parameters as step 0 in {config.training.precision}, "
@@ -224,13 +228,6 @@ def _check_names(wanted: set[str], model: ModelConfig, kind: str, tensors: Safet
     require(not extra, f"{tensors.folder} has a tensor {extra[:1]}, which our model has no place for.")
 
 
-def _identity(config: Config, corpus: Corpus | None, words: Vocabulary) -> dict[str, Any]:
-    """Settings of the run that are recorded in its checkpoint."""
-    assert config.model.vocabulary is not None
-    data = {} if corpus is None else corpus.identity()
-    return checkpoints.identity(config, config.model.vocabulary, data, words.sha256)
-
-
 @torch.no_grad()
 def _save(config: Config, kind: str, tensors: SafetensorsFolder, run_folder: Path, identity: dict[str, Any]) -> Path:
     """Write the checkpoint of step 0 and give its path."""
@@ -272,10 +269,3 @@ def _describe(
     write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
     if words.tokenizer is not None:
         shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])
-
-
-def _sides(config: Config, saved: Path, words: Vocabulary) -> Sides:
-    vocabulary = config.model.vocabulary
-    assert vocabulary is not None
-    classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
-    return Sides(config, vocabulary, saved, classes, words.end_of_document, PRECISIONS[config.training.precision])

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import whole_folder, write_whole
+from sepllm_train.base.files import whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
@@ -145,7 +145,7 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
 def _guard(path: Path) -> None:
     """Name our attention in config.json: transformers loads no model with an attention that nobody has registered."""
     content = json.loads(path.read_text(encoding="utf8"))
-    write_whole(path, (json.dumps({**content, "attn_implementation": ATTENTION}, indent=2) + "\n").encode())
+    write_json(path, {**content, "attn_implementation": ATTENTION}, indent=2)
 
 
 def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import hash_file, restore_folder, write_whole
+from sepllm_train.base.files import hash_file, read_json_if_any, restore_folder, write_json
 
 # Holds the SHA-256 of every other file of an exported model. A file of its own, since what is in config.json goes along
 # when transformers saves a model that was trained further.
@@ -37,26 +35,17 @@ def refuse_existing(output: Path, foreign: Callable[[Path], str | None], *, over
 def write_mark(folder: Path) -> None:
     """Write the hashes by which `altered_export` knows what the program wrote."""
     content = {"format": 1, "files": _hashes(folder)}
-    write_whole(folder / MARK, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / MARK, content)
 
 
 def altered_export(folder: Path) -> str | None:
     """Reason why a folder is not an export as it was written, or None. Raises UserError when it cannot be read."""
-    expected = read_object(folder / MARK).get("files")
+    expected = read_json_if_any(folder / MARK).get("files")
     if not isinstance(expected, dict):
         return f"it has no {MARK} of this program's"
     found = _hashes(folder)
     changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"its {changed[0]} is not as this program wrote it" if changed else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or nothing where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

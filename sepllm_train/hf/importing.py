@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import whole_folder, write_whole
+from sepllm_train.base.files import read_json_if_any, whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
@@ -25,7 +24,7 @@ from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, attention_of, read_theirs, to_ours
-from sepllm_train.hf.folder import read_object, refuse_existing
+from sepllm_train.hf.folder import refuse_existing
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.hf.weights import SafetensorsFolder
@@ -104,7 +103,7 @@ def import_model(
 
 def _trained(output: Path) -> str | None:
     """Reason why a folder is not an imported model as it was written, or None."""
-    status = read_object(output / "run.json").get("status")
+    status = read_json_if_any(output / "run.json").get("status")
     if status != _IMPORTED:
         return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
     later = [checkpoint.name for checkpoint in checkpoints_of(output) if step_of(checkpoint) > 0]
@@ -266,6 +265,6 @@ def _describe(
         "identity": identity,
         "steps": 0,
     }
-    write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(run_folder / "run.json", run, indent=2)
     if words.tokenizer is not None:
         shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])

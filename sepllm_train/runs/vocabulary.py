@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from data_prep.separators import classify
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json_if_any
 from sepllm_train.config.schema import DataConfig, require
 
 # A tokenizer in the folder of a run or a model, by its kind.
@@ -76,11 +76,9 @@ def _headers(data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
         prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in paths]
     found = []
     for prefix in prefixes:
-        try:
-            path = with_suffix(Path(prefix).expanduser(), HEADER_SUFFIX)
-            found.append((prefix, json.loads(path.read_text(encoding="utf8"))))
-        except (OSError, ValueError):
-            continue
+        header = read_json_if_any(with_suffix(Path(prefix).expanduser(), HEADER_SUFFIX))
+        if header:
+            found.append((prefix, header))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Whether a model of transformers computes what a checkpoint of ours does: logits of both on the same tokens, in fp32.
+"""Check that a model of transformers computes what a checkpoint of ours does: logits on the same tokens, in fp32.
 
 Shape letters: S tokens, V vocabulary entries.
 """
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig
-from sepllm_train.distributed.launch import device_of
+from sepllm_train.distributed.launch import ALONE, alone, device_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 from sepllm_train.runs.evaluate import attending
-from sepllm_train.runs.folder import ALONE, alone
 from sepllm_train.training import checkpoint as checkpoints
 
 # Largest difference of two logits: absolute, and as a share of the largest logit where that is more.
@@ -34,7 +33,7 @@ _LEAST, _MOST = 256, 2048
 
 @dataclass(frozen=True)
 class Sides:
-    """What is compared.
+    """The two models to compare.
 
     `checkpoint` is ours, of a model of `config` with `vocabulary` entries, of the separator classes `classes`, u8 [V]
     (all 0 where they are not known). `end_of_document` is an entry or None. Our weights are rounded to `dtype` first,
@@ -76,7 +75,7 @@ def compare(sides: Sides, theirs: Any) -> dict[str, float]:
 
 
 def mask_of(pattern: TokenPattern, ids: Tensor, layer: int = 0) -> Tensor:
-    """What a layer of transformers adds to its scores for `pattern`: fp32 [B, 1, S, S], 0 or the lowest float.
+    """Mask that a layer of transformers adds to its scores for `pattern`: fp32 [B, 1, S, S], 0 or the lowest float.
 
     ids: i64 [B, S].
     """
@@ -126,7 +125,7 @@ def _our_logits(sides: Sides, patterns: Sequence[AttentionPattern], ids: Tensor)
         training=replace(sides.config.training, precision="fp32", recompute="none", compile=False, loss_chunk=0),
     )
     with alone(config) as device:
-        model = checkpoints.load_model(sides.checkpoint, config, sides.vocabulary, device)
+        model = checkpoints.load_for_evaluation(sides.checkpoint, config, sides.vocabulary, device)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(sides.dtype))
         classes = torch.from_numpy(sides.classes)[ids]
@@ -156,7 +155,7 @@ def _tokens(sides: Sides, pattern: AttentionPattern) -> Tensor:
 
 
 def _document_start(ids: Tensor, end_of_document: int | None) -> Tensor:
-    """i32 [1, S]: position at which each token's document starts, as training data tells it."""
+    """i32 [1, S]: position at which each token's document starts, as in training data."""
     starts, start = [], 0
     for position, token in enumerate(ids[0].tolist()):
         starts.append(start)

@@ -11,19 +11,13 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.losses import LossAnalysis, Questions
-from sepllm_train.analysis.recall import far_recall
+from sepllm_train.analysis.losses import LossAnalysis, LossOptions
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.evaluate import (
-    Pieces,
-    core_attentions,
-    evaluate,
-    evaluate_run,
-    text_of,
-)
-from sepllm_train.runs.folder import Run, TakingTurns
+from sepllm_train.runs.evaluate import core_attentions, evaluate, evaluate_run, far_recall
+from sepllm_train.runs.held_out import Pieces, TakingTurns, text_of
+from sepllm_train.runs.open import TrainedRun, open_run
 from sepllm_train.runs.variations import (
     base_attention,
     dense_pattern,
@@ -42,15 +36,15 @@ def logged(trained: Trained) -> float:
     return [record["val/loss"] for record in trained.records if "val/loss" in record][-1]
 
 
-def test_pattern_of_training_gives_the_logged_loss(run: Run, trained: Trained) -> None:
+def test_pattern_of_training_gives_the_logged_loss(run: TrainedRun, trained: Trained) -> None:
     losses = evaluate(run.model, run.pattern, run.validation, SAMPLES)
     assert losses.nats.shape == (SAMPLES, 128)
     assert float(losses.nats.double().mean()) == pytest.approx(logged(trained), rel=1e-6)
 
 
-def test_evaluate_run_tells_what_others_need(run: Run, trained: Trained) -> None:
+def test_evaluate_run_tells_what_others_need(run: TrainedRun, trained: Trained) -> None:
     """The same figures through the one call, worked out here from the losses of the tokens."""
-    found = evaluate_run(trained.folder, samples=SAMPLES)
+    found = evaluate_run(open_run(trained.folder), samples=SAMPLES)
     losses = evaluate(run.model, run.pattern, run.validation, SAMPLES).nats.double()
     text = text_of(run.validation, SAMPLES)
     far = far_recall(text["tokens"], text["labels"], 16)
@@ -68,12 +62,12 @@ def test_evaluate_run_tells_what_others_need(run: Run, trained: Trained) -> None
 
 
 def test_an_earlier_checkpoint_is_another_model(trained: Trained) -> None:
-    early, late = (evaluate_run(trained.folder, samples=2, step=step) for step in (2, 4))
+    early, late = (evaluate_run(open_run(trained.folder, step), samples=2) for step in (2, 4))
     assert early["checkpoint"]["step"] == 2 and early["loss"] > late["loss"]
     assert early["checkpoint"]["manifest_sha256"] != late["checkpoint"]["manifest_sha256"]
 
 
-def test_another_pattern_is_taken_back(run: Run) -> None:
+def test_another_pattern_is_taken_back(run: TrainedRun) -> None:
     before = evaluate(run.model, run.pattern, run.validation, 2)
     dense = evaluate(run.model, dense_pattern(run.config.attention, 2), run.validation, 2)
     assert dense.attended_share == 1 > before.attended_share
@@ -89,8 +83,8 @@ def _stop() -> None:
     raise RuntimeError("stop")
 
 
-def test_dropping_a_class_is_configuring_without_it(run: Run) -> None:
-    analysis = LossAnalysis(run, Questions(drop_classes=True), SAMPLES)
+def test_dropping_a_class_is_configuring_without_it(run: TrainedRun) -> None:
+    analysis = LossAnalysis(run, LossOptions(drop_classes=True), SAMPLES)
     result = analysis.answer(lambda: None)
     base = evaluate(run.model, run.pattern, run.validation, SAMPLES)
     rows = {row["class"]: row for row in result["classes"]}
@@ -110,9 +104,9 @@ def test_dropping_a_class_is_configuring_without_it(run: Run) -> None:
         assert row["per_thousand_pairs"].mean == pytest.approx(1000 * float(difference.sum()) / removed, rel=1e-6)
 
 
-def test_lengths_and_windows(run: Run) -> None:
+def test_lengths_and_windows(run: TrainedRun) -> None:
     """Pieces of 32 tokens: the same tokens as whole samples, each piece seeing itself alone."""
-    questions = Questions(windows=[4, 200], lengths=[32, 128], far_recall=True)
+    questions = LossOptions(windows=[4, 200], lengths=[32, 128], far_recall=True)
     rows = LossAnalysis(run, questions, SAMPLES).answer(lambda: None)["sweep"]
     assert [(row["length"], row["window"]) for row in rows] == [(32, 4), (32, 200), (128, 4), (128, 200)]
     pieces = Pieces(run.validation, 32)
@@ -131,7 +125,7 @@ def test_lengths_and_windows(run: Run) -> None:
 
 
 @pytest.mark.parametrize("attention", [{}, {"full_layers": "first"}, {"separate_documents": True}])
-def test_equal_pairs_are_the_nearest_there_are(run: Run, attention: dict[str, Any]) -> None:
+def test_equal_pairs_are_the_nearest_there_are(run: TrainedRun, attention: dict[str, Any]) -> None:
     text = text_of(run.validation, 3)
     pattern = with_window(resolve_pattern(AttentionConfig(window=8, **attention), 2), 8)
     bare, window = equal_pairs_without_separators(pattern, text)

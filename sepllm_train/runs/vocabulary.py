@@ -1,8 +1,7 @@
-"""What is read of a run to use it: configuration, checkpoint, tokenizer, and the separator class of every token."""
+"""Tokenizer of a run or a model, and the separator class of each entry of its vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +14,35 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import read_json_if_any
 from sepllm_train.config.compatibility import TOKENIZER, VOCABULARY
-from sepllm_train.config.schema import Config, DataConfig, require
-from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.folder import find_checkpoint, read_config
-from sepllm_train.training.checkpoint import read_state
+from sepllm_train.config.schema import DataConfig, require
 
 # A tokenizer in the folder of a run or a model, by its kind.
 TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A run that is used. `state` is the content of the checkpoint's state.json, `classes` u8 [vocabulary] the
-    separator class of each entry, `pattern` that of training, also where it is `dense`."""
+def tokenizer_and_classes(
+    folder: Path, data: DataConfig, identity: dict[str, Any], file: Path | None
+) -> tuple[Tokenizer, np.ndarray]:
+    """Tokenizer of the run in `folder`, and the separator class of each entry of the model's vocabulary, u8 [V].
 
-    folder: Path
-    config: Config
-    checkpoint: Path
-    state: dict[str, Any]
-    tokenizer: Tokenizer
-    classes: np.ndarray
-    pattern: TokenPattern
-
-    @property
-    def vocabulary(self) -> int:
-        """Entries of the model's vocabulary, without padding."""
-        return self.state["identity"][VOCABULARY]
-
-
-def open_source(folder: Path | str, step: int | None = None, tokenizer: Path | str | None = None) -> Source:
-    """Open a run. step: number of the checkpoint, None for the newest whole one. tokenizer: its file, None to look for
-    it in the run's folder and beside its data; the tokens of the data are not needed.
-
-    Without the data's side-car (an older one may count two classes as one) the classes are found from the tokenizer.
-    Raises UserError when there is no run, whole checkpoint or tokenizer, the tokenizer is not the run's, or the pattern
-    is not one of single tokens.
+    identity: of the run's checkpoint. file: the tokenizer, None to look for it in the folder and beside the data.
+    Raises UserError when there is none, or it is not the run's.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    checkpoint = find_checkpoint(folder, step)
-    state = read_state(checkpoint)
-    placement = config.attention.placement
-    require(
-        placement == "natural",
-        f"attention.placement={placement} of {folder} is for training alone: which tokens are separators depends on "
-        "their place in the training data, not on the tokens.",
-    )
-    trained = state["identity"][TOKENIZER]
-    path = tokenizer or find_tokenizer(folder)
+    trained = identity[TOKENIZER]
+    path = file or find_tokenizer(folder)
     require(
         path is not None or bool(trained),
         f"{folder} was imported from a model without a tokenizer: give its file with --tokenizer.",
     )
-    # The sample corpus, which would be made now, has nothing to tell that the tokenizer does not.
-    headers = [] if path is not None and config.data.source == "sample" else _headers(config.data)
-    found = load_tokenizer(path or _beside(headers, folder, config.data))
+    # The sample corpus, which would be made now, adds nothing to the tokenizer.
+    headers = [] if path is not None and data.source == "sample" else _headers(data)
+    found = load_tokenizer(path or _beside(headers, folder, data))
     require(
         # A model that was imported without a tokenizer has none on record.
         trained in ("", found.sha256),
         f"{found.path} is not the tokenizer that {folder} was trained with: give its file with --tokenizer.",
     )
-    classes = _classes(headers, found, state["identity"][VOCABULARY])
-    pattern = resolve_pattern(config.attention, config.model.layers)
-    own = TokenPattern.of_run(pattern, classes, found.eod)
-    return Source(folder, config, checkpoint, state, found, classes, own)
+    return found, _classes(headers, found, identity[VOCABULARY])
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -133,7 +96,7 @@ def _beside(headers: list[tuple[str, dict[str, Any]]], folder: Path, data: DataC
 
 
 def _classes(headers: list[tuple[str, dict[str, Any]]], tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
-    """u8 [vocabulary]: as the data was annotated for training, or as the tokenizer tells."""
+    """u8 [vocabulary]: as the data was annotated for training, or else from the tokenizer's strings."""
     for _, header in headers:
         if header["tokenizer"]["sha256"] == tokenizer.sha256:
             return pad_classes(header_classes(header), vocabulary)

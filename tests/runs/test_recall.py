@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepllm_train.analysis.recall import far_recall, recall_distance, stacked_reach
+from sepllm_train.runs.evaluate import far_recall, recall_distance, stacked_reach
 
 
 def by_definition(x: list[int], window: int) -> list[bool]:

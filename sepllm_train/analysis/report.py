@@ -1,4 +1,4 @@
-"""Results on disk: JSON with machine and command, Markdown, figures as SVG."""
+"""Shared parts of reports: results on disk with machine and command, progress, cells of tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.figures import svg
 from sepllm_train.base.files import write_whole
+from sepllm_train.base.statistics import Estimate
 from sepllm_train.training.run_folder import environment
+
+READING = (
+    "Losses in nats per token on held-out documents, ± one standard error over samples; differences are paired, of the "
+    "same tokens. Samples of one document are not independent, so the errors are low rather than high. The weights are "
+    "those of training throughout: a loss that rises under another pattern says that this model used what was taken "
+    "away, not what a model trained under that pattern would reach. This is one model of one seed."
+)
 
 
 def check_output(folder: Path) -> None:
@@ -63,3 +71,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def clear_of_zero(estimate: Estimate) -> bool:
+    """True where a difference is more than two standard errors from zero."""
+    return not math.isnan(estimate.error) and abs(estimate.mean) > 2 * estimate.error
+
+
+def shown(estimate: Estimate) -> str:
+    """A loss with its standard error."""
+    return f"{estimate.mean:.4f} ± {estimate.error:.4f}" if not math.isnan(estimate.error) else f"{estimate.mean:.4f}"
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its standard error."""
+    return f"{estimate.mean:+.4f} ± {estimate.error:.4f}" if not math.isnan(estimate.error) else f"{estimate.mean:+.4f}"

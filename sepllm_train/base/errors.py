@@ -1,4 +1,4 @@
-"""Errors that end a program with one message and an exit code that a script can act on."""
+"""Errors that end a program: one sentence, printed once, and an exit code that a script can act on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXIT_INTERRUPTED = 75
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message without a full stop; its type where there is no message."""
+    """Message of an error in one line without a full stop; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
@@ -51,7 +51,7 @@ class RankError(UserError):
 
 
 class RunStopped(Exception):
-    """A run ended before its last step for a reason of its own, which the message gives; `code` is the exit code."""
+    """A run ended before its last step for a reason of its own, which is the message; `code` is the exit code."""
 
     code = 1
     title = "error"

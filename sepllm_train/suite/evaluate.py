@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from sep_attention import keys_per_query
 
 from sepllm_train.base.console import duration, say
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.splits import build_datasets
@@ -19,8 +18,9 @@ from sepllm_train.distributed.launch import launch_from_environment, reading_gro
 from sepllm_train.metrics.flops import FlopsCounter, shape_of
 from sepllm_train.model.build import padded_vocabulary
 from sepllm_train.runs.evaluate import evaluate_run
+from sepllm_train.runs.open import open_run
 from sepllm_train.suite.plan import Plan, PlannedRun, finished, read_json
-from sepllm_train.training.report import mean_flops, phase_facts, sample_plan
+from sepllm_train.training.facts import mean_flops, phase_facts, sample_plan
 from sepllm_train.training.schedules import schedule_of
 
 FILE = "evaluations.json"
@@ -61,11 +61,10 @@ def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
     ]
     began = time.perf_counter()
     for number, run in enumerate(waiting, 1):
-        result = evaluate_run(
-            plan.run_root / run.name, samples=max(1, tokens // run.length), recall_window=RECALL_WINDOW
-        )
+        trained = open_run(plan.run_root / run.name)
+        result = evaluate_run(trained, max(1, tokens // run.length), recall_window=RECALL_WINDOW)
         found[run.name] = wanted(run) | {key: result[key] for key in KEPT}
-        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(path, found)
         left = (time.perf_counter() - began) / number * (len(waiting) - number)
         say(f"evaluated {run.name}: loss {result['loss']:.4f} | {number}/{len(waiting)}, about {duration(left)} left")
 

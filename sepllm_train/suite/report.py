@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
 from sepllm_train.compare.results import find_sweep
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.compare.variants import Variant, read_variants, runs_of
-from sepllm_train.runs.folder import read_config
+from sepllm_train.runs.open import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.evaluate import PatternShares, shares_of
 from sepllm_train.suite.plan import Plan, PlannedRun, finished, read_json
@@ -61,7 +60,7 @@ def write_suite_report(plan: Plan) -> Path:
             f"must be finished, and {len(done)} of {len(plan.runs)} runs are."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "report.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_json(folder / "report.json", figures)
     target = folder / "report.md"
     write_whole(target, "\n".join(parts).encode())
     return target
@@ -119,7 +118,7 @@ def _shares(plan: Plan, length: int) -> dict[str, PatternShares]:
             variant: asdict(shares_of(read_config(plan.run_root / name)))
             for variant, name in _one_of_each(plan, length).items()
         }
-        write_whole(path, (json.dumps(stored, indent=1) + "\n").encode())
+        write_json(path, stored)
     return {variant: PatternShares(**values) for variant, values in stored[str(length)].items()}
 
 

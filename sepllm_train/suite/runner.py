@@ -20,7 +20,7 @@ import psutil
 from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
-from sepllm_train.distributed.orphans import end_with_parent
+from sepllm_train.distributed.processes import end_with_parent
 from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished, quoted
 from sepllm_train.training.signals import STOPPING
 

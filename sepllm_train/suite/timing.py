@@ -8,7 +8,6 @@ whatever else runs there: their own seconds do not compare. Steps of interleaved
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
@@ -30,7 +29,7 @@ from sepllm_train.suite.plan import Plan, data_overrides, read_plan
 from sepllm_train.training.run_folder import environment
 
 if TYPE_CHECKING:
-    from sepllm_train.training.rounds import Rival
+    from sepllm_train.training.rounds import TimedRun
 
 
 def timing_file(folder: Path, length: int) -> Path:
@@ -57,7 +56,7 @@ def _main(folder: str, length: str, rounds: str, steps: str, prefix: str | None 
                 "rows": figures,
                 "machine": machine(),
             }
-            write_whole(timing_file(plan.folder, int(length)), (json.dumps(content, indent=1) + "\n").encode())
+            write_json(timing_file(plan.folder, int(length)), content)
     for variant, own in figures.items():
         say(f"{variant}: {own['tokens_per_second']:,.0f} tokens/s")
 
@@ -90,17 +89,17 @@ def time_variants(
     Of a run whose steps differ these are means over its steps, with the medians of each phase of a curriculum.
     """
     # Imported late: megatron-core takes seconds.
-    from sepllm_train.training.rounds import build_rival, take_turns
+    from sepllm_train.training.rounds import build_timed_run, interleave
 
-    timed = {variant: build_rival(config, launch.world_size, device) for variant, config in configs.items()}
+    timed = {variant: build_timed_run(config, launch.world_size, device) for variant, config in configs.items()}
     began = time.perf_counter()
-    for number in take_turns(list(timed.values()), rounds, steps, device):
+    for number in interleave(list(timed.values()), rounds, steps, device):
         left = (time.perf_counter() - began) / (number + 1) * (rounds - number)
         say(f"round {number}/{rounds}, about {duration(left)} left")
     return {variant: figures_of(own) for variant, own in timed.items()}
 
 
-def figures_of(timed: Rival) -> dict[str, Any]:
+def figures_of(timed: TimedRun) -> dict[str, Any]:
     """Figures of a variant as timing.json has them."""
     phases = timed.schedule.phases
     medians = [statistics.median(each) for each in zip(*timed.phase_seconds, strict=True)]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data_prep.cli import main as prepare
 from sepllm_train.analysis.cli import main
-from sepllm_train.runs.folder import alone
+from sepllm_train.distributed.launch import alone
 from tests.analysis.conftest import Trained
 
 

@@ -68,8 +68,8 @@ class _Row:
         length = sum(part.shape[1] for part in parts)
         return torch.cat(parts, 1, out=self.scratch.matrix(name, near.shape[0], length, near.shape[2]))
 
-    def weights(self, queries: Tensor, keys: Tensor, block: QueryBlock) -> Tensor:
-        """Softmax of the block's masked scores, [N, G * R, L]."""
+    def softmax(self, queries: Tensor, keys: Tensor, block: QueryBlock) -> Tensor:
+        """Softmax p of the block's masked scores, [N, G * R, L]."""
         shape = (*queries.shape[:2], keys.shape[1])
         scores = self.scratch.matrix("scores", *shape)
         scores.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=self.scale)
@@ -78,43 +78,41 @@ class _Row:
             shaped[..., column : column + bias.shape[1]].add_(bias)
         if self.sink is not None:
             shaped[..., -1] += self.sink
-        return torch.softmax(scores, -1, out=self.scratch.matrix("weights", *shape))
+        return torch.softmax(scores, -1, out=self.scratch.matrix("p", *shape))
 
     def forward(self, out: Tensor) -> None:
         """Fills out [N, G, Q, D]."""
         for block in self.layout.blocks:
             queries = self.rows(self.queries, block)
-            weights = self.weights(queries, self.read("keys", self.far_keys, self.keys, block), block)
+            p = self.softmax(queries, self.read("keys", self.far_keys, self.keys, block), block)
             values = self.read("values", self.far_values, self.values, block)
-            result = torch.bmm(weights, values, out=self.scratch.matrix("result", *queries.shape))
+            result = torch.bmm(p, values, out=self.scratch.matrix("result", *queries.shape))
             out[:, :, self.slots(block)] = result.view(*self.heads, -1, result.shape[-1])
 
-    def backward(
-        self, upstream: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_sink: Tensor | None
-    ) -> None:
+    def backward(self, do: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_sink: Tensor | None) -> None:
         """Fills grad_q [N, G, Q, D] and grad_k, grad_v [N, S, D]; adds to grad_sink [H] when there is one."""
-        upstream = upstream.to(self.scratch.dtype)
+        do = do.to(self.scratch.dtype)
         near_k, near_v = self.accumulator(grad_k), self.accumulator(grad_v)
         far_k, far_v = torch.zeros_like(self.far_keys), torch.zeros_like(self.far_values)
         for block in self.layout.blocks:
-            queries, above = self.rows(self.queries, block), self.rows(upstream, block)
+            queries, do_block = self.rows(self.queries, block), self.rows(do, block)
             keys = self.read("keys", self.far_keys, self.keys, block)
             values = self.read("values", self.far_values, self.values, block)
-            weights = self.weights(queries, keys, block)
-            slopes = self.slopes(above, values, weights)
+            p = self.softmax(queries, keys, block)
+            ds = self.score_gradient(do_block, values, p)
             # Into one contiguous matrix first: torch multiplies a batch into slices of a larger one head by head.
-            of_values = torch.bmm(weights.transpose(1, 2), above, out=self.scratch.matrix("of_values", *values.shape))
-            of_keys = self.scratch.matrix("of_keys", *keys.shape)
-            of_keys.baddbmm_(slopes.transpose(1, 2), queries, beta=0, alpha=self.scale)
+            dv = torch.bmm(p.transpose(1, 2), do_block, out=self.scratch.matrix("dv", *values.shape))
+            dk = self.scratch.matrix("dk", *keys.shape)
+            dk.baddbmm_(ds.transpose(1, 2), queries, beta=0, alpha=self.scale)
             column = 0
             targets = zip(parts_of(block, far_k, near_k), parts_of(block, far_v, near_v), strict=True)
             for part_k, part_v in targets:
                 columns = slice(column, column := column + part_k.shape[1])
-                part_v += of_values[:, columns]
-                part_k += of_keys[:, columns]
+                part_v += dv[:, columns]
+                part_k += dk[:, columns]
             if grad_sink is not None:
-                grad_sink += slopes[..., -1].unflatten(1, (self.heads[1], -1)).sum(-1).flatten()
-            result = self.scratch.matrix("result", *queries.shape).baddbmm_(slopes, keys, beta=0, alpha=self.scale)
+                grad_sink += ds[..., -1].unflatten(1, (self.heads[1], -1)).sum(-1).flatten()
+            result = self.scratch.matrix("result", *queries.shape).baddbmm_(ds, keys, beta=0, alpha=self.scale)
             grad_q[:, :, self.slots(block)] = result.view(*self.heads, -1, result.shape[-1])
         for near, far, target in ((near_k, far_k, grad_k), (near_v, far_v, grad_v)):
             # Every special key was gathered once: no duplicate index, so the sum has one fixed order.
@@ -122,11 +120,11 @@ class _Row:
             if near is not target:
                 target.copy_(near)
 
-    def slopes(self, above: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-        """Gradient of the scores, [N, G * R, L]."""
-        of_weights = torch.bmm(above, values.transpose(1, 2), out=self.scratch.matrix("scores", *weights.shape))
-        slopes = self.scratch.matrix("slopes", *weights.shape)
-        return torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=slopes)
+    def score_gradient(self, do: Tensor, values: Tensor, p: Tensor) -> Tensor:
+        """Gradient ds of the scores, [N, G * R, L]."""
+        dp = torch.bmm(do, values.transpose(1, 2), out=self.scratch.matrix("scores", *p.shape))
+        ds = self.scratch.matrix("ds", *p.shape)
+        return torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
 
     def accumulator(self, target: Tensor) -> Tensor:
         """Zeros to sum a gradient in: the target itself unless its dtype is too narrow."""
@@ -171,8 +169,8 @@ class _Blocked(torch.autograd.Function):
         grad_sink = None if sink is None else torch.zeros(sink.shape, dtype=scratch.dtype)
         for index, layout in enumerate(ctx.layouts):
             row = _Row(q[index], k[index], v[index], sink, layout, ctx.scale, scratch)
-            upstream, target = (x[index].unflatten(0, row.heads) for x in (grads[0], grad_q))
-            row.backward(upstream, target, grad_k[index], grad_v[index], grad_sink)
+            do, target = (x[index].unflatten(0, row.heads) for x in (grads[0], grad_q))
+            row.backward(do, target, grad_k[index], grad_v[index], grad_sink)
         return grad_q, grad_k, grad_v, None if grad_sink is None else grad_sink.to(sink.dtype), None, None
 
 

@@ -3,6 +3,8 @@
 Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens of which the last ROWS are
 queries, P = ROWS rounded up to a multiple of 128, T tiers; M query rows of a tile (in dQ: M / PACK queries of each of
 PACK heads), N keys of a tile, D head dimension.
+Names as in flash-attention's Triton code: qk scores, p = exp2(qk - lse), do the gradient of the output, delta =
+rowsum(out * do), dp = do @ v^T, ds = p * (dp - delta).
 """
 
 # The compiler types the arguments of kernels, anew for each launch.
@@ -110,9 +112,9 @@ def attention_backward_q(
     row_ok = query_row < ROWS
     safe_row = tl.minimum(query_row, ROWS - 1).to(tl.int64)
     q = load_rows(Q + batch * q_batch, row_head * q_head + safe_row * q_row, columns, D, PADDED)
-    upstream = load_rows(DOUT + batch * dout_batch, row_head * dout_head + safe_row * dout_row, columns, D, PADDED)
+    do = load_rows(DOUT + batch * dout_batch, row_head * dout_head + safe_row * dout_row, columns, D, PADDED)
     out = load_rows(OUT + batch * out_batch, row_head * out_head + safe_row * out_row, columns, D, PADDED)
-    delta = tl.sum(out.to(tl.float32) * upstream.to(tl.float32), 1)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     head_row = batch * H + row_head
     lse = tl.load(LSE + head_row * ROWS + safe_row) * LOG2E
     padded_rows = tl.cdiv(ROWS, ROW_PADDING) * ROW_PADDING
@@ -152,16 +154,17 @@ def attention_backward_q(
             key = key_positions(positions, slot, valid, is_local)
             k = load_rows(k_base, key * k_row, columns, D, PADDED)  # [N, D]
             v = load_rows(v_base, key * v_row, columns, D, PADDED)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
-            weights = tl.math.exp2(scores * (scale * LOG2E) - lse[:, None])
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+            p = tl.math.exp2(qk * (scale * LOG2E) - lse[:, None])
             first = low + index * N
             if is_local | (first < full) | (first + N > high):
                 slot, valid = key_slots(index, num_compact, low, high, local, S, N)
                 key = key_positions(positions, slot, valid, is_local)
                 span = key_spans(tiers, document_end, key, valid, reaches, T, DOCUMENTS)
-                weights = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), weights, 0.0)
-            slopes = weights * (tl.dot(upstream, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-            dq = tl.dot(slopes.to(k.dtype), k, dq, input_precision=PRECISION)
+                p = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     offsets = row_head * dq_head + query_row.to(tl.int64) * dq_row
     store_rows(DQ + batch * dq_batch, offsets, columns, dq * scale, row_ok, D, PADDED)
 
@@ -300,19 +303,20 @@ def attention_backward_kv(
             query = before + row
             safe_row = tl.minimum(row, ROWS - 1)
             q = load_rows(Q + batch * q_batch + head * q_head, safe_row * q_row, columns, D, PADDED)  # [M, D]
-            upstream = load_rows(DOUT + batch * dout_batch + head * dout_head, safe_row * dout_row, columns, D, PADDED)
+            do = load_rows(DOUT + batch * dout_batch + head * dout_head, safe_row * dout_row, columns, D, PADDED)
             statistics = STATISTICS + (batch * H + head) * padded_rows + row
             lse = tl.load(statistics)
             delta = tl.load(statistics + delta_offset)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
-            weights = tl.math.exp2(scores * (scale * LOG2E) - lse[None, :])
+            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+            p = tl.math.exp2(qk * (scale * LOG2E) - lse[None, :])
             if (start < last_key) | (start + M > first_end):
-                weights = tl.where(in_sight(query[None, :], key[:, None], span[:, None]), weights, 0.0)
+                p = tl.where(in_sight(query[None, :], key[:, None], span[:, None]), p, 0.0)
             if WITH_V:
-                dv = tl.dot(weights.to(upstream.dtype), upstream, dv, input_precision=PRECISION)
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             if WITH_K:
-                slopes = weights * (tl.dot(v, tl.trans(upstream), input_precision=PRECISION) - delta[None, :])
-                dk = tl.dot(slopes.to(q.dtype), q, dk, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         tier_of_key = tl.load(TIER + batch * S + key).to(tl.int32)
         stored = valid & ((tier > 0) | (reach_of(tier_of_key, reaches, T) == window))
         offsets = key.to(tl.int64)

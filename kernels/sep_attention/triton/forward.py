@@ -2,6 +2,8 @@
 
 Shape letters: B sequences, H query heads, G query heads per key-value head, S tokens of which the last ROWS are
 queries, T tiers; M rows of a tile, that is M / PACK queries of each of PACK heads; N keys of a tile; D head dimension.
+Names as in flash-attention's Triton code: qk scores, m_i running row maxima and m_ij those with this tile, p =
+exp2(qk - m_ij), alpha = exp2(m_i - m_ij), l_i running row sums, acc the output before its division by l_i.
 """
 
 # The compiler types the arguments of kernels, anew for each launch.
@@ -33,9 +35,9 @@ VARYING = ["B", "H", "G", "S", "ROWS", "window", "reach1", "reach2", "reach3", "
 
 @triton.jit
 def _attend_tier(
-    out,
-    total,
-    peak,
+    acc,
+    l_i,
+    m_i,
     q,
     query,
     K,
@@ -61,7 +63,7 @@ def _attend_tier(
     DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds a tier's gathered keys and `num_local` tiles of the band to a running softmax (out, total, peak)."""
+    """Adds a tier's gathered keys and `num_local` tiles of the band to a running softmax (acc, l_i, m_i)."""
     columns = tl.arange(0, PADDED)
     num_compact = tl.cdiv(high - low, N)
     for index in tl.range(0, num_compact + num_local):
@@ -70,24 +72,24 @@ def _attend_tier(
         key = key_positions(positions, slot, valid, is_local)
         k = load_rows(K, key * k_row, columns, D, PADDED)  # [N, D]
         v = load_rows(V, key * v_row, columns, D, PADDED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         first = low + index * N
         if is_local | (first < full) | (first + N > high):
             slot, valid = key_slots(index, num_compact, low, high, local, S, N)
             key = key_positions(positions, slot, valid, is_local)
             span = key_spans(tiers, document_end, key, valid, reaches, T, DOCUMENTS)
-            scores = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), scores, MASKED)
-        top = tl.max(scores, 1)
-        new_peak = tl.where(top > MASKED, tl.maximum(peak, top * scale), peak)
+            qk = tl.where(in_sight(query[:, None], key[None, :], span[None, :]), qk, MASKED)
+        top = tl.max(qk, 1)
+        m_ij = tl.where(top > MASKED, tl.maximum(m_i, top * scale), m_i)
         # A row that has seen no key yet subtracts nothing: the compiler fuses the next line's product and difference,
-        # which rounds MASKED * scale in another way than a peak would be, to more than exp2 can hold.
-        shift = tl.where(new_peak > MASKED, new_peak, 0.0)
-        weights = tl.math.exp2(scores * scale - shift[:, None])
-        shrink = tl.math.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
-    return out, total, peak
+        # which rounds MASKED * scale in another way than a maximum would be, to more than exp2 can hold.
+        shift = tl.where(m_ij > MASKED, m_ij, 0.0)
+        p = tl.math.exp2(qk * scale - shift[:, None])
+        alpha = tl.math.exp2(m_i - m_ij)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m_i = m_ij
+    return acc, l_i, m_i
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -167,12 +169,12 @@ def attention_forward(
     local = local_start(first_query, first_document, window)
     num_local = tl.cdiv(last_query + 1 - local, N)
 
-    peak = tl.full([M], MASKED, tl.float32)
-    total = tl.zeros([M], tl.float32)
+    m_i = tl.full([M], MASKED, tl.float32)
+    l_i = tl.zeros([M], tl.float32)
     if HAS_SINK:
-        peak = tl.load(SINK + row_head).to(tl.float32) * LOG2E
-        total += 1.0
-    out = tl.zeros([M, PADDED], tl.float32)
+        m_i = tl.load(SINK + row_head).to(tl.float32) * LOG2E
+        l_i += 1.0
+    acc = tl.zeros([M, PADDED], tl.float32)
     reaches = (window, reach1, reach2, reach3, reach4)
     for tier in tl.range(1, T + 1):
         plane = (tier - 1) * B + batch
@@ -180,12 +182,12 @@ def attention_forward(
             PREFIX + plane * (S + 1), first_query, last_query, local, first_document, last_document,
             reach_of(tier, reaches, T), FINITE, DOCUMENTS,
         )  # fmt: skip
-        out, total, peak = _attend_tier(
-            out, total, peak, q, query, k_base, v_base, k_row, v_row, POSITIONS + plane * S, tiers, document_end,
+        acc, l_i, m_i = _attend_tier(
+            acc, l_i, m_i, q, query, k_base, v_base, k_row, v_row, POSITIONS + plane * S, tiers, document_end,
             low, full, high, local, tl.where(tier == T, num_local, 0), S, tier,
             reaches, scale * LOG2E, D, PADDED, N, T, DOCUMENTS, PRECISION,
         )  # fmt: skip
 
     offsets = row_head * out_head + query_row.to(tl.int64) * out_row
-    store_rows(OUT + batch * out_batch, offsets, columns, out / total[:, None], row_ok, D, PADDED)
-    tl.store(LSE + (batch * H + row_head) * ROWS + query_row, (peak + tl.math.log2(total)) * LN2, mask=row_ok)
+    store_rows(OUT + batch * out_batch, offsets, columns, acc / l_i[:, None], row_ok, D, PADDED)
+    tl.store(LSE + (batch * H + row_head) * ROWS + query_row, (m_i + tl.math.log2(l_i)) * LN2, mask=row_ok)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The score of a key out of sight, and the peak of a row that has seen none. Finite: infinities subtract to NaN.
+# The score of a key out of sight, and the maximum of a row that has seen none. Finite: infinities subtract to NaN.
 MASKED = tl.constexpr(-1.0e30)
 
 

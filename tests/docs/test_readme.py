@@ -240,7 +240,8 @@ def test_separator_classes_are_those_of_the_code() -> None:
 
 
 def test_metrics_table_is_what_the_loop_writes() -> None:
-    source = "".join((REPOSITORY / "sepllm_train" / "training" / name).read_text() for name in ("loop.py", "clock.py"))
+    names = ("step_logger.py", "validator.py", "clock.py")
+    source = "".join((REPOSITORY / "sepllm_train" / "training" / name).read_text() for name in names)
     written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
     written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
     told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}

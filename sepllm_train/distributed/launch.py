@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sepllm_train.base.quiet import quiet
-from sepllm_train.config.schema import Config, ParallelConfig
+from sepllm_train.config.schema import Config, ParallelConfig, require
 from sepllm_train.distributed.collectives import not_all_arrived
 from sepllm_train.distributed.context import ContextGroup
 from sepllm_train.distributed.processes import end_with_parent
@@ -34,6 +34,9 @@ class Launch:
     def main(self) -> bool:
         """True for the process that talks to the user."""
         return self.rank == 0
+
+
+ALONE = Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)
 
 
 def launch_from_environment() -> Launch:
@@ -64,6 +67,25 @@ def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _process_group(launch, backend, config.parallel.timeout_seconds), model_parallel(config, device):
         yield device
+
+
+@contextmanager
+def alone(config: Config | None = None) -> Iterator[torch.device]:
+    """One process as megatron-core's whole grid, taken down in any case; a grid of one that is set up is used."""
+    if parallel_state.model_parallel_is_initialized():
+        require(dist.get_world_size() == 1, "an analysis runs in one process: start it without torchrun.")
+        yield device_of(ALONE)
+        return
+    try:
+        with process_grid(config or Config(), ALONE) as device:
+            yield device
+    except BaseException:
+        # The grid leaves this to the end of the process, which here may continue.
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
 
 
 @contextmanager

@@ -1,31 +1,23 @@
-"""Folders that are there whole or not at all, and the weights in those of transformers."""
+"""Folders that export and import write: when they may be overwritten, and the mark of an export."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import hash_file, read_json_if_any, restore_folder, write_json
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 # Holds the SHA-256 of every other file of an exported model. A file of its own, since what is in config.json goes along
 # when transformers saves a model that was trained further.
 MARK = "sepllm_export.json"
 
 
 def refuse_existing(output: Path, foreign: Callable[[Path], str | None], *, overwrite: bool) -> None:
-    """Raise UserError when `output` is there, unless it may be overwritten: `foreign` tells why it is not what the
-    program wrote, or None.
+    """Raise UserError when `output` is there, unless it may be overwritten: `foreign` gives the reason why it is not
+    what the program wrote, or None.
 
-    Before that, what a killed overwriting has left is put in order: the old folder gets its name back when the new one
-    had not taken it yet, and goes when it had.
+    Before that, what a killed overwriting has left is repaired.
     """
     try:
         restore_folder(output)
@@ -47,82 +39,13 @@ def write_mark(folder: Path) -> None:
 
 
 def altered_export(folder: Path) -> str | None:
-    """Why a folder is not an exported model as it was written, or None. Raises UserError when it cannot be read."""
+    """Reason why a folder is not an export as it was written, or None. Raises UserError when it cannot be read."""
     expected = read_json_if_any(folder / MARK).get("files")
     if not isinstance(expected, dict):
         return f"it has no {MARK} of this program's"
     found = _hashes(folder)
     changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"its {changed[0]} is not as this program wrote it" if changed else None
-
-
-class SafetensorsFolder:
-    """The tensors of a transformers model by name, read one at a time.
-
-    Raises UserError when there are none in safetensors' format.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = self._find()
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the tensors."""
-        return set(self._files)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor. Raises UserError when it is not there or its file cannot be read."""
-        if name not in self._files:
-            raise UserError(f"{self.folder} has no tensor {name}: it is not the model of its config.json.")
-        with self._open(self._files[name]) as file:
-            return file.get_tensor(name)
-
-    def types(self, names: Iterable[str]) -> set[str]:
-        """safetensors' names of the types of these tensors, such as F32. Raises UserError as `read` does."""
-        by_file: dict[str, list[str]] = {}
-        for name in sorted(names):
-            by_file.setdefault(self._files[name], []).append(name)
-        found = set()
-        for file_name, mine in by_file.items():
-            with self._open(file_name) as file:
-                found |= {file.get_slice(name).get_dtype() for name in mine}
-        return found
-
-    @contextmanager
-    def _open(self, file_name: str) -> Iterator[Any]:
-        """A file to read tensors of in the block. Raises UserError where that fails."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / file_name
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again.") from None
-
-    def _find(self) -> dict[str, str]:
-        """The file of each tensor."""
-        from safetensors import SafetensorError, safe_open
-
-        index, single = self.folder / _INDEX, self.folder / _SINGLE
-        try:
-            if index.is_file():
-                files = dict(json.loads(index.read_text(encoding="utf8"))["weight_map"])
-                if all(Path(file).name == file for file in files.values()):
-                    return files
-                raise ValueError("it names files outside of the folder")
-            if single.is_file():
-                with safe_open(single, framework="pt") as file:
-                    return dict.fromkeys(file.keys(), _SINGLE)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"the weights in {self.folder} cannot be read ({first_line(error)}).") from None
-        if any(self.folder.glob("*.bin")):
-            raise UserError(
-                f"{self.folder} has its weights as pickles (.bin), which can run code when they are read: convert them "
-                "to safetensors with transformers' save_pretrained."
-            )
-        raise UserError(f"{self.folder} has no {_SINGLE}: give the folder of a transformers model.")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -26,9 +26,9 @@ Record = dict[str, Any]
 
 @dataclass
 class Run:
-    """A run as its folder tells it; `label` is its name, made unique among the runs compared.
+    """Records of a run; `label` is its name, made unique among the runs compared.
 
-    `gap` tells in words why records before its own first one are missing, and is empty where none are.
+    `gap` says why records before its own first one are missing, and is empty where none are.
     """
 
     folder: Path
@@ -40,18 +40,18 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Where the records come from."""
+        """The file that holds the records."""
         return self.folder / "metrics.jsonl"
 
     @property
     def seed(self) -> int | None:
-        """Seed of the weights and of the order of the data; None when run.json does not tell."""
+        """Seed of the weights and of the order of the data; None when run.json does not record it."""
         seed = self.info["comparable"].get("seed_of_data_order")
         return seed if isinstance(seed, int) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders in the order given, with labels that tell them apart.
+    """Read run folders in the order given, with labels that differ.
 
     Raises UserError for a folder given twice and for whatever `read_run` refuses.
     """
@@ -108,7 +108,7 @@ def _read_info(folder: Path) -> Record:
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
     """Records of a run and, up to where it went on from another, of that one; and `gap` of Run.
 
-    `later`: the runs that go on from this one. Raises UserError when the run's own records cannot be read.
+    `later`: the runs that continue this one. Raises UserError when the run's own records cannot be read.
     """
     own = _latest(_records(folder / "metrics.jsonl"))
     later = [*later, folder.resolve()]
@@ -132,9 +132,9 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
-    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it.
+    """True where the `identity` of two runs in run.json has no key with different values.
 
-    `theirs` is of the run that went on from the other; it may have gone on with other data, which it then tells.
+    `theirs` is of the run that continued the other, possibly with other data, which it then records.
     """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True

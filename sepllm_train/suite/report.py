@@ -15,7 +15,7 @@ from sepllm_train.compare.report import REFERENCE, Report, build_report, write_r
 from sepllm_train.compare.rows import Row, read_rows, runs_of
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
-from sepllm_train.runs.folder import read_config
+from sepllm_train.runs.open import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished

@@ -12,7 +12,7 @@ from sepllm_train.config.compatibility import TOKENIZER
 from sepllm_train.config.schema import Config
 from sepllm_train.training import checkpoint
 from sepllm_train.training.checkpoint.files import MANIFEST
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.run_folder import read_run_json
 from sepllm_train.training.setup import Training
 
 _WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
@@ -67,7 +67,7 @@ def initial_record(found: Path | None, resumed: Path | None) -> dict[str, Any] |
     found: the checkpoint, when the run begins; resumed: the one it continues from, whose run has it on record.
     """
     if resumed is not None:
-        return read_run(resumed.parent.parent).get("initial_weights")
+        return read_run_json(resumed.parent.parent).get("initial_weights")
     if found is None:
         return None
     state = checkpoint.read_state(found)["state"]

@@ -173,7 +173,7 @@ def enter(
     used = (folder / "metrics.jsonl").exists()
     content = _content(folder)
     origin = None if config.resume in (_AUTO, _NEVER) else str(Path(config.resume).expanduser().resolve())
-    visit = _Visit(folder, config.resume, origin, read_run(folder), used, dict(damaged or {}))
+    visit = _Visit(folder, config.resume, origin, read_run_json(folder), used, dict(damaged or {}))
     found = _ACTIONS[visit.asked, visit.state](visit)
     in_place = used and found is not None and found.resolve().parent.parent == folder.resolve()
     if used and not in_place and "identity" in visit.earlier:
@@ -225,12 +225,12 @@ def _content(folder: Path) -> Any:
     checkpoints = folder / checkpoint.FOLDER
     try:
         # Listing makes a network filesystem look anew.
-        return read_run(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+        return read_run_json(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
     except OSError:
-        return read_run(folder), [], 0
+        return read_run_json(folder), [], 0
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
     return with_current_keys(read_json_if_any(folder / "run.json"))
 

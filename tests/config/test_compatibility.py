@@ -11,7 +11,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, TOKENIZER, VALIDATION_DATA, with_current_keys
 from sepllm_train.runs.records import read_run as read_records
 from sepllm_train.training.checkpoint import check_identity, read_state
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.run_folder import read_run_json
 
 STORED = Path(__file__).resolve().parent.parent / "golden" / "files"
 RUN = STORED / "run"
@@ -30,7 +30,7 @@ def test_a_stored_checkpoint_is_read_with_current_keys() -> None:
     "folder", [RUN, STORED / "suite" / "paper-toy" / "runs" / "sep_128_seed1"], ids=["run", "suite"]
 )
 def test_a_stored_run_is_read_with_current_keys(folder: Path) -> None:
-    for info in (read_run(folder), read_records(folder).info):
+    for info in (read_run_json(folder), read_records(folder).info):
         assert {DATA, TOKENIZER} <= info["identity"].keys()
         assert not [key for key in info["identity"] if " " in key]
 

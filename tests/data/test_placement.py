@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
+from sepllm_train.analysis.match import matching_keep_share, mean_keys
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus

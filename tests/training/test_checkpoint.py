@@ -31,7 +31,7 @@ from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.model import initialization
 from sepllm_train.training import run_folder
-from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_model, newest, save
+from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_for_evaluation, newest, save
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
@@ -123,7 +123,7 @@ def test_an_opened_model_is_filled_by_the_checkpoint_alone(
     (saved,) = save_steps(tmp_path, training, 7)
     assert torch.empty(3).isnan().all()
     generators = torch.get_rng_state()
-    opened = dict(load_model(saved, config_of(tmp_path), VOCABULARY, grid).named_parameters())
+    opened = dict(load_for_evaluation(saved, config_of(tmp_path), VOCABULARY, grid).named_parameters())
     assert torch.equal(torch.get_rng_state(), generators)
     trained = dict(training.modules[0].named_parameters())
     assert opened.keys() == trained.keys()
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_lacks_a_parameter_is_refused(
         del metadata.state_dict_metadata[re.sub(r"layers\.\d+\.", "layers.", name)]
         (saved / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(UserError, match="cannot be loaded"):
-            load_model(saved, config_of(tmp_path), VOCABULARY, grid)
+            load_for_evaluation(saved, config_of(tmp_path), VOCABULARY, grid)
 
 
 def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, training: Training) -> None:

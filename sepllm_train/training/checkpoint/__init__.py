@@ -24,7 +24,14 @@ from sepllm_train.training.checkpoint.identity import (
     schedule_identity,
     trained_on,
 )
-from sepllm_train.training.checkpoint.load import altered_on_any_rank, digest, digests, load, load_model, load_weights
+from sepllm_train.training.checkpoint.load import (
+    altered_on_any_rank,
+    digest,
+    digests,
+    load,
+    load_for_evaluation,
+    load_weights,
+)
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
@@ -41,7 +48,7 @@ __all__ = [
     "find",
     "identity",
     "load",
-    "load_model",
+    "load_for_evaluation",
     "load_weights",
     "newest",
     "read_state",

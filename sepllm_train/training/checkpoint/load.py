@@ -85,7 +85,7 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     return state
 
 
-def load_model(checkpoint: Path, config: Config, vocabulary: int, device: torch.device) -> SepGPTModel:
+def load_for_evaluation(checkpoint: Path, config: Config, vocabulary: int, device: torch.device) -> SepGPTModel:
     """The model of `config`, without pipeline stages, with the weights of a checkpoint of any layout, for evaluation.
 
     `vocabulary` counts entries before padding. Every rank calls it. Raises UserError when the files cannot be read as

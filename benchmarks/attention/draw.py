@@ -9,6 +9,7 @@ the newest one's machine and kernels are drawn together; a ratio is always of tw
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.common import RESULTS, exit_with, read_json, write_text
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import write_whole
 
 BEGIN, END = "<!-- kernel results -->", "<!-- end kernel results -->"
 NOT_MEASURED = "The kernels have not been measured on a GPU yet: `make bench-kernels` does it where there is one.\n"
@@ -172,11 +174,11 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("times as fast as the best dense kernel")
     axes.set_title("Forward and backward, n = 128")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    figure.savefig(aside, format="svg", metadata={"Date": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    aside.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
 
 
 def document(content: str, section: str, path: Path) -> str:

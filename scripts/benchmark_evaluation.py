@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sepllm_train.generation.choice import AttentionChoice
+
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.base.files import write_whole
-from sepllm_train.evaluation.cli import needing_extras
 
 BAR = 1.05
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args()
-    exit_on_user_error(lambda: needing_extras(lambda: _run(arguments)))
+    exit_on_user_error(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -61,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures; says them."""
     import torch
 
-    from sepllm_train.evaluation.attention import AttentionOptions, bind
+    from sepllm_train.evaluation.attention import bind
     from sepllm_train.evaluation.harness import SeparatorLM
     from sepllm_train.evaluation.run import EvaluationOptions, calm, evaluate_task, tokenizer_for
     from sepllm_train.evaluation.stream_model import open_model
@@ -76,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     options.check()
     calm()
     opened = open_model(arguments.model, arguments.tokenizer, arguments.dtype, arguments.device)
-    sides = {name: bind(opened, AttentionOptions(name)) for name in ("dense", "pattern")}
+    sides = {name: bind(opened, AttentionChoice(name)) for name in ("dense", "pattern")}
     lm = SeparatorLM(opened.model, tokenizer_for(opened, arguments.tokenizer), batch_size=options.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     processor: dict[str, list[float]] = {name: [] for name in sides}

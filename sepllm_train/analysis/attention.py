@@ -24,13 +24,13 @@ GROUPS = ("itself", "initial", "separators near", "separators far", "others near
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
-    """How keys are sorted, None for the run's own (the paper's where it has none), and what is looked at, None for all.
+class MassOptions:
+    """Groups of keys (None: the run's own, the paper's where it has none), layers and heads to look at (None: all).
 
-    `separators`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
+    `classes`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
     """
 
-    separators: str | None = None
+    classes: str | None = None
     window: int | None = None
     initial: int | None = None
     layers: Sequence[int] | None = None
@@ -40,11 +40,11 @@ class AttentionOptions:
         """Raise UserError for what is wrong whatever the run."""
         require(self.window is None or self.window >= 1, f"--window {self.window} must be at least 1.")
         require(self.initial is None or self.initial >= 0, f"--initial {self.initial} must be 0 or more.")
-        if self.separators is not None:
-            class_numbers(self.separators)
+        if self.classes is not None:
+            class_numbers(self.classes)
 
 
-def attention_command(source: AnalysisSource, output: Path, options: AttentionOptions) -> dict[str, Any]:
+def attention_command(source: AnalysisSource, output: Path, options: MassOptions) -> dict[str, Any]:
     """Measure the attention of a run's checkpoint, write the report to `output` and give the result.
 
     Raises UserError for a mistake, before anything is written.
@@ -57,7 +57,7 @@ def attention_command(source: AnalysisSource, output: Path, options: AttentionOp
     return result
 
 
-def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]:
+def measure(run: Run, samples: int, options: MassOptions) -> dict[str, Any]:
     """The attention of a run's model on its first `samples` held-out samples. Raises UserError for a layer or head
     that it does not have."""
     model, own = run.config.model, classes_of(run.pattern)
@@ -65,7 +65,7 @@ def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]
     initial = options.initial
     if initial is None:
         initial = 3 if run.config.attention.pattern == "dense" else run.pattern.initial_tokens
-    separators = list(class_numbers(options.separators)) if options.separators else own or list(PAPER)
+    separators = list(class_numbers(options.classes)) if options.classes else own or list(PAPER)
     layers = _chosen("layers", options.layers, model.layers)
     heads = _chosen("heads", options.heads, model.heads)
     with progress(samples, "sequence") as bar:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from sep_attention import visible_mask
+from sepllm_train.analysis.cli import main
 
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
-from sepllm_train.analysis.cli import main
 from sepllm_train.analysis.interval import kept_keys
 from sepllm_train.analysis.recall import far_recall
 from sepllm_train.base.statistics import token_mean

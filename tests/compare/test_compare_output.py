@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
 from sepllm_train.compare_runs import main
+
 from sepllm_train.metrics.flops import CONVENTIONS
 from tests.compare.run_records import validation
 

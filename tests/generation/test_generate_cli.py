@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import tokenizers
+from sepllm_train.generation.cli import main
 
 from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
-from sepllm_train.generation.cli import main
 from sepllm_train.runs.folder import alone, read_config
 from sepllm_train.runs.opened import config_for, load_run
 from sepllm_train.runs.source import open_source

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-
 from sepllm_train.pretrain import main
+
 from tests.support.small_run import SMALL_RUN
 from tests.support.waiting import HANG_SECONDS
 

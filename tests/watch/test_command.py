@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from sepllm_train.compare_runs import main
+
 from sepllm_train.watch.server import Server
 from sepllm_train.watch.watch import Watch
 from tests.support.waiting import HANG_SECONDS

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sepllm_train.analysis.probe.cli import main
 
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
-from sepllm_train.analysis.probe.cli import main
 from sepllm_train.analysis.probe.facts import KEYS, VALUES, Vocabulary, documents, sentences, vocabulary_of
 from sepllm_train.analysis.probe.recall import fact_tokens, mentions, needles
 from sepllm_train.base.errors import UserError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from sep_attention import visible_mask
-
 from sepllm_train.analysis.probe.cli import main
+
 from sepllm_train.analysis.probe.interventions import (
     CONDITIONS,
     DECIDING,

@@ -17,8 +17,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from sepllm_train.evaluation import stream_score as score_module
 from sepllm_train.evaluation.stream_cli import main
+
+from sepllm_train.evaluation import stream_score as score_module
 from sepllm_train.evaluation.stream_model import CacheOptions, make_cache, open_model
 from sepllm_train.evaluation.stream_score import perplexity
 from sepllm_train.evaluation.stream_state import load_state, save_state

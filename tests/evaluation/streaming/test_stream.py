@@ -15,8 +15,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from data_prep.tokenizers import load_tokenizer
 from sepllm_train.evaluation.stream_cli import main
+
+from data_prep.tokenizers import load_tokenizer
 from sepllm_train.hf import load_model
 from tests.hf.tiny_models import Oracle
 from tests.support.waiting import HANG_SECONDS, wait_until

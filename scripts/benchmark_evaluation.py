@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sepllm_train.generation.choice import AttentionChoice
-
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.base.files import write_whole
+from sepllm_train.generation.choice import AttentionChoice
 
 BAR = 1.05
 

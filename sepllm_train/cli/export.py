@@ -25,6 +25,7 @@ def main(words: Sequence[str]) -> None:
     add("--overwrite", action="store_true", help="replace an exported model in OUTPUT")
     arguments = parser.parse_args(words)
     flags.require_run(arguments.run_folder)
+    flags.require_tokenizer(arguments.tokenizer)
 
     from sepllm_train.hf.export import export_run
 

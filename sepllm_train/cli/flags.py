@@ -123,7 +123,13 @@ def require_model(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model)
     if not ((folder / "config.yaml").is_file() or (folder / "config.json").is_file()):
         raise UserError(f"{folder} is neither a run (config.yaml) nor a transformers model (config.json).")
-    require_file(arguments.tokenizer, "--tokenizer")
+    require_tokenizer(arguments.tokenizer)
+
+
+def require_tokenizer(path: str | Path | None) -> None:
+    """Raise UserError for a tokenizer that is not there, in the words of data_prep.tokenizers."""
+    if path is not None and not Path(path).exists():
+        raise UserError(f"Cannot read the tokenizer {path}: No such file or directory.")
 
 
 def require_file(path: str | Path | None, option: str) -> None:

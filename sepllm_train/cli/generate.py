@@ -59,6 +59,7 @@ def _generate_with(arguments: argparse.Namespace) -> None:
     choice = flags.choice(arguments, "cache")
     check_used([choice], flags.settings(arguments), CACHES)
     flags.require_run(arguments.run_folder)
+    flags.require_tokenizer(arguments.tokenizer)
 
     # Imported late: torch and megatron-core take seconds, which a mistake should not cost.
     from sepllm_train.distributed.launch import launch_from_environment, process_grid

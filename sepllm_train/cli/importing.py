@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags
 
 
@@ -31,7 +32,9 @@ def main(words: Sequence[str]) -> None:
     add("--data", nargs="+", default=[], metavar="PREFIX", help="datasets made with its tokenizer")
     add("--overwrite", action="store_true", help="replace an imported model in OUTPUT")
     arguments = parser.parse_args(words)
-    flags.require_file(arguments.model / "config.json", "the configuration of MODEL:")
+    path = arguments.model / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read (No such file or directory): give the folder of a transformers model.")
 
     from sepllm_train.hf.importing import import_model
 

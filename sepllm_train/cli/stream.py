@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.cli import flags
-from sepllm_train.generation.choice import CACHES, AttentionChoice, check_used
+from sepllm_train.generation.choice import AttentionChoice
 
 
 def main(words: Sequence[str]) -> None:
@@ -61,14 +61,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     cache.add_argument("--strict", action="store_true", help="refuse another pattern than that of training")
 
 
-def _check(arguments: argparse.Namespace) -> AttentionChoice:
-    """The choice of cache. Raises UserError for what is wrong without a look at the model."""
-    choice = flags.choice(arguments, "cache")
-    check_used([choice], flags.settings(arguments), CACHES)
-    flags.require_model(arguments)
-    return choice
-
-
 def _open(arguments: argparse.Namespace, choice: AttentionChoice) -> tuple[Any, Any, AttentionChoice]:
     """The model, its cache, and the choice with the model's defaults."""
     device = flags.prepare_device(arguments)
@@ -85,17 +77,18 @@ def _open(arguments: argparse.Namespace, choice: AttentionChoice) -> tuple[Any, 
 
 def _score(arguments: argparse.Namespace) -> None:
     from sepllm_train.evaluation.options import ScoreOptions
-    from sepllm_train.evaluation.stream_text import TokenStream, check_text
+    from sepllm_train.evaluation.stream_text import TokenStream, check_output, check_text
 
     how = ScoreOptions(arguments.tokens, arguments.chunk, arguments.every, arguments.save_every)
     how.check()
-    choice = _check(arguments)
+    choice = flags.choice(arguments, "cache")
     # Before the model, which takes long to load.
     check_text(arguments.text)
-    from sepllm_train.evaluation.stream_score import check_output, score
-
     check_output(arguments.output)
+    flags.require_model(arguments)
     opened, cache, choice = _open(arguments, choice)
+    from sepllm_train.evaluation.stream_score import score
+
     text = TokenStream(arguments.text, opened.tokenizer, unwrap=arguments.unwrap, repeat=arguments.repeat)
     score(opened, cache, choice, text, how, arguments.output)
 
@@ -105,7 +98,8 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     sampling = Sampling(flags.temperature(arguments), arguments.top_k, arguments.top_p, arguments.seed)
     flags.at_least(arguments, 1, "tokens")
-    choice = _check(arguments)
+    choice = flags.choice(arguments, "cache")
+    flags.require_model(arguments)
     opened, cache, choice = _open(arguments, choice)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

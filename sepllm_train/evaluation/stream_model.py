@@ -130,6 +130,7 @@ def make_cache(opened: Opened, choice: AttentionChoice, *, strict: bool = False,
         if choice.name == "streaming":
             return hf.StreamingCache(model, **ends, **moving)
         if choice.name == "fixed":
+            assert choice.interval is not None
             return hf.FixedCache(model, interval=choice.interval, **sizes, **moving)
         if choice.name == "pattern":
             return hf.PatternCache(model, **common)

@@ -74,13 +74,6 @@ def perplexity(nats: float, tokens: int) -> float:
     return math.inf if mean > 700 else math.exp(mean)
 
 
-def check_output(output: Path) -> None:
-    """Raise UserError when `output` is, or lies under, what is not a folder."""
-    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
-    if there is not None and not os.path.isdir(there):
-        raise UserError(f"--output {output}: {there} is not a folder; choose another --output.")
-
-
 def score(
     opened: Opened, cache: Any, choice: AttentionChoice, text: TokenStream, how: ScoreOptions, output: Path
 ) -> dict[str, Any]:

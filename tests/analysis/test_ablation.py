@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from sep_attention import visible_mask
-from sepllm_train.analysis.cli import main
 
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
@@ -23,6 +22,9 @@ from sepllm_train.runs.evaluate import evaluate, text_of
 from sepllm_train.runs.folder import Run, held_out_samples
 from tests.analysis.conftest import Trained
 from tests.analysis.test_cli import refused
+from tests.support.command import command
+
+main = command("analyze")
 
 SAMPLES = 3
 

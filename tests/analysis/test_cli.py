@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from sepllm_train.analysis.cli import main
 
-from data_prep.cli import main as prepare
 from sepllm_train.runs.folder import alone
 from tests.analysis.conftest import Trained
+from tests.support.command import command
+
+prepare = command("prepare")
+
+main = command("analyze")
 
 
 @pytest.fixture(scope="module")

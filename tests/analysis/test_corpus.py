@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from sepllm_train.analysis.cli import main
 
 from data_prep.separators import ALL, CLASSES, classify
 from data_prep.sidecar import open_classes, read_header
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.analysis import corpus
 from sepllm_train.analysis.corpus import LEVELS, selections
+from tests.support.command import command
+
+main = command("analyze")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sepllm_train.compare_runs import main
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.plots import mean_curve
@@ -17,6 +16,9 @@ from sepllm_train.compare.report import REFERENCE, Report, build_report
 from sepllm_train.compare.rows import read_rows
 from sepllm_train.compare.timing import read_timing
 from tests.compare.run_records import validation
+from tests.support.command import command
+
+main = command("compare")
 
 Seeds = Callable[..., list[Path]]
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import main
 from data_prep.tokenizers import load_tokenizer
+from tests.support.command import command
+
+main = command("prepare")
 
 COMMANDS = ["tokenize", "annotate", "train-tokenizer", "stats", "verify"]
 

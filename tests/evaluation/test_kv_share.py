@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sepllm_train.evaluation.kv_share import kept_share, main
+from sepllm_train.evaluation.kv_share import kept_share
 from tests.evaluation.conftest import write_lines
+from tests.support.command import program
+
+main = program("evaluate kv")
 
 
 def test_the_share_of_gsm8k_with_the_nine_separators(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.evaluation.report import main
+from tests.support.command import program
+
+main = program("evaluate report")
 
 
 def result(task: str, label: str, metrics: dict[str, float], **others: Any) -> dict[str, Any]:

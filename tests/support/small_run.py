@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from sepllm_train.pretrain import pretrain
 
+from sepllm_train.cli.pretrain import pretrain
 from sepllm_train.config.load import configuration_of
 
 SMALL_MODEL = (

@@ -7,11 +7,13 @@ from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
 
 import pytest
-from sepllm_train.analysis.probe.cli import main
 
 from data_prep.tokenize import tokenize_files
 from data_prep.train_tokenizer import train_tokenizer
+from tests.support.command import command
 from tests.support.small_run import SMALL_MODEL, train_here
+
+main = command("probe")
 
 TRAINING = [
     "+experiment=demo_sep",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sepllm_train.analysis.probe.cli import main
 
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -17,6 +16,9 @@ from sepllm_train.analysis.probe.facts import KEYS, VALUES, Vocabulary, document
 from sepllm_train.analysis.probe.recall import fact_tokens, mentions, needles
 from sepllm_train.base.errors import UserError
 from tests.analysis.probe.conftest import Probed
+from tests.support.command import command
+
+main = command("probe")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from sep_attention import visible_mask
-from sepllm_train.analysis.probe.cli import main
 
 from sepllm_train.analysis.probe.interventions import (
     CONDITIONS,
@@ -30,6 +29,9 @@ from sepllm_train.runs.evaluate import core_attentions, evaluate
 from sepllm_train.runs.folder import Run, alone, load_run
 from sepllm_train.runs.variations import classes_of, without_classes
 from tests.analysis.probe.conftest import Probed
+from tests.support.command import command
+
+main = command("probe")
 
 
 @pytest.fixture(scope="module")

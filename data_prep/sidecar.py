@@ -135,7 +135,7 @@ def read_header(prefix: str | Path) -> SidecarHeader:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): make it again with `prepare_data.py annotate`.") from None
+        raise UserError(f"{path} is damaged ({error}): make it again with `sepllm prepare annotate`.") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise UserError(f"{path} has version {version!r}, this program reads {VERSION}: make it again.")
@@ -170,8 +170,8 @@ def _header_from(content: dict[str, Any]) -> SidecarHeader:
 def _missing_header(prefix: str | Path) -> str:
     path = with_suffix(prefix, HEADER_SUFFIX)
     if with_suffix(prefix, ".bin").exists():
-        return f"{path} is missing: make it with `prepare_data.py annotate {prefix} --tokenizer FILE`."
-    return f"There is no dataset at {prefix} ({path} is missing): make it with `prepare_data.py tokenize`."
+        return f"{path} is missing: make it with `sepllm prepare annotate {prefix} --tokenizer FILE`."
+    return f"There is no dataset at {prefix} ({path} is missing): make it with `sepllm prepare tokenize`."
 
 
 def _check_sizes(prefix: str | Path, header: SidecarHeader) -> None:

@@ -1,4 +1,4 @@
-"""Refresh of the page of `compare_runs.py --serve` while many long runs grow, over HTTP and in headless Chromium.
+"""Refresh of the page of `sepllm watch` while many long runs grow, over HTTP and in headless Chromium.
 
 python scripts/benchmark_serve.py [--runs 20] [--rows 100000] [--refreshes 30]
 
@@ -31,7 +31,6 @@ import psutil
 from chromium import Chromium, programs
 
 BAR = 0.1
-_COMPARE = Path(__file__).with_name("compare_runs.py")
 _COMPARABLE = {"data": {"corpus": "synthetic"}, "tokenizer": "none", "vocabulary": 50304, "sequence_length": 2048}
 _TOKENS_PER_STEP = 524_288
 
@@ -120,7 +119,7 @@ def main() -> int:
 @contextmanager
 def served(runs: list[Growing]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Address and process of the real server over `runs`."""
-    command = [sys.executable, str(_COMPARE), *(str(run.path.parent) for run in runs), "--serve", "--port", "0"]
+    command = [sys.executable, "-m", "sepllm_train", "watch", *(str(run.path.parent) for run in runs), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

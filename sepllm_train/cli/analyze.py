@@ -45,6 +45,11 @@ def _add_corpus(commands: flags.Subcommands) -> None:
 
 
 def _run_corpus(arguments: argparse.Namespace) -> None:
+    from data_prep.sidecar import read_header
+
+    for name in arguments.inputs:
+        if not Path(name).suffix and not Path(name).exists():
+            read_header(name)  # tells that it is not there, before torch is imported
     from sepllm_train.analysis.corpus import corpus_command
 
     corpus_command(arguments.inputs, arguments.output, tokenizer=arguments.tokenizer, unwrap=arguments.unwrap)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -44,6 +45,7 @@ _SETTINGS = {
 
 def parser(command: str, description: str, examples: str = "") -> Parser:
     """A parser of `sepllm COMMAND`; examples: command lines without `sepllm COMMAND`, one a line."""
+    description = "\n".join(textwrap.fill(line, 110) for line in description.splitlines())
     lines = [f"  sepllm {command} {line}".rstrip() for line in examples.splitlines() if line]
     return argparse.ArgumentParser(
         prog=f"sepllm {command}",

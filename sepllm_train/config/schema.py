@@ -221,7 +221,7 @@ class DataConfig:
         )
         require(
             (self.source == "prefixes") == bool(self.prefixes),
-            "data.source=prefixes needs data.prefixes=[PREFIX,...]; prepare one with scripts/prepare_data.py tokenize."
+            "data.source=prefixes needs data.prefixes=[PREFIX,...]; prepare one with `sepllm prepare tokenize`."
             if self.source == "prefixes"
             else f"data.prefixes={list(self.prefixes)} is set but data.source={self.source}: add data=prefixes.",
         )

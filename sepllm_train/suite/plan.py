@@ -189,9 +189,7 @@ def read_plan(folder: Path) -> Plan:
             content.pop(key)
         return Plan(folder=folder, prefix=None, runs=runs, **content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the plan of a suite ({error}): start the suite with scripts/suite.py."
-        ) from None
+        raise UserError(f"{path} is not the plan of a suite ({error}): start it with `sepllm suite`.") from None
 
 
 def _content(plan: Plan) -> dict[str, Any]:

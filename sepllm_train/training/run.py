@@ -167,7 +167,7 @@ def _train(
         dist.barrier()
         return _interrupted(guards.stop.name, state.step, loop.first_step, config.training.steps, folder)
     record("finished")
-    say(f"finished: {folder}/metrics.jsonl, compare runs with scripts/compare_runs.py {folder} OTHER --output DIR")
+    say(f"finished: {folder}/metrics.jsonl, compare runs with `sepllm compare {folder} OTHER --output DIR`")
     return None
 
 

@@ -1,4 +1,4 @@
-"""scripts/analyze_separators.py on a trained run: what it writes, and one sentence for a mistake."""
+"""sepllm analyze on a trained run: what it writes, and one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_attention_command(trained: Trained, tmp_path: Path) -> None:
         ("loss", ["--drop-classes", "--attention", "pattern=streaming"], "the pattern keeps no separator that occurs"),
         ("attention", ["--layers", "2"], "--layers 2: this model has layers 0 to 1"),
         ("attention", ["--heads", "0,-1"], "--heads -1: this model has heads 0 to 3"),
-        ("attention", ["--separators", "period,stop"], "Unknown separator class 'stop'"),
+        ("attention", ["--classes", "period,stop"], "Unknown separator class 'stop'"),
         ("attention", ["--window", "0"], "--window 0 must be at least 1"),
     ],
 )

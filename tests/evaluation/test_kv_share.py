@@ -1,4 +1,4 @@
-"""kv_share.py: the share of the paper's prompts, and mistakes."""
+"""sepllm evaluate kv: the share of the paper's prompts, and mistakes."""
 
 from __future__ import annotations
 

@@ -117,9 +117,9 @@ def test_layers_keep_their_windows(opened: Opened, monkeypatch: pytest.MonkeyPat
     trained_with(opened, monkeypatch, windows=[9, 6])
     for options in EVERY:
         attention = bind(opened, options)
-        one = 6 if options.name == "cache" else options.window
+        one = 9 if options.name == "cache" else options.window
         assert windows_of(attention) == ([9, 6] if one is None else [one] * 2)
-        told = "the cache has one window for all layers, 6, the least of 6/9" in attention.differences
+        told = "the cache has one window for all layers, 9, the largest of 6/9" in attention.differences
         assert told == (options.name == "cache")
 
 

@@ -93,7 +93,7 @@ def test_checkpoint_seed_and_cache_are_what_was_asked_for(records: Records) -> N
     assert text(*few, "--cache", "full") == text(*few, "--cache", "streaming")
 
 
-def test_a_single_text_is_printed_as_it_comes(trained_run: Path, repository: Path, records: Records) -> None:
+def test_a_single_text_is_printed_as_it_comes(trained_run: Path, records: Records) -> None:
     command = [sys.executable, "-m", "sepllm_train", "generate", str(trained_run)]
     done = _run([*command, "--prompt", PROMPTS[0], "--tokens", "70"])
     assert done.returncode == 0, done.stderr
@@ -107,9 +107,7 @@ def test_a_single_text_is_printed_as_it_comes(trained_run: Path, repository: Pat
 
 
 @pytest.mark.distributed
-def test_two_processes_share_a_model_that_one_has_trained(
-    trained_run: Path, repository: Path, records: Records
-) -> None:
+def test_two_processes_share_a_model_that_one_has_trained(trained_run: Path, records: Records) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [*asked(PROMPTS), "--tokens", "25", "--temperature", "0.8", "--seed", "5"]
     script = ["-m", "sepllm_train", "generate", str(trained_run), "--tensor", "2", "--json"]

@@ -89,8 +89,8 @@ def test_a_killed_stream_continues_to_the_same_result(
 
 
 def test_sigterm_saves(repository: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sepllm_train", "stream", "score", str(model_folder), "--text", str(text_file), "--repeat",
-               "--output", str(tmp_path), *SIZES, "--chunk", "64", "--every", "64", "--save-every", "0.2"]  # fmt: skip
+    command = [sys.executable, "-m", "sepllm_train", "stream", "score", str(model_folder), "--text", str(text_file)]
+    command += ["--repeat", "--output", str(tmp_path), *SIZES, "--chunk", "64", "--every", "64", "--save-every", "0.2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True)
     wait_until((tmp_path / "state").is_dir, "a saved state", process)

@@ -129,6 +129,9 @@ def _launch(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     # As torchrun does, which would say so.
     if arguments.nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if arguments.max_restarts:
+        # torch 2.13 reuses the rendezvous's store, where restarted ranks of gloo find the addresses of dead ones.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
     from sepllm_train.distributed.torchrun import launch
 

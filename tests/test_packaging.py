@@ -54,6 +54,7 @@ def test_packages_come_from_the_wheel(unpacked: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(path.startswith(str(unpacked)) for path in done.stdout.split())
+    assert not (unpacked / "benchmarks").exists()
 
 
 def test_configurations_travel(unpacked: Path, repository: Path) -> None:
@@ -84,7 +85,7 @@ def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
 def test_entry_points_exist(unpacked: Path) -> None:
     (table,) = unpacked.glob("*.dist-info/entry_points.txt")
     targets = dict(line.split(" = ") for line in table.read_text().splitlines() if "=" in line)
-    assert set(targets) == {"sepllm", "sepllm-pretrain", "sepllm-prepare-data", "sepllm-compare-runs"}
+    assert set(targets) == {"sepllm", "sepllm-pretrain", "sepllm prepare", "sepllm compare"}
     for target in targets.values():
         module, name = target.split(":")
         done = run_python(f"from {module} import {name} as main; assert callable(main)", unpacked)
@@ -109,7 +110,7 @@ from pathlib import Path
 checkout = Path(sys.argv.pop(1))
 from sepllm_train.cli.main import main
 assert main(["pretrain", *sys.argv[1:]]) == 0
-ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "scripts", "configs")]
+ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "benchmarks", "scripts", "configs")]
 files = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
 assert not [file for file in files for folder in ours if file.is_relative_to(folder)]
 """

@@ -28,12 +28,7 @@ def main(words: Sequence[str]) -> None:
     flags.require_tokenizer(arguments.tokenizer)
 
     from sepllm_train.hf.export import export_run
+    from sepllm_train.runs.open import open_run
 
-    export_run(
-        arguments.run_folder,
-        arguments.output,
-        step=arguments.checkpoint,
-        dtype=arguments.dtype,
-        tokenizer=arguments.tokenizer,
-        overwrite=arguments.overwrite,
-    )
+    run = open_run(arguments.run_folder, arguments.checkpoint, tokenizer=arguments.tokenizer)
+    export_run(run, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)

@@ -62,10 +62,9 @@ def _generate_with(arguments: argparse.Namespace) -> None:
     flags.require_tokenizer(arguments.tokenizer)
 
     # Imported late: torch and megatron-core take seconds, which a mistake should not cost.
-    from sepllm_train.distributed.launch import launch_from_environment, process_grid
-    from sepllm_train.distributed.lost import lost_rank
-    from sepllm_train.runs.folder import alone, read_config
-    from sepllm_train.runs.opened import config_for
+    from sepllm_train.distributed.collectives import lost_rank
+    from sepllm_train.distributed.launch import alone, launch_from_environment, process_grid
+    from sepllm_train.runs.open import config_for, read_config
 
     launch = launch_from_environment()
     config = config_for(read_config(arguments.run_folder), arguments.tensor, launch.world_size)
@@ -105,24 +104,23 @@ def _generate(
     device: Any,
 ) -> None:
     """Open the run inside the process grid, continue `texts` and tell the result."""
-    from sepllm_train.distributed.collectives import together
+    from sepllm_train.distributed.collectives import on_all_ranks
     from sepllm_train.generation.generate import generate
     from sepllm_train.generation.native import NativeCache
     from sepllm_train.generation.text import TextStream
-    from sepllm_train.runs.opened import load_run
-    from sepllm_train.runs.source import open_source
+    from sepllm_train.runs.open import open_run
 
-    opened = together(lambda: open_source(arguments.run_folder, arguments.checkpoint, arguments.tokenizer))
-    tokenizer = opened.tokenizer
+    run = on_all_ranks(lambda: open_run(arguments.run_folder, arguments.checkpoint, tokenizer=arguments.tokenizer))
+    pattern, tokenizer = on_all_ranks(lambda: (run.token_pattern, run.tokenizer))
     try:
-        chosen = choice.resolve(opened.pattern, tokenizer)
+        chosen = choice.resolve(pattern, tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from None
     # What a text goes on from, for want of a prompt, is the end of another document.
     prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
     note(chosen.line)
     _warn(chosen, max(map(len, prompts)) + arguments.tokens, config.data.sequence_length)
-    model = load_run(opened, config, device)
+    model = run.load_model(config, device)
     cache = NativeCache(model, chosen.pattern, chosen.policies, len(prompts), positions=chosen.positions)
 
     live = launch.main and len(prompts) == 1 and not arguments.json

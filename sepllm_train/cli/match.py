@@ -43,7 +43,7 @@ def _keep_share(config: Config, count: int) -> None:
     """Count on the first `count` samples of a configuration and print what was found."""
     from tqdm import tqdm
 
-    from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
+    from sepllm_train.analysis.match import matching_keep_share, mean_keys
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets
@@ -77,7 +77,7 @@ def _interval(config: Config, count: int) -> None:
     import torch
     from tqdm import tqdm
 
-    from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
+    from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets

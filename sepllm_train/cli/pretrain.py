@@ -167,8 +167,8 @@ def pretrain(config: Config) -> None:
     flags.require_data(config)
 
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
+    from sepllm_train.distributed.collectives import lost_rank
     from sepllm_train.distributed.launch import device_of, launch_from_environment, process_grid, reading_group
-    from sepllm_train.distributed.lost import lost_rank
     from sepllm_train.model.build import check_model
     from sepllm_train.training.run import dry_run, train
 

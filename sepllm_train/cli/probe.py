@@ -99,10 +99,11 @@ def _ask(arguments: argparse.Namespace) -> None:
     for path in arguments.text:
         flags.require_file(path, "--text")
 
-    from sepllm_train.analysis.probe.study import Questions, ask
+    from sepllm_train.analysis.probe.study import ProbeOptions, ask
+    from sepllm_train.runs.open import open_run
 
     ask(
-        arguments.runs,
+        [open_run(folder) for folder in arguments.runs],
         arguments.output,
-        Questions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
+        ProbeOptions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
     )

@@ -14,6 +14,7 @@ import torch
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.generation.choice import CLASSES, AttentionChoice
+from sepllm_train.runs.open import open_run
 
 # What a configuration says of the computation that the weights' shapes do not.
 _FACTS = (
@@ -60,7 +61,8 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
     if (path / "config.yaml").is_file():
         from sepllm_train.hf.export import in_memory
 
-        model, _, found = in_memory(path, dtype=kind, tokenizer=tokenizer)
+        run = open_run(path, tokenizer=tokenizer)
+        model, found = in_memory(run, kind), run.tokenizer
     elif (path / "config.json").is_file():
         model = _load(path, kind)
         found = load_tokenizer(tokenizer or _tokenizer_file(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.console import quantity
-from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
 from sepllm_train.generation.choice import CACHES
 
 RESULT = "result.json"
@@ -46,12 +46,9 @@ def _row(result: dict[str, Any], at: Sequence[int]) -> list[str]:
 def read_stream(folder: Path) -> dict[str, Any]:
     """Read `folder`/result.json. Raises UserError when it is not there or not what `sepllm stream score` writes."""
     path = folder / RESULT
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: finish the stream with `sepllm stream score`.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): {_SCORE_AGAIN}.") from None
+    if not path.exists():
+        raise UserError(f"{path} is not there: finish the stream with `sepllm stream score`.")
+    result = read_json(path, _SCORE_AGAIN, nan=True)
     if not _is_result(result):
         raise UserError(f"{path} is not what `sepllm stream score` writes: {_SCORE_AGAIN}.")
     return result

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from sepllm_train.base.console import duration, quantity, say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.options import ScoreOptions
 from sepllm_train.evaluation.stream_model import Opened, check_context
 from sepllm_train.evaluation.stream_report import RESULT, read_stream
@@ -129,7 +129,7 @@ def score(
         "points": progress.points,
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(output / RESULT, result)
     _clean(output)
     say(f"perplexity {result['perplexity']:.3f} over {progress.tokens:,} tokens; {output / RESULT}")
     return result

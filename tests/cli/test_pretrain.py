@@ -78,6 +78,9 @@ def test_ranks_are_not_started_in_ranks(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "leave it out under torchrun" in capsys.readouterr().err
 
 
+Ranks = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[str]]]
+
+
 @pytest.fixture
 def ranks(
     sample_cache: Path, tmp_path: Path

@@ -233,7 +233,7 @@ def _loss_pair(
         finished &= bool(records) and records[-1]["step"] == steps
     if finished and importlib.util.find_spec("matplotlib") is not None:
         runs = [stage.output / "runs" / f"loss-{pattern}" for pattern in PATTERNS]
-        stage.run("compare", REPOSITORY / "scripts" / "compare_runs.py", *runs, "--output", stage.output / "comparison")
+        stage.run("compare", "-m", "sepllm_train", "compare", *runs, "--output", stage.output / "comparison")
     return pair, finished
 
 

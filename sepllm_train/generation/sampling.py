@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Sampling:
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One generator for each row."""
+        # Imported late, so that mistakes in numbers are answered at once.
+        import torch
+
         return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -46,6 +51,8 @@ class Sampling:
             raise UserError(
                 "the model's logits are not finite: the weights of this checkpoint, or its precision, are bad."
             )
+        import torch
+
         if self.temperature == 0:
             return logits.argmax(-1)
         # On the CPU, where a seed gives the same numbers on every machine.

@@ -114,7 +114,7 @@ def _readme(plan: Plan, runs: list[dict[str, Any]]) -> str:
     commits = sorted({(one.get("git") or {}).get("commit", "none")[:7] for one in environments})
     machines = sorted({f"{one['gpu'] or one['processor']}, torch {one['packages']['torch']}" for one in environments})
     lengths, seeds = (",".join(map(str, values)) for values in (plan.lengths, plan.seeds))
-    command = f"python scripts/suite.py +suite={plan.suite} suite.size={plan.size}"
+    command = f"sepllm suite +suite={plan.suite} suite.size={plan.size}"
     return f"""# Suite {plan.suite}, size {plan.size}
 
 Question: {plan.question}

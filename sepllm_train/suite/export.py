@@ -19,9 +19,8 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import FILE, Plan, read_json
+from sepllm_train.suite.plan import FILE, Plan, finished, read_json
 from sepllm_train.suite.report import SHARES
-from sepllm_train.suite.runner import finished
 from sepllm_train.suite.timing import timing_file
 
 RUNS, SUMMARY, README = "runs.jsonl.gz", "summary.json", "README.md"

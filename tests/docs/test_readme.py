@@ -59,9 +59,9 @@ def check_pretraining(overrides: list[str], world_size: int | None) -> None:
 
 def check_suite(overrides: list[str]) -> None:
     """What a suite checks before it opens its data."""
-    register_schema("suite_schema", suites.Config)
+    register_schema("suite_schema", suites.SuiteSettings)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = to_dataclasses(compose("suite", overrides=overrides), suites.Config)
+        config = to_dataclasses(compose("suite", overrides=overrides), suites.SuiteSettings)
     assert make_plan(config, None).selected(config.suite.only)
 
 

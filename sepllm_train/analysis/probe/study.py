@@ -32,8 +32,7 @@ from sepllm_train.analysis.probe.interventions import (
 )
 from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
 from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.base.statistics import Estimate, token_mean
-from sepllm_train.compare.student import estimate
+from sepllm_train.base.statistics import Estimate, estimate, token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
 from sepllm_train.distributed.launch import alone

@@ -8,9 +8,9 @@ from sep_attention import FOREVER
 
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.config.schema import one_of, require
-from sepllm_train.generation.native import check_positions
+from sepllm_train.generation.cache import check_positions
 from sepllm_train.generation.pattern import TokenPattern, separator_ids
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 
 CACHES = ("pattern", "sep", "streaming", "full")
 # SepLLM's own sizes, for a model that was trained without a window.
@@ -84,7 +84,7 @@ class CacheChoice:
     def _resolved(self, pattern: TokenPattern, policies: list[CachePolicy], told: str) -> ResolvedCache:
         bounded = policies[0].capacity is not None and len(set(policies)) == 1
         positions = self.positions or ("cache" if bounded else "training")
-        check_positions(positions, list(dict.fromkeys(policies)))
+        check_positions(positions, policies)
         return ResolvedCache(pattern, policies, positions, f"cache: {self.cache} | {told} | positions {positions}")
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from sepllm_train.distributed.cpu import undisturbed
 from sepllm_train.generation.cache import KeyBuffers, Move, SeparatorCache, check_positions
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.model.gpt import SepGPTModel
+from sepllm_train.model.pointwise import rotate_one
 from sepllm_train.model.sequence import DecodeSequence
 
 # Queries of a layer with sinks whose scores exist at once.
@@ -51,8 +53,9 @@ class NativeCache(SeparatorCache):
         self.begin(rows, self.device)
         # Rotary angles [positions, R] of the first positions.
         self._angle_table: Tensor | None = None
-        # Of the piece that is running: what each layer sees, and cosines and sines of the new positions.
-        self._masks: list[Tensor] = []
+        # Of the piece that is running: what is added to the scores of each layer, 0 or -inf, [B, 1, N, W], and cosines
+        # and sines of the new positions.
+        self._added: list[Tensor] = []
         self._rotation: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -67,16 +70,18 @@ class NativeCache(SeparatorCache):
         elif bool((valid[:, :-1] & ~valid[:, 1:]).any()) or bool(((self.tokens > 0)[:, None] & ~valid).any()):
             raise ValueError("a row of the batch has padding after its first token: pad on the left.")
         start = 0
-        while True:
-            self.make_room()
-            end = start + self.fits(ids[:, start:], valid[:, start:])
-            piece = ids[:, start:end]
-            place, self._masks = self.append(piece, valid[:, start:end])
-            self._rotation = self._angles(place)
-            logits = self.model.next_token_logits(piece, DecodeSequence.of_cache(self))
-            if end == ids.shape[1]:
-                return logits.float()
-            start = end
+        with undisturbed():
+            while True:
+                self.make_room()
+                end = start + self.fits(ids[:, start:], valid[:, start:])
+                piece = ids[:, start:end]
+                place, masks = self.append(piece, valid[:, start:end])
+                self._added = self._as_added(masks)
+                self._rotation = self._angles(place)
+                logits = self.model.next_token_logits(piece, DecodeSequence.of_cache(self))
+                if end == ids.shape[1]:
+                    return logits.float()
+                start = end
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, sink: Tensor | None
@@ -84,14 +89,15 @@ class NativeCache(SeparatorCache):
         """See `KeyCache.attend`."""
         arrived = key if self.moves else None
         if self._rotation is not None:
-            query, key = self.model.pointwise.rotate(query, key, *self._rotation)
+            both = rotate_one(torch.cat((query, key), 2), *self._rotation)
+            query, key = both.split((query.shape[2], key.shape[2]), 2)
         keys, values = self.layers[layer].append(
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             None if arrived is None else arrived.permute(1, 2, 0, 3),
         )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        out = _attention(query.permute(1, 2, 0, 3), keys, values, self._masks[layer], scale, sink)
+        out = _attention(query.permute(1, 2, 0, 3), keys, values, self._added[layer], scale, sink)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _move_to(self, place: Tensor) -> Move:
@@ -100,11 +106,18 @@ class NativeCache(SeparatorCache):
         def move(arrived: Tensor) -> Tensor:
             if rotation is None:
                 return arrived
-            keys = arrived.permute(2, 0, 1, 3)
-            # Two tensors are rotated together; here one of them has no heads.
-            return self.model.pointwise.rotate(keys, keys[:, :, :0], *rotation)[0].permute(1, 2, 0, 3)
+            return rotate_one(arrived.permute(2, 0, 1, 3), *rotation).permute(1, 2, 0, 3)
 
         return move
+
+    def _as_added(self, masks: list[Tensor]) -> list[Tensor]:
+        """What is added to scores, [B, 1, N, W], for masks bool [B, N, W]: once for the layers that share one."""
+        dtype = self.model.config.params_dtype
+        added = {
+            id(mask): torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+            for mask in {id(mask): mask for mask in masks}.values()
+        }
+        return [added[id(mask)][:, None] for mask in masks]
 
     def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [N, B, 1, R], at positions i64 [B, N]; None for a model without rotary embedding."""
@@ -119,23 +132,24 @@ class NativeCache(SeparatorCache):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sink: Tensor | None) -> Tensor:
-    """Attention of query [B, H, N, D] to keys and values [B, G, W, D] where mask, bool [B, N, W], is True.
+def _attention(query: Tensor, keys: Tensor, values: Tensor, added: Tensor, scale: float, sink: Tensor | None) -> Tensor:
+    """Attention of query [B, H, N, D] to keys and values [B, G, W, D]; added [B, 1, N, W] hides keys where it is -inf.
 
     sink: [H], logits of an extra softmax column that carries no value. Gives [B, H, N, D].
     """
     if sink is not None and query.shape[2] > _QUERIES:
-        parts = zip(query.split(_QUERIES, 2), mask.split(_QUERIES, 1), strict=True)
+        parts = zip(query.split(_QUERIES, 2), added.split(_QUERIES, 2), strict=True)
         return torch.cat([_attention(some, keys, values, seen, scale, sink) for some, seen in parts], 2)
     heads, new = query.shape[1], query.shape[2]
     shared = heads // keys.shape[1]
     # The query heads of a key head as if they were positions: [B, G, H / G * N, D].
     query = query.unflatten(1, (-1, shared)).flatten(2, 3)
-    mask = mask.repeat(1, shared, 1)[:, None]
+    if shared > 1:
+        added = added.repeat(1, 1, shared, 1)
     if sink is None:
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=added, scale=scale)
     else:
-        scores = (query @ keys.transpose(-1, -2)).float().mul_(scale).masked_fill_(~mask, float("-inf"))
+        scores = (query @ keys.transpose(-1, -2)).float().mul_(scale).add_(added)
         column = sink.float().view(-1, shared, 1).expand(-1, -1, new).flatten(1)[None, :, :, None]
         weights = torch.cat((scores, column.expand(len(scores), -1, -1, -1)), -1).softmax(-1)[..., :-1]
         out = weights.to(values.dtype) @ values

@@ -52,20 +52,20 @@ chaos: install  ## Kill a two-rank run 50 times at random, resume it, compare it
 demo: install  ## Train a dense and a separator model on the sample corpus (minutes on two cores) and compare them
 	$(BIN)/python scripts/demo.py
 
-bench-cpu: install  ## CPU benchmarks, each beside its rival: attention, plan, tokenisation
-	$(BIN)/python kernels/benchmarks/cpu_attention.py
-	$(BIN)/python scripts/benchmark_plan.py
-	$(BIN)/python scripts/benchmark_tokenize.py $(TEXT)
+bench-cpu: install  ## CPU benchmarks, each beside its baseline: attention, plan, tokenisation
+	$(BIN)/python -m benchmarks.attention.cpu
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.tokenization $(TEXT)
 
 # On a GPU more: make bench-training BENCH='--model pythia160m --lengths 2048 8192'
 BENCH ?=
 
-bench-training: install  ## Training steps with dense and separator attention in turns; figures to runs/bench_training.json
+bench-training: install  ## Training steps with dense and separator attention in interleaved rounds; figures to runs/bench_training.json
 	mkdir -p runs
-	$(BIN)/python scripts/benchmark_training.py --output runs/bench_training.json $(BENCH)
+	$(BIN)/python -m benchmarks.training --output runs/bench_training.json $(BENCH)
 
 sm90: install  ## Compile every shipped kernel for sm_90 and sm_80 without a GPU and check it; count touched pairs
-	$(BIN)/python kernels/benchmarks/compile_gate.py
+	$(BIN)/python -m benchmarks.attention.compile_gate
 
 sanitize: install  ## Run the GPU tests of the kernels under compute-sanitizer: no access out of bounds
 	@command -v compute-sanitizer >/dev/null \
@@ -75,12 +75,12 @@ sanitize: install  ## Run the GPU tests of the kernels under compute-sanitizer: 
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
 		$(BIN)/python -m pytest tests/attention/test_triton_gpu.py -k "random_shapes or plain_attention or float32"
 
-bench-kernels: install  ## Time the kernels beside their rivals on this GPU and draw the results
-	$(BIN)/python kernels/benchmarks/gpu_attention.py
-	$(BIN)/python kernels/benchmarks/draw.py
+bench-kernels: install  ## Time the kernels beside their baselines on this GPU and draw the results
+	$(BIN)/python -m benchmarks.attention.gpu
+	$(BIN)/python -m benchmarks.attention.draw
 
 tune: install  ## Time tile configurations on this GPU and rewrite the shipped table
-	$(BIN)/python kernels/benchmarks/tune.py
+	$(BIN)/python -m benchmarks.attention.tune
 
 gpu-check: install  ## Correctness, kernel table and training throughput on this GPU in three stages of 8 minutes
 	$(BIN)/python scripts/gpu_check.py --output gpu_check
@@ -89,7 +89,7 @@ gpu-check: install  ## Correctness, kernel table and training throughput on this
 MULTI_GPU ?=
 
 multi-gpu-check: install  ## Layouts, resume, kill, overlap, scaling and throughput on 2 or more GPUs in 20 minutes; results to multi_gpu_check/results.json
-	$(BIN)/python scripts/multi_gpu_check.py --output multi_gpu_check $(MULTI_GPU)
+	$(BIN)/python -m benchmarks.multi_gpu --output multi_gpu_check $(MULTI_GPU)
 
 clean:  ## Remove the environment, caches and build products (runs stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -32,14 +32,14 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen classes: `numbers` ascending, and `density`, the share of the tokens that they have together."""
+    """Chosen classes: `numbers` ascending, and `density`, the fraction of the tokens that they have together."""
 
     numbers: tuple[int, ...]
     density: float
 
 
 def densities(headers: Sequence[SidecarHeader], weights: Sequence[float]) -> dict[int, float]:
-    """Share of the tokens that each class has in a blend: number -> share, `weights` summing to 1.
+    """Fraction of the tokens that each class has in a blend: number -> fraction, `weights` summing to 1.
 
     Where a side-car was made before a class was split off another, the two count as the older one.
     """

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import os
 import random
-import shutil
 import sys
 import sysconfig
 import time
@@ -25,7 +24,7 @@ from data_prep.tokenizers import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.writer import DatasetWriter
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import lock_waiting
+from sepllm_train.base.files import lock_waiting, whole_folder
 
 SOURCES = ("docs", "code", "both")
 _FORMAT = 2
@@ -57,7 +56,7 @@ def prepare_sample(cache: str | Path | None = None, *, vocab_size: int = 4096, s
             with open(f"{folder}.lock", "w") as lock:
                 lock_waiting(lock)
                 if not _complete(prefix):
-                    _make(folder, modules, source, vocab_size)
+                    _make(folder, modules, source, vocab_size, cache_remedy(cache))
         except OSError as error:
             raise UserError(f"Cannot write the sample corpus to {parent} ({error}): {cache_remedy(cache)}.") from None
     return prefix
@@ -69,7 +68,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def cache_remedy(cache: str | Path | None) -> str:
-    """What to do about a cache folder that cannot be used; `cache` is data.cache of the run."""
+    """Remedy for a cache folder that cannot be used; `cache` is data.cache of the run."""
     return "choose another data.cache" if cache else "set SEPLLM_CACHE"
 
 
@@ -82,7 +81,7 @@ def _complete(prefix: Path) -> bool:
     return with_suffix(prefix, HEADER_SUFFIX).is_file()
 
 
-def _make(folder: Path, modules: list[tuple[str, bytes]], source: str, vocab_size: int) -> None:
+def _make(folder: Path, modules: list[tuple[str, bytes]], source: str, vocab_size: int, remedy: str) -> None:
     start = time.perf_counter()
     documents = _documents(modules, source)
     size = sum(len(document.text) for document in documents)
@@ -95,23 +94,19 @@ def _make(folder: Path, modules: list[tuple[str, bytes]], source: str, vocab_siz
         file=sys.stderr,
         flush=True,
     )
-    partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    model = partial / "sample.model"
-    train_tokenizer(
-        (document.text for document in documents),
-        model,
-        vocab_size=vocab_size,
-        sentences=200_000,
-        workers=usable_cores(),
-    )
-    with DatasetWriter(partial / source, load_tokenizer(model)) as writer:
-        tokenize_documents(documents, writer)
-        writer.finish()
-    model.unlink()  # the copy beside the data is the one to use
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder, remedy) as partial:
+        model = partial / "sample.model"
+        train_tokenizer(
+            (document.text for document in documents),
+            model,
+            vocab_size=vocab_size,
+            sentences=200_000,
+            workers=usable_cores(),
+        )
+        with DatasetWriter(partial / source, load_tokenizer(model)) as writer:
+            tokenize_documents(documents, writer)
+            writer.finish()
+        model.unlink()  # the copy beside the data is the one to use
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_prep.separators import CLASSES
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import FileInfo
+from sepllm_train.base.files import FileInfo, read_json
 
 VERSION = 1
 DATA_SUFFIXES = (".bin", ".idx", ".sep.bin")
@@ -39,7 +39,7 @@ class TokenizerInfo:
 @dataclass(frozen=True)
 class ClassEntry:
     """A separator class in one dataset: its vocabulary entries (`ids`, `strings`), how many tokens it has (`count`)
-    and their share of all tokens (`density`)."""
+    and their fraction of all tokens (`density`)."""
 
     number: int
     name: str
@@ -128,15 +128,10 @@ def read_header(prefix: str | Path) -> SidecarHeader:
     Raises UserError when a file is missing, unreadable, of an unknown version, or has another size.
     """
     path = with_suffix(prefix, HEADER_SUFFIX)
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise UserError(_missing_header(prefix)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): make it again with `prepare_data.py annotate`.") from None
-    version = content.get("version") if isinstance(content, dict) else None
+    if not path.exists():
+        raise UserError(_missing_header(prefix))
+    content = read_json(path, "make it again with `prepare_data.py annotate`")
+    version = content.get("version")
     if version != VERSION:
         raise UserError(f"{path} has version {version!r}, this program reads {VERSION}: make it again.")
     try:

@@ -44,7 +44,7 @@ class VisibleShare:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `stats` reports; `density` is the share of the chosen separators among all tokens."""
+    """Figures of `stats`; `density` is the fraction of the chosen separators among all tokens."""
 
     tokens: int
     documents: int
@@ -66,7 +66,7 @@ class Gaps:
         self._offset = 0
 
     def add(self, marked: NDArray[np.bool_]) -> None:
-        """Go on with the next tokens: bool [tokens]."""
+        """Continue with the next tokens: bool [tokens]."""
         positions = np.concatenate([self._last, np.flatnonzero(marked) + self._offset])
         values, counts = np.unique(np.diff(positions), return_counts=True)
         self.histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))

@@ -32,7 +32,7 @@ _BATCHES_PER_WORKER = 3
 
 @dataclass
 class _Batch:
-    """Pieces of text; `ends[k]` says whether piece k is the last of its document."""
+    """Pieces of text; `ends[k]`: piece k is the last of its document."""
 
     pieces: list[str] = field(default_factory=list)
     ends: list[bool] = field(default_factory=list)

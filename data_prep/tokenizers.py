@@ -218,7 +218,7 @@ def _uses_byte_level(definition: dict[str, Any]) -> bool:
 
 
 def _cuts_before_newlines(definition: dict[str, Any]) -> bool:
-    """Whether cutting text before a newline that a visible ASCII character follows cannot change its ids.
+    """True when cutting text before a newline that a visible ASCII character follows cannot change its ids.
 
     True for GPT-2's byte-level splitting pattern, which tries ` ?letters`, ` ?digits`, ` ?others`,
     `\\s+(?!\\S)`, `\\s+`: a whitespace run in front of a visible character is split before its last character

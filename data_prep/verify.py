@@ -1,4 +1,4 @@
-"""Proving that a dataset is what its header says."""
+"""Checking a dataset against its header, token by token."""
 
 from __future__ import annotations
 

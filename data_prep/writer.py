@@ -71,7 +71,7 @@ class DatasetWriter:
         """Append tokens [T], which stand for `text_bytes` bytes of UTF-8.
 
         `ends` are the places in `tokens` (exclusive, each just behind an end-of-document token) where documents end;
-        what follows the last one belongs to a document that the next call goes on with.
+        what follows the last one belongs to a document that the next call continues.
         """
         tokens = tokens.astype(self._dtype, copy=False)
         classes = self._class_of_token[tokens]

@@ -33,14 +33,10 @@ def main() -> None:
         raise UserError(
             f"transformers is missing ({first_line(error)}): pip install -e '.[hf]' in the checkout."
         ) from None
-    export_run(
-        arguments.run_folder,
-        arguments.output,
-        step=arguments.checkpoint,
-        dtype=arguments.dtype,
-        tokenizer=arguments.tokenizer,
-        overwrite=arguments.overwrite,
-    )
+    from sepllm_train.runs.open import open_run
+
+    run = open_run(arguments.run_folder, arguments.checkpoint, tokenizer=arguments.tokenizer)
+    export_run(run, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
 
 
 if __name__ == "__main__":

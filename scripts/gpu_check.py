@@ -35,7 +35,6 @@ from sepllm_train.base.errors import UserError  # noqa: E402 - needs the path ab
 from sepllm_train.distributed.processes import logged_process  # noqa: E402
 
 STAGE_SECONDS = 480
-BENCHMARKS = REPOSITORY / "kernels" / "benchmarks"
 # Module -> what pip calls it. sentencepiece makes the sample corpus; matplotlib draws the comparison.
 PACKAGES = {
     "megatron": "megatron-core>=0.16.1,<0.20",
@@ -55,7 +54,7 @@ TOKENS_PER_STEP = 65536
 MICRO_BATCHES = 4  # of a timed step
 COMPILED = "training.compile=true"
 TINY_BENCHMARK = (
-    *("--model", "demo", "--turns", 2, "--steps", 1, "model.layers=2", "model.hidden=128", "model.heads=2"),
+    *("--model", "demo", "--rounds", 2, "--steps", 1, "model.layers=2", "model.hidden=128", "model.heads=2"),
     *("model.ffn=256", "data.sample_vocabulary=4096", "data.workers=0"),
 )
 VOCABULARY = 50277
@@ -105,40 +104,38 @@ class Stage:
 def correctness(options: argparse.Namespace) -> bool:
     """Stage 1; whether every case passed."""
     stage = Stage(options, interpret=True)
-    program = BENCHMARKS / "gpu_correctness.py"
     jobs = 1 if options.device == "cpu" else max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     limits = ("--minutes", STAGE_SECONDS / 60 - 1, "--jobs", jobs)
     arguments = ("--output", stage.output, "--device", options.device, *limits)
-    return stage.run("correctness", program, *arguments) == 0
+    return stage.run("correctness", "-m", "benchmarks.attention.correctness", *arguments) == 0
 
 
 def kernels(options: argparse.Namespace) -> bool:
-    """Stage 2: dense rivals at every length, FlexAttention at the lengths with a bar, then tuning."""
+    """Stage 2: dense baselines at every length, FlexAttention at the lengths with a bar, then tuning."""
     stage = Stage(options, interpret=True)
-    program = BENCHMARKS / "gpu_attention.py"
-    common: list[object] = ["--output"]
+    program = ("-m", "benchmarks.attention.gpu", "--output")
     if options.device == "cpu":
         small = ("--device", "cpu", "--tokens", 48, "--hidden", 32, "--lengths", 48, "--windows", 8)
         cell = ("--head-sizes", 32, "--groups", 1, "--sources", "text")
-        code = stage.run("kernels", program, *common, _fresh(stage, "cpu"), *small, *cell)
+        code = stage.run("kernels", *program, _fresh(stage, "cpu"), *small, *cell)
         return code == 0
     shape = ("--windows", 128, "--groups", 1, "--sources", "text", "12%")
-    dense = ("--lengths", 2048, 4096, 8192, 16384, 32768, "--rivals", "cudnn", "flash sdpa")
+    dense = ("--lengths", 2048, 4096, 8192, 16384, 32768, "--baselines", "cudnn", "flash sdpa")
     packages = ("flash-attn 2", "flash-attn 3", "flash-attn 4")
-    flex = ("--lengths", 2048, 8192, "--rivals", "flex", "flex gathered")
+    flex = ("--lengths", 2048, 8192, "--baselines", "flex", "flex gathered")
     codes = [
-        stage.run("kernels-dense", program, *common, _fresh(stage, "dense"), *shape, *dense, *packages, seconds=130),
-        stage.run("kernels-flex", program, *common, _fresh(stage, "flex"), *shape, *flex, seconds=180),
+        stage.run("kernels-dense", *program, _fresh(stage, "dense"), *shape, *dense, *packages, seconds=130),
+        stage.run("kernels-flex", *program, _fresh(stage, "flex"), *shape, *flex, seconds=180),
     ]
     minutes = max(0.5, stage.seconds_left / 60 - 1)
     tuned = ("--keep-table", "--minutes", minutes, "--output", stage.output / "tuning.json")
-    codes.append(stage.run("tuning", BENCHMARKS / "tune.py", *tuned))
+    codes.append(stage.run("tuning", "-m", "benchmarks.attention.tune", *tuned))
     # A benchmark whose time was over has still written what it measured.
     return not any(codes)
 
 
 def _fresh(stage: Stage, name: str) -> Path:
-    """Name of a result file that draw.py finds once it is copied to kernels/benchmarks/results."""
+    """Name of a result file that benchmarks/attention/draw.py finds once it is copied to results/gpu."""
     return stage.output / f"attention-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
 
 
@@ -181,22 +178,21 @@ def install_missing(stage: Stage, options: argparse.Namespace) -> None:
 
 
 def _throughput(stage: Stage, options: argparse.Namespace, length: int) -> dict[str, Any] | None:
-    """Dense and separator training in turns, by benchmark_training.py: its figures, or None when it did not end well.
+    """Figures of benchmarks/training.py, dense and separator training in interleaved rounds; None when it failed.
 
-    `dense` and `sep` are tokens per second, `ratio` the median of the turns' ratios.
+    `dense` and `sep` are tokens per second, `ratio` the median of the rounds' ratios.
     """
     result = stage.output / f"throughput-{length}.json"
     result.unlink(missing_ok=True)
     arguments: list[object] = ["--output", result, "--lengths", length, *TINY_BENCHMARK]
     if not options.tiny:
-        arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--turns", 4, "--steps", 1]
+        arguments = ["--output", result, "--lengths", length, "--model", "pythia160m", "--rounds", 4, "--steps", 1]
         arguments += ["--micro-tokens", TOKENS_PER_STEP, "--step-tokens", MICRO_BATCHES * TOKENS_PER_STEP, COMPILED]
     if options.data:
         arguments += ["--data", options.data.resolve()]
     share = stage.seconds_left / (len(THROUGHPUT_LENGTHS) + 1)
-    program = REPOSITORY / "scripts" / "benchmark_training.py"
     limit = None if options.tiny else 1.5 * share
-    if stage.run(f"throughput-{length}", program, *arguments, seconds=limit) != 0:
+    if stage.run(f"throughput-{length}", "-m", "benchmarks.training", *arguments, seconds=limit) != 0:
         return None
     (figures,) = json.loads(result.read_text(encoding="utf8"))["results"]
     if "failure" in figures:

@@ -32,7 +32,7 @@ def _match(config: Config, count: int) -> None:
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
     import torch
 
-    from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
+    from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets

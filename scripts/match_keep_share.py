@@ -29,7 +29,7 @@ def main() -> None:
 def _match(config: Config, count: int) -> None:
     """Count on the first `count` samples of a configuration and print what was found."""
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
-    from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
+    from sepllm_train.analysis.match import matching_keep_share, mean_keys
     from sepllm_train.data.choice import settle_separators
     from sepllm_train.data.corpus import open_corpus
     from sepllm_train.data.splits import build_datasets

@@ -6,7 +6,7 @@ python scripts/matrix.py --render
 
 Each combination gets an environment of its own in .cache/matrix, made from an interpreter that scripts/find_python.sh
 finds, and removed after its tests. One whose interpreter, packages or disk are not there is skipped with the reason.
-Finished combinations are not run again for the same commit. `--record` writes docs/results/versions.json and the table
+Finished combinations are not run again for the same commit. `--record` writes results/versions.json and the table
 of docs/versions.md. Exit code 1 where a combination fails; skipping is no failure.
 """
 
@@ -59,7 +59,7 @@ COMBINATIONS = (
 # What `make test` gives pytest.
 FAST = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow")
 PACKAGES = ("torch", "megatron-core", "triton", "numpy", "transformers", "hydra-core", "omegaconf")
-RESULTS = ROOT / "docs" / "results" / "versions.json"
+RESULTS = ROOT / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 REGION = re.compile(r"(<!-- matrix: written by scripts/matrix.py -->\n).*?(<!-- end of matrix -->)", re.DOTALL)
 
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", action="store_true", help="leave the environments, 3 to 7 GB each")
     parser.add_argument("--again", action="store_true", help="also what passed at this commit")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="longest installation; skipped beyond")
-    parser.add_argument("--record", action="store_true", help="write the results to docs/")
+    parser.add_argument("--record", action="store_true", help="write results/versions.json and docs/versions.md")
     parser.add_argument("--render", action="store_true", help="only write the table of docs/versions.md again")
     return parser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.metrics.wandb_tracker import AXES, has_key, host
 from sepllm_train.training.clock import PARTS
@@ -127,7 +127,7 @@ def main() -> None:
 
 def _write(path: Path, view: dict[str, Any]) -> None:
     """Write the view as JSON. Raises UserError."""
-    write_whole(path, (json.dumps(view, indent=2) + "\n").encode())
+    write_json(path, view, indent=2)
     panels = sum(len(section["panels"]) for section in view["spec"]["section"]["panelBankConfig"]["sections"])
     print(f"{path}: {panels} panels, nothing was sent")
 

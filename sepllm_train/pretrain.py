@@ -26,8 +26,8 @@ def pretrain(config: Config) -> None:
     Raises UserError before any GPU work for whatever a user can mend.
     """
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
+    from sepllm_train.distributed.collectives import lost_rank
     from sepllm_train.distributed.launch import device_of, launch_from_environment, process_grid, reading_group
-    from sepllm_train.distributed.lost import lost_rank
     from sepllm_train.model.build import check_model
     from sepllm_train.training.run import dry_run, train
 

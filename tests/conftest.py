@@ -78,7 +78,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    files._tell_no_locks.cache_clear()
+    files._warn_of_no_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 

@@ -356,7 +356,7 @@ def start(script: Path, path: Path | None = None, **variables: str) -> subproces
 
 def test_scripts_of_another_checkout(repository: Path, tmp_path: Path) -> None:
     other = copy_of_checkout(repository, tmp_path / "other")
-    for name in ("pretrain.py", "benchmark_decode.py"):
+    for name in ("pretrain.py", "demo.py"):
         done = start(repository / "scripts" / name, other)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
         assert f"has the checkout {other} installed, and this program is of {repository}" in done.stderr
@@ -369,7 +369,19 @@ def test_scripts_look_before_they_import(repository: Path) -> None:
         for path in (repository / "scripts").glob("*.py")
         if "\nimport check_environment" not in path.read_text()
     }
-    assert without == {"env_report.py", "gpu_check.py", "check_environment.py", "chromium.py", "install.py"}
+    assert without == {"env_report.py", "gpu_check.py", "check_environment.py", "install.py"}
+
+
+def test_benchmarks_check_the_environment_of_their_checkout(repository: Path, tmp_path: Path) -> None:
+    """Another checkout that is installed is no problem: benchmarks import the packages that they stand beside."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--help"]
+    for folder, code in ((copy_of_checkout(repository, tmp_path / "other"), 0), (tmp_path / "site", 2)):
+        if code:
+            installed(folder, "torch", "2.9.1")
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: torch 2.9.1 is not <2.16,>=2.11: pip install")
 
 
 def test_the_check_of_a_gpu_needs_no_installation(repository: Path) -> None:

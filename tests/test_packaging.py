@@ -52,6 +52,7 @@ def test_packages_come_from_the_wheel(unpacked: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(path.startswith(str(unpacked)) for path in done.stdout.split())
+    assert not (unpacked / "benchmarks").exists()
 
 
 def test_configurations_travel(unpacked: Path, repository: Path) -> None:
@@ -98,7 +99,7 @@ from pathlib import Path
 checkout = Path(sys.argv.pop(1))
 from sepllm_train.programs import pretrain
 pretrain()
-ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "scripts", "configs")]
+ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "benchmarks", "scripts", "configs")]
 files = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
 assert not [file for file in files for folder in ours if file.is_relative_to(folder)]
 """

@@ -15,7 +15,7 @@ from sep_attention.reference import reference_attention
 from sep_attention.triton.tuning import HEAD_SIZES, triton_runs_on
 
 BACKENDS = ("reference", "triton", "blocked", "dense", "masked", "flex")
-# Below this length one masked SDPA call beats the block loop on CPU (kernels/benchmarks/cpu_attention.py).
+# Below this length one masked SDPA call beats the block loop on CPU (benchmarks/attention/cpu.py).
 MASKED_UP_TO = 256
 
 

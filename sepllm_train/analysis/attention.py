@@ -7,25 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from data_prep.separators import PAPER, class_numbers
-from sepllm_train.analysis import attention_report
+from sepllm_train.analysis import plots
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
 from sepllm_train.analysis.report import check_output, progress, write_report
 from sepllm_train.base.statistics import token_mean
+from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
-from sepllm_train.runs.evaluate import AnalysisSource, usual_window
-from sepllm_train.runs.folder import Run, alone, describe
+from sepllm_train.distributed.launch import alone
+from sepllm_train.runs.evaluate import usual_window
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.runs.variations import CLASS_NAMES, classes_of
 
 GROUPS = ("itself", "initial", "separators near", "separators far", "others near", "others far")
+READING = (
+    "Mass is the probability that a query gives to such keys, a mean over queries, heads, layers and samples. Even is "
+    "what it would be if each query spread itself evenly over the keys it sees, and lift the ratio of the two: the "
+    "mean attention of one such key relative to an even one. Near is within the window, far beyond it; the query's own "
+    "token is a group of its own, and in no figure of a class. Attention is not contribution: what a key adds depends "
+    "on its value and on later layers. This is one model of one seed."
+)
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
-    """How keys are sorted, None for the run's own (the paper's where it has none), and what is looked at, None for all.
+class MassOptions:
+    """Kinds of keys, None for the run's own (the paper's where it has none), and layers and heads, None for all.
 
     `separators`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
     """
@@ -44,20 +55,22 @@ class AttentionOptions:
             class_numbers(self.separators)
 
 
-def attention_command(source: AnalysisSource, output: Path, options: AttentionOptions) -> dict[str, Any]:
-    """Measure the attention of a run's checkpoint, write the report to `output` and give the result.
+def attention_command(
+    run: TrainedRun, output: Path, options: MassOptions, samples: int | None = None
+) -> dict[str, Any]:
+    """Measure the attention of a run's checkpoint, write the report to `output` and return the result.
 
-    Raises UserError for a mistake, before anything is written.
+    samples: as in `TrainedRun.sample_count`. Raises UserError for a mistake, before anything is written.
     """
     check_output(output)
     options.check()
     with alone():
-        result = measure(*source.open(), options)
-    write_report(output, "attention", result, attention_report.markdown(result), attention_report.figures(result))
+        result = measure(run, run.sample_count(samples), options)
+    write_report(output, "attention", result, markdown(result), figures(result))
     return result
 
 
-def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]:
+def measure(run: TrainedRun, samples: int, options: MassOptions) -> dict[str, Any]:
     """The attention of a run's model on its first `samples` held-out samples. Raises UserError for a layer or head
     that it does not have."""
     model, own = run.config.model, classes_of(run.pattern)
@@ -68,11 +81,12 @@ def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]
     separators = list(class_numbers(options.separators)) if options.separators else own or list(PAPER)
     layers = _chosen("layers", options.layers, model.layers)
     heads = _chosen("heads", options.heads, model.heads)
+    trained, validation = run.model, run.validation
     with progress(samples, "sequence") as bar:
         mass = attention_mass(
-            run.model,
+            trained,
             run.pattern,
-            run.validation,
+            validation,
             samples,
             window=window,
             initial=initial,
@@ -85,7 +99,7 @@ def measure(run: Run, samples: int, options: AttentionOptions) -> dict[str, Any]
         "initial": initial,
         "separators_chosen": [CLASS_NAMES[number] for number in separators],
     }
-    return {**describe(run, samples), **settings, "layers": layers, "heads": heads, **summary(mass, separators, window)}
+    return {**run.describe(samples), **settings, "layers": layers, "heads": heads, **summary(mass, separators, window)}
 
 
 def _chosen(what: str, asked: Sequence[int] | None, there: int) -> list[int]:
@@ -95,7 +109,7 @@ def _chosen(what: str, asked: Sequence[int] | None, there: int) -> list[int]:
 
 
 def group_masks(separators: Sequence[int], edges: Sequence[int], window: int) -> dict[str, Tensor]:
-    """Which kinds and ranges make up each of GROUPS: bool [K, E]; each kind and range is in exactly one.
+    """Kinds and ranges that make up each of GROUPS: bool [K, E]; each kind and range is in exactly one.
 
     itself: the query's own token, unless it is initial. initial: the initial tokens, at any distance. The others by
     whether their class is among `separators`, near at a distance below `window` and far from there on.
@@ -187,3 +201,136 @@ def _distances(mass: Mass, every: Tensor, even: Tensor, separators: Sequence[int
             row[name] = _pair(every[:, kinds, place].sum(-1), even[:, kinds, place].sum(-1))
         rows.append(row)
     return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    checkpoint = result["checkpoint"]
+    return "\n".join(
+        [
+            f"# Attention of {result['run']}\n",
+            f"Step {checkpoint['step']:,} ({checkpoint['tokens']:,} tokens), {result['samples']:,} samples of "
+            f"{result['sequence_length']:,} tokens; {result['initial']} initial tokens, n = {result['window']}, "
+            f"separators {', '.join(result['separators_chosen'])}. {READING}\n",
+            *(
+                table.markdown()
+                for table in (
+                    _groups_table(result),
+                    _layers_table(result),
+                    _classes_table(result),
+                    _distances_table(result),
+                )
+            ),
+            _sentence(result) + "\n",
+        ]
+    )
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Pictures by file name."""
+    layers = [f"layer {number}" for number in result["layers"]]
+    heads = [f"head {number}" for number in result["heads"]]
+    parts = {name: [row[name]["mass"].mean for row in result["layer_groups"]] for name in result["layer_groups"][0]}
+    classes = [row for row in result["classes"] if row["lift"] is not None]
+    found = {
+        "attention_by_layer": plots.stacked(
+            "Where attention goes", layers, parts, "share of a query's attention, mean over heads"
+        ),
+        "separator_mass": plots.heatmap(
+            "Attention on separators", np.array(result["head_mass"]), layers, heads, "share of a query's attention"
+        ),
+        "separator_lift": plots.heatmap(
+            "Attention on one separator",
+            np.array(result["head_lift"]),
+            layers,
+            heads,
+            "lift (1 = even attention)",
+        ),
+        "attention_by_distance": _distance_figure(result["distances"]),
+    }
+    if classes:
+        found["attention_by_class"] = plots.bars(
+            "Attention on one separator of a class, relative to even attention",
+            [row["class"] for row in classes],
+            {
+                "any distance": [row["lift"] for row in classes],
+                "beyond the window": [row["far_lift"] or 0.0 for row in classes],
+            },
+            "lift (1 = even)",
+        )
+    return found
+
+
+def _cells(pair: dict[str, Any]) -> list[str]:
+    mass = pair["mass"]
+    return [f"{mass.mean:.2%} ± {mass.error:.2%}", f"{pair['uniform']:.2%}", _lift(pair["lift"])]
+
+
+def _lift(lift: float | None) -> str:
+    return "-" if lift is None else f"{lift:.2f}"
+
+
+def _groups_table(result: dict[str, Any]) -> Table:
+    rows = [[name, *_cells(pair)] for name, pair in result["groups"].items()]
+    rows.append(["separators, near and far", *_cells(result["separators"])])
+    if result["sink"]:
+        rows.append(["learned sink", f"{result['sink']:.2%}", "-", "-"])
+    return Table("Where attention goes", ["keys", "mass", "even", "lift"], rows)
+
+
+def _layers_table(result: dict[str, Any]) -> Table:
+    names = list(result["layer_groups"][0])
+    rows = [
+        [f"layer {number}", *(f"{row[name]['mass'].mean:.1%} ({_lift(row[name]['lift'])})" for name in names)]
+        for number, row in zip(result["layers"], result["layer_groups"], strict=True)
+    ]
+    return Table("Mass by layer (lift)", ["layer", *names], rows)
+
+
+def _classes_table(result: dict[str, Any]) -> Table:
+    rows = []
+    for row in result["classes"]:
+        mark = "" if row["class"] in result["separators_chosen"] else " (not chosen)"
+        far = [f"{row['far_mass'].mean:.2%}", _lift(row["far_lift"])]
+        rows.append([f"{row['class']}{mark}", f"{row['share']:.2%}", *_cells(row), *far])
+    header = ["class", "share of tokens", "mass", "even", "lift", "mass, far", "lift, far"]
+    return Table("By class of separator", header, rows)
+
+
+def _distances_table(result: dict[str, Any]) -> Table:
+    rows = [
+        [f"{row['first']:,}-{row['last']:,}" if row["last"] > row["first"] else f"{row['first']:,}"]
+        + [f"{row[name]['mass'].mean:.2%} ({_lift(row[name]['lift'])})" for name in ("separators", "initial", "others")]
+        for row in result["distances"]
+    ]
+    return Table("Mass by distance (lift)", ["distance", "separators", "initial", "others"], rows)
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    """Conclusion about separators."""
+    pair, far, others = result["separators"], result["groups"]["separators far"], result["groups"]["others near"]
+    text = (
+        f"Separators receive {pair['mass'].mean:.1%} of the attention; even attention would give {pair['uniform']:.1%}."
+    )
+    if far["lift"] is not None and others["lift"] is not None:
+        text += (
+            f" Relative to even attention, one beyond the window receives {far['lift']:.2f}, and another token within "
+            f"it {others['lift']:.2f}."
+        )
+    return text
+
+
+def _distance_figure(rows: list[dict[str, Any]]) -> Figure:
+    curves: list[plots.Curve] = []
+    for name in ("separators", "others"):
+        seen = [row for row in rows if row[name]["lift"] is not None and row["first"] > 0]
+        x = [(row["first"] + row["last"]) / 2 for row in seen]
+        curves.append((name, x, [row[name]["lift"] for row in seen], {}))
+    return plots.lines(
+        "Attention on one key by its distance",
+        curves,
+        "distance in tokens (middle of a range)",
+        "lift (1 = even attention)",
+        log_x=True,
+        level=1.0,
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from sepllm_train.base.errors import exit_code
 
 if TYPE_CHECKING:
-    from sepllm_train.runs.evaluate import AnalysisSource
+    from sepllm_train.runs.open import TrainedRun
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "analyze_separators.py"
@@ -83,16 +83,10 @@ def _add_run(command: argparse.ArgumentParser, samples: int) -> None:
     )
 
 
-def _source(arguments: argparse.Namespace) -> AnalysisSource:
-    from sepllm_train.runs.evaluate import AnalysisSource
+def _run(arguments: argparse.Namespace) -> TrainedRun:
+    from sepllm_train.runs.open import open_run
 
-    return AnalysisSource(
-        arguments.run_folder,
-        step=arguments.checkpoint,
-        data=arguments.data,
-        held_out=arguments.held_out,
-        samples=arguments.samples,
-    )
+    return open_run(arguments.run_folder, arguments.checkpoint, data=arguments.data, held_out=arguments.held_out)
 
 
 def _numbers(text: str) -> list[int]:
@@ -119,16 +113,16 @@ def _add_attention(commands: _Commands) -> None:
 
 
 def _run_attention(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.attention import AttentionOptions, attention_command
+    from sepllm_train.analysis.attention import MassOptions, attention_command
 
-    options = AttentionOptions(
+    options = MassOptions(
         separators=arguments.separators,
         window=arguments.window,
         initial=arguments.initial,
         layers=arguments.layers,
         heads=arguments.heads,
     )
-    attention_command(_source(arguments), arguments.output, options)
+    attention_command(_run(arguments), arguments.output, options, arguments.samples)
 
 
 def _add_loss(commands: _Commands) -> None:
@@ -154,16 +148,16 @@ def _add_loss(commands: _Commands) -> None:
 
 
 def _run_loss(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.losses import Questions, loss_command
+    from sepllm_train.analysis.losses import LossOptions, loss_command
 
-    questions = Questions(
+    questions = LossOptions(
         drop_classes=arguments.drop_classes,
         windows=arguments.windows,
         lengths=arguments.lengths,
         far_recall=arguments.far_recall,
         attention=arguments.attention,
     )
-    loss_command(_source(arguments), arguments.output, questions)
+    loss_command(_run(arguments), arguments.output, questions, arguments.samples)
 
 
 def _add_ablate(commands: _Commands) -> None:
@@ -190,7 +184,7 @@ def _run_ablate(arguments: argparse.Namespace) -> None:
     from sepllm_train.analysis.ablation import AblationOptions, ablation_command
 
     options = AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets)
-    ablation_command(_source(arguments), arguments.output, options)
+    ablation_command(_run(arguments), arguments.output, options, arguments.samples)
 
 
 def _recovery_parser() -> argparse.ArgumentParser:
@@ -213,12 +207,13 @@ def _recovery_parser() -> argparse.ArgumentParser:
 
 def _run_recovery(arguments: argparse.Namespace) -> None:
     from sepllm_train.analysis.recovery import recovery_command
+    from sepllm_train.runs.open import open_run
 
     recovery_command(
-        arguments.runs,
+        [open_run(folder) for folder in arguments.runs],
         arguments.output,
         source=arguments.source,
-        continued=arguments.continued,
+        continued=None if arguments.continued is None else open_run(arguments.continued),
         samples=arguments.samples,
         windows=arguments.windows,
     )

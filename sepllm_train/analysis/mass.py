@@ -130,7 +130,7 @@ def probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float, sin
 
 @dataclass
 class Scores:
-    """What a layer compares for one sequence, caught in front of its core attention.
+    """Queries and keys of a layer for one sequence, taken in front of its core attention.
 
     `query`, `key` [H, S, D]: rotated, a key head repeated for each query head of its group. `sink` [H]: the
     learned one, None without.
@@ -181,7 +181,7 @@ class _Collector:
         self.edges = torch.tensor(self.mass.edges, device=self.kind.device)
 
     def layer(self, place: int) -> Callable[..., None]:
-        """What to call before the attention of the layer whose results go to `place`."""
+        """Hook to call before the attention of the layer whose results go to `place`."""
 
         def before(core: SeparatorAttention, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
             self._add(place, Scores.of(core, inputs, settings).of_heads(self.mass.heads))

@@ -1,4 +1,4 @@
-"""Results on disk: JSON with machine and command, Markdown, pictures as PNG and SVG."""
+"""Shared parts of reports: results on disk with machine and command, progress, cells of tables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from tqdm import tqdm
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
-from sepllm_train.compare.plots import png, svg
+from sepllm_train.base.statistics import Estimate
+from sepllm_train.compare.plots import svg
 from sepllm_train.training.run_folder import environment
+
+READING = (
+    "Losses in nats per token on held-out documents, ± one standard error over samples; differences are paired, of the "
+    "same tokens. Samples of one document are not independent, so the errors are low rather than high. The weights are "
+    "those of training throughout: a loss that rises under another pattern says that this model used what was taken "
+    "away, not what a model trained under that pattern would reach. This is one model of one seed."
+)
 
 
 def check_output(folder: Path) -> None:
@@ -29,14 +37,14 @@ def check_output(folder: Path) -> None:
 
 
 def write_report(folder: Path, name: str, result: dict[str, Any], markdown: str, figures: Mapping[str, Figure]) -> None:
-    """Write NAME.json, NAME.md and each figure as PNG and SVG, every file whole, and print the Markdown.
+    """Write NAME.json, NAME.md and each figure as SVG, every file whole, and print the Markdown.
 
     The JSON gets an `environment`: command, code, packages and machine. Raises UserError when that cannot be written.
     """
     content = json.dumps(_plain({**result, "environment": environment()}), indent=1, allow_nan=False)
     files = {f"{name}.json": f"{content}\n".encode(), f"{name}.md": markdown.encode()}
     for title, figure in figures.items():
-        files |= {f"{title}.png": png(figure), f"{title}.svg": svg(figure).encode()}
+        files[f"{title}.svg"] = svg(figure).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
@@ -63,3 +71,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def clear_of_zero(estimate: Estimate) -> bool:
+    """True where a difference is more than two standard errors from zero."""
+    return not math.isnan(estimate.error) and abs(estimate.mean) > 2 * estimate.error
+
+
+def shown(estimate: Estimate) -> str:
+    """A loss with its standard error."""
+    return f"{estimate.mean:.4f} ± {estimate.error:.4f}" if not math.isnan(estimate.error) else f"{estimate.mean:.4f}"
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its standard error."""
+    return f"{estimate.mean:+.4f} ± {estimate.error:.4f}" if not math.isnan(estimate.error) else f"{estimate.mean:+.4f}"

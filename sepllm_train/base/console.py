@@ -1,9 +1,13 @@
-"""What the user reads on the terminal."""
+"""Lines on the terminal: printing on rank 0, folding, and numbers as text."""
 
 from __future__ import annotations
 
 import os
 import sys
+import textwrap
+
+# Characters of a console line.
+WIDTH = 120
 
 
 def say(text: str) -> None:
@@ -45,3 +49,34 @@ def quantity(value: float) -> str:
         if abs(value) >= threshold:
             return f"{value / threshold:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def flop_count(value: float) -> str:
+    """A number of floating-point operations: 1.4e8 -> 140 MFLOP. Work, not a rate: no plural that reads like one."""
+    figure = quantity(value)
+    digits = figure.rstrip("kMGTPEZY")
+    return f"{digits} {figure[len(digits) :]}FLOP"
+
+
+def fold(text: str, width: int = WIDTH) -> str:
+    """`text` in lines of at most `width` characters, all but the first one indented.
+
+    Broken before a ` | `; between words only where a part is too long for a line of its own. Long words, such as paths,
+    stay whole.
+    """
+    lines: list[str] = []
+    for number, part in enumerate(text.split(" | ")):
+        joined = f"{lines[-1]} | {part}" if lines else part
+        if len(joined) <= width:
+            lines[-1:] = [joined]
+            continue
+        indents = ("  | ", "    ") if number else ("", "  ")
+        lines += textwrap.wrap(
+            part,
+            width,
+            initial_indent=indents[0],
+            subsequent_indent=indents[1],
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How programs tell why they end: one sentence, once, and an exit code that a script can act on."""
+"""Errors that end a program: one sentence, printed once, and an exit code that a script can act on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXIT_INTERRUPTED = 75
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line without a full stop; its kind where it says nothing."""
+    """Message of an error in one line without a full stop; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
@@ -47,11 +47,11 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """A mistake that one rank alone has found, while the others wait for it: that rank tells it."""
+    """A mistake that one rank alone has found, while the others wait for it: that rank reports it."""
 
 
 class RunStopped(Exception):
-    """A run ended before its last step for a reason of its own, told in the message; `code` is the exit code."""
+    """A run ended before its last step for a reason of its own, which is the message; `code` is the exit code."""
 
     code = 1
     title = "error"
@@ -71,7 +71,7 @@ class Interrupted(RunStopped):
 
 
 class LostRank(RunStopped):
-    """This rank cannot reach another one. Each rank that notices tells it: which of them will is not known."""
+    """This rank cannot reach another one. Each rank that notices reports it: which of them will is not known."""
 
     code = EXIT_LOST_RANK
 

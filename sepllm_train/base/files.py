@@ -1,4 +1,4 @@
-"""Writing files so that what has its final name is whole: write aside, fsync, rename."""
+"""Files and folders whose final name means that they are whole (write aside, fsync, rename), and the reader of JSON."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import errno
 import fcntl
 import functools
 import hashlib
+import json
 import os
+import shutil
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
-from sepllm_train.base.errors import UserError
+from sepllm_train.base.errors import UserError, first_line
 
 PARTIAL = ".partial"
 _HASH_CHUNK = 1 << 20
+# Larger than any JSON file that is read whole; a larger one is another file by mistake.
+LARGEST_JSON = 1 << 28
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Size in bytes and SHA-256 of a file ."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -90,33 +96,33 @@ class PartialFile:
 
 
 def locked(attempt: Callable[[], None], path: Path) -> bool:
-    """Whether `attempt`, which locks `path` without waiting, was not refused for another process's lock.
+    """True unless `attempt`, which locks `path` without waiting, was refused for another process's lock.
 
-    Where the filesystem has no locks that is told once on stderr, and the answer is yes.
+    Where the filesystem has no locks that is reported once on stderr, and the answer is yes.
     """
     try:
         attempt()
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
-        _tell_no_locks(error.strerror)
+        _warn_of_no_locks(error.strerror)
     return True
 
 
 def lock_waiting(stream: IO[Any]) -> None:
     """Lock an open file, waiting for another process that holds it.
 
-    Where the filesystem has no locks that is told once on stderr, and nothing is waited for.
+    Where the filesystem has no locks that is reported once on stderr, and nothing is waited for.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX)
     except OSError as error:
-        _tell_no_locks(error.strerror)
+        _warn_of_no_locks(error.strerror)
 
 
 @functools.cache
-def _tell_no_locks(reason: str) -> None:
-    """Say once for each reason that files cannot be locked."""
+def _warn_of_no_locks(reason: str) -> None:
+    """Report once for each reason that files cannot be locked."""
     print(
         f"warning: files cannot be locked on this filesystem ({reason}): see to it yourself that no two processes "
         "write the same ones.",
@@ -133,8 +139,118 @@ def write_whole(path: Path, content: bytes) -> None:
         target.finish()
 
 
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Write a small JSON file whole."""
+    write_whole(path, (json.dumps(content, indent=indent) + "\n").encode())
+
+
+def read_json(path: Path, remedy: str, *, nan: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    `remedy` ends the message of the UserError that is raised when there is no such file or it holds something else.
+    `nan`: accept NaN and infinities, which are not JSON but which Python writes.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a plain file: {remedy}.")
+        if status.st_size > LARGEST_JSON:
+            raise UserError(f"{path} has {status.st_size:,} bytes, too many for a JSON file of this kind: {remedy}.")
+        content = json.loads(path.read_text(encoding="utf8"), parse_constant=None if nan else _refuse_constant)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: {remedy}.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}): {remedy}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not JSON of this kind (nested too deeply): {remedy}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: {remedy}.")
+    return content
+
+
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is none that can be read."""
+    try:
+        return read_json(path, "", nan=True)
+    except UserError:
+        return {}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise json.JSONDecodeError(f"{name} is not a number of JSON", "", 0)
+
+
+@contextmanager
+def whole_folder(output: Path, remedy: str = "") -> Iterator[Path]:
+    """Give a folder to write in, which becomes `output` at the end of the block, in place of one that is there.
+
+    Its name until then is `<output>.partial`; it is removed when the block fails. Raises UserError, which ends with
+    `remedy`, where it cannot be written.
+    """
+    aside = output.with_name(output.name + PARTIAL)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in aside.rglob("*"):
+            sync_folder(path)
+        sync_folder(aside)
+        _put(aside, output)
+        sync_folder(output.parent)
+    except OSError as error:
+        advice = f": {remedy}" if remedy else ""
+        raise UserError(f"cannot write {output} ({error.strerror or first_line(error)}){advice}.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(output: Path) -> None:
+    """Put in order what a process left that was killed at the end of `whole_folder`: the old folder gets its name back
+    when the new one had not taken it yet, and goes when it had. Raises OSError."""
+    old = _removed(output)
+    if not old.exists():
+        return
+    if output.exists() or output.is_symlink():
+        _remove(old)
+    else:
+        os.rename(old, output)
+
+
+def _put(aside: Path, output: Path) -> None:
+    """Rename the folder `aside` to `output`; one that is there goes when the other has its place."""
+    if not output.exists():
+        os.rename(aside, output)
+        return
+    old = _removed(output)
+    _remove(old)
+    os.rename(output, old)
+    try:
+        os.rename(aside, output)
+    except BaseException:
+        os.rename(old, output)
+        raise
+    _remove(old)
+
+
+def _removed(output: Path) -> Path:
+    """Name of the folder that had the name `output`, until the new one has it."""
+    return output.with_name(f"{output.name}.removed{PARTIAL}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one; what it points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a crash of the machine."""
+    """Make renames inside `folder` survive a crash of the machine; of a file, its content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

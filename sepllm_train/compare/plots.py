@@ -1,4 +1,4 @@
-"""Figures of loss against what was spent, as PNG and as SVG whose text stays text."""
+"""Figures of loss against what was spent, as SVG whose text stays text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sepllm_train.compare.curves import points
@@ -208,13 +207,6 @@ def _loss_range(runs: Sequence[Run], key: str, spent: float, loss: float) -> tup
     low, high = min([*losses, loss]), max([*losses, loss])
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG of 160 dots per inch on white."""
-    target = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
-    return target.getvalue()
 
 
 def svg(figure: Figure) -> str:

@@ -138,8 +138,7 @@ class Report:
         if forest.has_intervals(self.reaches):
             drawn.append(("ratios", "Ratios", forest.draw(self.rows, self.reaches, self.flops, self.target())))
         drawings = {name: plots.svg(figure) for name, _, figure in drawn}
-        files = {f"{name}.png": plots.png(figure) for name, _, figure in drawn}
-        files |= {f"{name}.svg": drawing.encode() for name, drawing in drawings.items()}
+        files = {f"{name}.svg": drawing.encode() for name, drawing in drawings.items()}
         inlined = [(title, plots.inline(drawings[name], name)) for name, title, _ in drawn]
         files["curves.csv"] = curves_csv(self.rows).encode()
         files["comparison.json"] = (json.dumps(self.data(), indent=2, allow_nan=False) + "\n").encode()

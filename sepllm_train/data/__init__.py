@@ -1,4 +1,4 @@
-"""What a run reads: corpora, samples with separator classes, micro-batches."""
+"""Data of a run: corpora, samples with separator classes, micro-batches."""
 
 from sepllm_train.base.quiet import quiet
 

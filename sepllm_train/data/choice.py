@@ -1,4 +1,4 @@
-"""Separator classes against the data: attention.separators=auto, and what old side-cars cannot tell apart."""
+"""Separator classes against the data: attention.separators=auto, and classes that old side-cars count as one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sepllm_train.model.pattern import AUTO, tiers_of_classes
 
 @dataclass(frozen=True)
 class ClassChoice:
-    """What separators=auto has chosen: `density` is the share of the tokens that the classes `names` have, `budget`
-    what was allowed, `left_out` the classes that occur and were not taken, each with its share."""
+    """Classes that separators=auto has chosen: `density` is the fraction of the tokens that the classes `names` have,
+    `budget` the allowed range, `left_out` the classes that occur and were not taken, each with its fraction."""
 
     names: list[str]
     density: float
@@ -43,7 +43,7 @@ def settle_separators(config: Config, corpus: Corpus) -> tuple[Config, ClassChoi
     """The configuration with class names in place of separators=auto, and how they were chosen (None without auto).
 
     Depends on the headers of the data and its weights alone. Raises UserError when no class is within the budget, and
-    when the configuration tells classes apart that a side-car of the data does not.
+    when the configuration separates classes that a side-car of the data does not.
     """
     headers = [source.header for source in corpus.sources]
     if config.attention.pattern != "sep" or config.attention.separators != AUTO:

@@ -1,4 +1,4 @@
-"""What a run reads: the prepared datasets of the configuration, their headers and what they must have in common."""
+"""Prepared datasets of a run: their headers, what they must have in common, and a watch over their files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import torch.distributed as dist
 
 from data_prep import sample
-from data_prep.sidecar import SidecarHeader, read_header
+from data_prep.sidecar import DATA_SUFFIXES, SidecarHeader, read_header, with_suffix
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import DataConfig
-from sepllm_train.distributed.collectives import together
+from sepllm_train.distributed.collectives import on_all_ranks
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of the blend. `weight` is its share of the training sequences, None for its share of tokens."""
+    """One dataset of the blend. `weight` is its fraction of the training sequences, None for its fraction of tokens."""
 
     prefix: str
     name: str
@@ -51,12 +51,12 @@ class Corpus:
         return self.sources[0].header.token_bytes
 
     def weights(self) -> list[float]:
-        """Share of the training sequences that each source gives; they sum to 1."""
+        """Fraction of the training sequences from each source; they sum to 1."""
         raw = [s.header.tokens if s.weight is None else s.weight for s in self.sources]
         return [float(w) / sum(raw) for w in raw]
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for two runs to have read the same data: name -> hash of the tokens, and weight."""
+        """Values that are equal when two runs have read the same data: name -> hash of the tokens, and weight."""
         return {
             source.name: {"sha256": source.header.files[".bin"].sha256, "weight": round(weight, 6)}
             for source, weight in zip(self.sources, self.weights(), strict=True)
@@ -68,7 +68,7 @@ class Corpus:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where the sample corpus and the indices of datasets are kept."""
+    """Folder of the sample corpus and of the indices of datasets."""
     return sample.cache_folder(data.cache)
 
 
@@ -79,8 +79,8 @@ def open_corpus(data: DataConfig) -> Corpus:
     """
     if data.source == "sample":
         say(
-            f"data: the sample corpus ({data.sample_text} of the installed Python's standard library); "
-            "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
+            f"data: the sample corpus ({data.sample_text} of the installed Python's standard library)\n"
+            "  | data=prefixes 'data.prefixes=[PREFIX]' trains on your own"
         )
         # Processes that ask at once wait for the first one to make it.
         prefix = sample.prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)
@@ -94,13 +94,13 @@ def open_corpus(data: DataConfig) -> Corpus:
     return Corpus(sources, validation)
 
 
-def open_corpus_together(data: DataConfig) -> Corpus:
+def open_corpus_on_all_ranks(data: DataConfig) -> Corpus:
     """`open_corpus` on every rank of the process grid; every rank calls it.
 
     Rank 0 makes the sample corpus and the others find it: on a filesystem without locks none could wait for another.
     """
-    first = together(lambda: open_corpus(data) if dist.get_rank() == 0 else None)
-    return together(lambda: first or open_corpus(data))
+    first = on_all_ranks(lambda: open_corpus(data) if dist.get_rank() == 0 else None)
+    return on_all_ranks(lambda: first or open_corpus(data))
 
 
 def _open_source(entry: Any) -> Source:
@@ -162,3 +162,44 @@ def _check_names(sources: tuple[Source, ...], key: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"{key} holds two datasets called {twice}: their names must differ in metrics.")
+
+
+class DataFiles:
+    """Size and time of change of every file of a corpus, as they are when this is made.
+
+    The data of a run must not change while it trains: the files are mapped into memory, not read once.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        sources = (*corpus.sources, *corpus.validation)
+        paths = [with_suffix(source.prefix, suffix) for source in sources for suffix in DATA_SUFFIXES]
+        self.found = {path: _stamp(path) for path in paths}
+
+    def check(self) -> None:
+        """Raise UserError when a file is no longer what it was. Costs one stat per file."""
+        for path, before in self.found.items():
+            now = _stamp(path)
+            if now != before:
+                raise UserError(
+                    f"{path} {_difference(before, now)} while the run reads it: what was trained since the last "
+                    "checkpoint is not saved. Put the data back, then start again, or train on the new data under "
+                    "another name=."
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """(bytes, time of the last change in ns), None where there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _difference(before: tuple[int, int] | None, now: tuple[int, int] | None) -> str:
+    """Predicate of a sentence about a file that changed."""
+    if now is None:
+        return "has gone"
+    if before is None or before[0] == now[0]:
+        return "was written to"
+    return f"changed from {before[0]:,} to {now[0]:,} bytes"

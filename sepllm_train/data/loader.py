@@ -43,7 +43,7 @@ class MicroBatchSampler:
         return self.global_batch // (self.micro_batch * self.replicas)
 
     def after(self, done: int) -> MicroBatchSampler:
-        """What is left after the first `done` micro-batches."""
+        """The micro-batches after the first `done` ones."""
         steps, rest = divmod(self.skipped + done, self._per_step)
         left = MicroBatchSampler(
             self.steps[steps:],
@@ -83,7 +83,7 @@ class PaddedSampler:
         return len(self.batches)
 
     def after(self, done: int) -> list[list[int]]:
-        """What is left after the first `done` micro-batches."""
+        """The micro-batches after the first `done` ones."""
         return self.batches[done:]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -117,8 +117,8 @@ def micro_batches(
     """Micro-batches of `sampler` on `device`: each entry of a sample stacked to [B, ...]. Those named in `on_host` stay
     on the host.
 
-    A worker that dies is replaced, and the micro-batches come in the same order; `lost` is told each time, in a
-    sentence. Raises RankError when new workers die RESTARTS times in a row, and when a token is not below `vocabulary`.
+    A worker that dies is replaced, and the micro-batches come in the same order; `lost` is called each time with a
+    message. Raises RankError when new workers die RESTARTS times in a row, and when a token is not below `vocabulary`.
     """
     loaded = _load(dataset, sampler, workers, device)
     delivered = failures = 0
@@ -135,7 +135,7 @@ def micro_batches(
                     "the start: they may be short of memory (see the kernel's log); lower data.workers, 0 reads in "
                     "the main process."
                 ) from None
-            (lost or _tell)(f"a data worker died ({_first_line(error)}): starting new ones at the same micro-batch")
+            (lost or _warn)(f"a data worker died ({_first_line(error)}): starting new ones at the same micro-batch")
             loaded = _load(dataset, sampler.after(delivered), workers, device)
             continue
         if batch is None:
@@ -164,15 +164,15 @@ def _load(dataset: Dataset, sampler: Any, workers: int, device: torch.device) ->
     )
     handler = signal.getsignal(signal.SIGCHLD)
     loaded = iter(loader)
-    # torch tells of a lost worker from a signal handler, in the middle of a step or of a save. Without that handler it
-    # tells when the next micro-batch is asked for, which is where it can be met.
+    # torch raises for a lost worker from a signal handler, in the middle of a step or of a save. Without that handler
+    # it raises when the next micro-batch is asked for, which is where it can be met.
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGCHLD, handler)
     return loaded
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether fetching a micro-batch failed because a worker is gone, rather than by an error inside a worker.
+    """True when fetching a micro-batch failed because a worker is gone, rather than by an error inside a worker.
 
     A worker that dies while it hands over a batch leaves a broken connection.
     """
@@ -203,11 +203,11 @@ def _check_tokens(batch: Batch, vocabulary: int, dataset: Any, sampler: Any, del
         )
 
 
-def _tell(sentence: str) -> None:
-    """Tell a warning of this process alone."""
-    print(f"warning: {sentence}.", file=sys.stderr, flush=True)
+def _warn(message: str) -> None:
+    """Print a warning of this process alone."""
+    print(f"warning: {message}.", file=sys.stderr, flush=True)
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, without torch's advice."""
+    """First line of an error, without torch's advice."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

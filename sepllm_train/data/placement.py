@@ -24,10 +24,10 @@ Classes = NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """How the separators of a sequence are moved.
+    """Move of the separators of a sequence.
 
-    `kind` is shuffled, preceding or thinned, `special` bool [256] tells which classes have a tier, `keep_share` is the
-    probability with which a thinned separator stays, `seed` that of the run.
+    `kind` is shuffled, preceding or thinned, `special` bool [256] marks the classes that have a tier, `keep_share` is
+    the probability with which a thinned separator stays, `seed` that of the run.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def placement_of(attention: AttentionConfig, seed: int) -> Placement | None:
 
 
 class PlacedDataset(Dataset):
-    """Samples of `dataset` with their separators moved. `name` tells its samples from those of other datasets."""
+    """Samples of `dataset` with their separators moved. `name` sets its samples apart from those of other datasets."""
 
     def __init__(self, dataset: Any, placement: Placement, name: str) -> None:
         self.dataset = dataset

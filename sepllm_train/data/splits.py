@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +18,12 @@ from torch.utils.data import Dataset
 
 from data_prep.sample import cache_remedy
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import lock_waiting
+from sepllm_train.base.files import lock_waiting, whole_folder
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
-from sepllm_train.data.dataset import SeparatorDataset, TokenStore
-from sepllm_train.data.order import Blend, Epochs
+from sepllm_train.data.dataset import Blend, Epochs, SeparatorDataset, TokenStore
 from sepllm_train.data.placement import PlacedDataset, Placement, placement_of
-from sepllm_train.distributed.collectives import together
+from sepllm_train.distributed.collectives import on_all_ranks
 
 
 def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, Dataset]]:
@@ -37,14 +34,14 @@ def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, D
     when a source is too short for the sequence length, or the cache cannot be written or is not seen by a rank.
     """
     folder = _index_folder(config, corpus)
-    together(lambda: _write_indices(config, corpus, folder) if dist.get_rank() == 0 else None)
-    return together(lambda: _read_datasets(config, corpus, folder))
+    on_all_ranks(lambda: _write_indices(config, corpus, folder) if dist.get_rank() == 0 else None)
+    return on_all_ranks(lambda: _read_datasets(config, corpus, folder))
 
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """What of a source is trained on and what is held out: tokens of the documents, and samples of one pass over the
-    training documents."""
+    """Training and held-out part of a source: tokens of the documents, and samples of one pass over the training
+    documents."""
 
     training_tokens: int
     held_out_tokens: int
@@ -52,12 +49,12 @@ class SourceSplit:
 
     @property
     def held_out_share(self) -> float:
-        """Share of the tokens that is held out."""
+        """Fraction of the tokens that is held out."""
         return self.held_out_tokens / (self.training_tokens + self.held_out_tokens)
 
 
 def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> list[SourceSplit]:
-    """How each source of the corpus is split; `dataset` and `validation` are what `build_datasets` gave."""
+    """Split of each source of the corpus; `dataset` and `validation` are what `build_datasets` gave."""
     parts = dataset.datasets if isinstance(dataset, Blend) else [dataset]
     splits = []
     for source, endless in zip(corpus.sources, parts, strict=True):
@@ -70,16 +67,15 @@ def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> l
 
 def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
     """Make the index folder whole or not at all, one process at a time."""
-    with _locked(folder, cache_remedy(config.data.cache)):
+    remedy = cache_remedy(config.data.cache)
+    with _locked(folder, remedy):
         if folder.exists():
             return
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for source in corpus.sources:
-            _source_datasets(config, source, partial)
-        for source in corpus.validation:
-            _whole(config, source, partial)
-        os.replace(partial, folder)
+        with whole_folder(folder, remedy) as partial:
+            for source in corpus.sources:
+                _source_datasets(config, source, partial)
+            for source in corpus.validation:
+                _whole(config, source, partial)
 
 
 def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Dataset, dict[str, Dataset]]:

@@ -60,7 +60,7 @@ def measure(backend: str, mebibytes: int) -> dict[str, Any]:
 
 
 def measure_here(backend: str, processes: int, mebibytes: int) -> dict[str, Any]:
-    """`measure` in that many new processes on this machine; {"error": sentence} when it fails or takes too long."""
+    """`measure` in that many new processes on this machine; {"error": message} when it fails or takes too long."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

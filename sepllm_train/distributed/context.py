@@ -4,7 +4,7 @@ Sequences are cut into 2C chunks, of which rank r of C holds chunks r and 2C - 1
 grows about linearly with its place, so that the sums of all ranks are alike. megatron-core's rotary embedding cuts the
 same way (`rope_utils.get_pos_emb_on_this_cp_rank`).
 
-Let R be a layer's reach: beyond it, a query sees nothing but the keys of tier 1, which are seen for ever. A chunk of
+Let R be a layer's reach: beyond it, a query sees nothing but the permanent (global) keys, those of tier 1. A chunk of
 queries [a, b) then sees the keys of tier 1 before a - R + 1 and, nearer, possibly any key. These keys in ascending
 order make a shorter *virtual sequence* whose last positions are the queries. Distances below R, document boundaries
 and the order of keys are as in the real sequence, so that the layer's window and horizons hold in it unchanged. A full
@@ -111,7 +111,7 @@ class VirtualChunk:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """What one rank sends, receives and reads in the layers of one reach.
+    """Traffic of one rank in the layers of one reach: keys it sends, receives and reads.
 
     The rank's *pool* holds its own keys (row l * B + b is its token l of sequence b), then the received ones in rank
     order, then one row of zeros.

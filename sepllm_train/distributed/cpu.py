@@ -48,7 +48,7 @@ class CudaOnCpu(TorchFunctionMode):
 
 
 def installed() -> bool:
-    """Whether `install` has been called in this process."""
+    """True once `install` has been called in this process."""
     return _active is not None
 
 
@@ -81,14 +81,14 @@ def undisturbed() -> Any:
 
 
 def _is_cuda(device: Any) -> bool:
-    """Whether `device` (name, torch.device or None) is a GPU."""
+    """True when `device` (name, torch.device or None) is a GPU."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
 
 
 def _called_by_optimizer() -> bool:
-    """Whether the code two frames up belongs to megatron-core's optimizer."""
+    """True when the code two frames up belongs to megatron-core's optimizer."""
     return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core.optimizer")
 
 

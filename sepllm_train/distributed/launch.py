@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from sepllm_train.base.quiet import quiet
-from sepllm_train.config.schema import Config, ParallelConfig
+from sepllm_train.config.schema import Config, ParallelConfig, require
+from sepllm_train.distributed.collectives import not_all_arrived
 from sepllm_train.distributed.context import ContextGroup
-from sepllm_train.distributed.lost import not_all_arrived
-from sepllm_train.distributed.orphans import end_with_parent
+from sepllm_train.distributed.processes import end_with_parent
 
 with quiet():
     from megatron.core import parallel_state, tensor_parallel
@@ -23,7 +23,7 @@ with quiet():
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process, as torchrun tells it; one process alone when it tells nothing."""
+    """Place of this process in the environment that torchrun sets; one process alone without it."""
 
     rank: int
     world_size: int
@@ -32,8 +32,11 @@ class Launch:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that talks to the user."""
+        """True for the process that talks to the user."""
         return self.rank == 0
+
+
+ALONE = Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)
 
 
 def launch_from_environment() -> Launch:
@@ -67,8 +70,27 @@ def process_grid(config: Config, launch: Launch) -> Iterator[torch.device]:
 
 
 @contextmanager
+def alone(config: Config | None = None) -> Iterator[torch.device]:
+    """One process as megatron-core's whole grid, taken down in any case; a grid of one that is set up is used."""
+    if parallel_state.model_parallel_is_initialized():
+        require(dist.get_world_size() == 1, "an analysis runs in one process: start it without torchrun.")
+        yield device_of(ALONE)
+        return
+    try:
+        with process_grid(config or Config(), ALONE) as device:
+            yield device
+    except BaseException:
+        # The grid leaves this to the end of the process, which here may continue.
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
+@contextmanager
 def reading_group(launch: Launch) -> Iterator[None]:
-    """Processes that only read data together: what a dry run needs of the grid."""
+    """Group of processes that only read data: the part of the grid that a dry run needs."""
     with _process_group(launch, "gloo", ParallelConfig.timeout_seconds):
         yield
 
@@ -99,7 +121,7 @@ def _process_group(launch: Launch, backend: str, timeout_seconds: float) -> Iter
 def _end_with_launcher() -> None:
     """Get SIGTERM when torchrun is gone, so that a killed one leaves no rank that trains on and holds the run folder.
 
-    Linux alone has that; where it cannot be had, ranks end at the next checkpoint, for which they need the store.
+    Linux alone has that; where it is not available, ranks end at the next checkpoint, for which they need the store.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
@@ -107,7 +129,7 @@ def _end_with_launcher() -> None:
 
 @contextmanager
 def model_parallel(config: Config, device: torch.device) -> Iterator[None]:
-    """Parallel groups and random number generators of megatron-core, inside torch.distributed's default group."""
+    """Parallel groups and RNG state of megatron-core, inside torch.distributed's default group."""
     if device.type == "cpu":
         from sepllm_train.distributed import cpu
 

@@ -19,12 +19,12 @@ APEX_NORMS = {"layernorm": "FusedLayerNorm", "rmsnorm": "FusedRMSNorm"}
 
 
 def optional_packages() -> str:
-    """One line that says which optional packages are importable and what is used in place of the others."""
+    """One line that names the optional packages which are importable, and what is used in place of the others."""
     parts = []
     for name, module, use, instead in OPTIONAL:
         found = importlib.util.find_spec(module) is not None
         parts.append(f"{name} {'found: ' + use if found else 'not found: ' + instead + ' instead'}")
-    return "optional packages: " + "; ".join(parts)
+    return "optional packages: " + " | ".join(parts)
 
 
 def apex_norm(norm: str, *, cuda: bool) -> type[Any] | None:

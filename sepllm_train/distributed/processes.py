@@ -1,13 +1,18 @@
-"""Programs that are started, watched and ended from outside: a launcher and the ranks that it starts."""
+"""Processes of this machine: programs that are started and ended from outside, and ranks that end with a launcher."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -55,3 +60,9 @@ def send(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when its parent is gone, however that ended. Linux alone has that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -20,7 +20,7 @@ from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, EXIT_LOST
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# A worker that ends with one of these has said why.
+# A worker that ends with one of these has printed the reason.
 TOLD_BY_WORKERS = (EXIT_USER_ERROR, EXIT_BAD_STEPS, EXIT_LOST_RANK, EXIT_INTERRUPTED)
 
 
@@ -65,7 +65,7 @@ def _leave_signals_to_workers() -> None:
 
 
 def _exit_code(failures: dict[int, ProcessFailure]) -> int:
-    """Exit code of the first failure, which is also told in a sentence where the worker cannot have told it."""
+    """Exit code of the first failure, which is also reported where the worker cannot have done so."""
     # Once a worker has failed, torchrun ends the others with SIGTERM: those are no causes.
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     code = failure.exitcode

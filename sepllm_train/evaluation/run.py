@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -24,7 +23,7 @@ from lm_eval.api.instance import Instance
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
@@ -126,7 +125,7 @@ def evaluate(
             results.append(result)
             if output is not None:
                 path = result_path(output, task.name, attention.label)
-                write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+                write_json(path, result)
     return results
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.runs.open import open_run
 
 CACHES = ("sep", "streaming", "fixed", "pattern", "full")
 POSITIONS = ("cache", "training", "absolute")
@@ -86,7 +87,8 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
     if (path / "config.yaml").is_file():
         from sepllm_train.hf.export import in_memory
 
-        model, _, found = in_memory(path, dtype=kind, tokenizer=tokenizer)
+        run = open_run(path, tokenizer=tokenizer)
+        model, found = in_memory(run, kind), run.tokenizer
     elif (path / "config.json").is_file():
         model = _load(path, kind)
         found = load_tokenizer(tokenizer or _tokenizer_file(path))

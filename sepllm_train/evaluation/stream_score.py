@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from sepllm_train.base.console import duration, quantity, say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json, write_json
 from sepllm_train.evaluation.stream_model import CACHES, CacheOptions, Opened, check_context
 from sepllm_train.evaluation.stream_state import FOLDER, load_state, save_state
 from sepllm_train.evaluation.stream_text import WORKING_FILES, TokenStream
@@ -105,12 +105,9 @@ def check_output(output: Path) -> None:
 def read_result(folder: Path) -> dict[str, Any]:
     """`folder`/result.json. Raises UserError when it is not there or not what `score` writes."""
     path = folder / RESULT
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: finish the stream with stream.py score.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): {_SCORE_AGAIN}.") from None
+    if not path.exists():
+        raise UserError(f"{path} is not there: finish the stream with stream.py score.")
+    result = read_json(path, _SCORE_AGAIN, nan=True)
     if not _is_result(result):
         raise UserError(f"{path} is not what stream.py score writes: {_SCORE_AGAIN}.")
     return result
@@ -182,7 +179,7 @@ def score(
         "points": progress.points,
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(output / RESULT, result)
     _clean(output)
     say(f"perplexity {result['perplexity']:.3f} over {progress.tokens:,} tokens; {output / RESULT}")
     return result

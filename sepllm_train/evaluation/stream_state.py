@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import sync_folder, write_whole
+from sepllm_train.base.files import read_json, restore_folder, whole_folder, write_json
 
 FOLDER = "state"
 _SLOTS = ("length", "limit", "seen", "position", "reach")
@@ -22,23 +19,12 @@ def save_state(folder: Path, cache: Any, progress: dict[str, Any]) -> None:
     """Write cache and progress to `folder`/state, whole or not at all."""
     from safetensors.torch import save_file
 
-    aside, place, old = (folder / f"{FOLDER}{suffix}" for suffix in (".new", "", ".old"))
-    if old.exists() and not place.exists():
-        # A stop between the two renames below: this is the only copy.
-        old.rename(place)
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors, numbers = cache_tensors(cache)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "cache.safetensors")
-    with open(aside / "cache.safetensors", "rb") as file:
-        os.fsync(file.fileno())
-    write_whole(aside / "progress.json", json.dumps({**progress, "cache": numbers}).encode())
-    if place.exists():
-        place.rename(old)
-    aside.rename(place)
-    sync_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    place = folder / FOLDER
+    restore_folder(place)
+    with whole_folder(place) as aside:
+        tensors, numbers = cache_tensors(cache)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "cache.safetensors")
+        write_json(aside / "progress.json", {**progress, "cache": numbers})
 
 
 def load_state(folder: Path, cache: Any) -> dict[str, Any] | None:
@@ -49,12 +35,12 @@ def load_state(folder: Path, cache: Any) -> dict[str, Any] | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    # A stop between the two renames leaves the older one beside.
-    place = next((folder / name for name in (FOLDER, f"{FOLDER}.old") if (folder / name).is_dir()), None)
-    if place is None:
+    place = folder / FOLDER
+    restore_folder(place)
+    if not place.is_dir():
         return None
     try:
-        progress: dict[str, Any] = json.loads((place / "progress.json").read_text())
+        progress = read_json(place / "progress.json", "it is damaged", nan=True)
         tensors = load_file(place / "cache.safetensors", device=str(cache.pattern.tier_of_token.device))
         fill_cache(cache, tensors, progress["cache"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

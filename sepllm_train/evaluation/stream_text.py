@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, write_json
 
 TOKENS = "tokens.bin"
 _ABOUT = "tokens.json"
@@ -78,7 +77,7 @@ class TokenStream:
             # In this order a stop leaves tokens that are made again, never those of another text.
             (folder / _ABOUT).unlink(missing_ok=True)
             aside.replace(path)
-            write_whole(folder / _ABOUT, json.dumps({**about, "count": count}).encode())
+            write_json(folder / _ABOUT, {**about, "count": count})
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another --output.") from None
         finally:
@@ -114,7 +113,6 @@ class TokenStream:
 def _is_whole(path: Path, beside: Path, about: dict[str, Any]) -> bool:
     """Whether `path` holds the tokens of `about`, all of them, as the file `beside` it says."""
     try:
-        found: dict[str, Any] = json.loads(beside.read_text())
-        return found == {**about, "count": path.stat().st_size / _TYPE.itemsize}
-    except (OSError, ValueError):
+        return read_json_if_any(beside) == {**about, "count": path.stat().st_size / _TYPE.itemsize}
+    except OSError:
         return False

@@ -85,12 +85,11 @@ def _run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, then generate. Raises UserError for whatever a user can mend."""
     # Imported late: torch and megatron-core take seconds, which --help should not cost.
     from sepllm_train.config.schema import require
-    from sepllm_train.distributed.launch import launch_from_environment, process_grid
-    from sepllm_train.distributed.lost import lost_rank
+    from sepllm_train.distributed.collectives import lost_rank
+    from sepllm_train.distributed.launch import alone, launch_from_environment, process_grid
     from sepllm_train.generation.choice import CacheChoice
     from sepllm_train.generation.sampling import Sampling
-    from sepllm_train.runs.folder import alone, read_config
-    from sepllm_train.runs.opened import config_for
+    from sepllm_train.runs.open import config_for, read_config
 
     launch = launch_from_environment()
     texts = _prompts(arguments)
@@ -140,24 +139,23 @@ def _generate(
     device: Any,
 ) -> None:
     """Open the run inside the process grid, continue `texts` and tell the result."""
-    from sepllm_train.distributed.collectives import together
+    from sepllm_train.distributed.collectives import on_all_ranks
     from sepllm_train.generation.generate import generate
     from sepllm_train.generation.native import NativeCache
     from sepllm_train.generation.text import TextStream
-    from sepllm_train.runs.opened import load_run
-    from sepllm_train.runs.source import open_source
+    from sepllm_train.runs.open import open_run
 
-    opened = together(lambda: open_source(arguments.run_folder, arguments.checkpoint, arguments.tokenizer))
-    tokenizer = opened.tokenizer
+    run = on_all_ranks(lambda: open_run(arguments.run_folder, arguments.checkpoint, tokenizer=arguments.tokenizer))
+    pattern, tokenizer = on_all_ranks(lambda: (run.token_pattern, run.tokenizer))
     try:
-        chosen = choice.resolve(opened.pattern, tokenizer)
+        chosen = choice.resolve(pattern, tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from None
     # What a text goes on from, for want of a prompt, is the end of another document.
     prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
     note(chosen.line)
     _warn(chosen, max(map(len, prompts)) + arguments.tokens, config.data.sequence_length)
-    model = load_run(opened, config, device)
+    model = run.load_model(config, device)
     cache = NativeCache(model, chosen.pattern, chosen.policies, len(prompts), positions=chosen.positions)
 
     live = launch.main and len(prompts) == 1 and not arguments.json

@@ -10,89 +10,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sep_attention import FOREVER
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
-from sepllm_train.hf.card import model_card
-from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import altered_export, refuse_existing, whole_folder, write_mark
+from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
 from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
+from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
-from sepllm_train.runs.source import Source, open_source
-from sepllm_train.training.checkpoint.files import newest, step_of
+from sepllm_train.runs.open import TrainedRun
 from sepllm_train.training.checkpoint.load import SafeReader
 
 # What a checkpoint holds besides weights.
 _OTHERS = ("optimizer.", "rng.")
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sepllm
+---
+"""
+_IMPORTS_SEPARATORS = ("from sepllm_train.hf import load_model", "from transformers import AutoTokenizer")
+_IMPORTS_DENSE = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
+_LOAD_SEPARATORS = """`load_model` lets the model attend by the pattern that it was trained with (`pip install
+'sepllm-train[hf]'`). With full attention it is another model with other losses, so transformers alone refuses to load
+it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. To look at it with full attention all the
+same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa")`.
+"""
+_LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
 
 
-def in_memory(
-    run_folder: Path | str,
-    step: int | None = None,
-    dtype: torch.dtype | None = torch.float32,
-    *,
-    tokenizer: Path | str | None = None,
-) -> tuple[Any, TokenPattern | None, Tokenizer]:
-    """A run as (model of transformers on the CPU, the pattern it was trained with, its tokenizer); writes nothing.
+def in_memory(run: TrainedRun, dtype: torch.dtype | None = torch.float32) -> Any:
+    """A run as a model of transformers on the CPU; writes nothing.
 
-    step: number of the checkpoint, None for the newest whole one. dtype: of the weights, None for the run's; a wider
-    one adds nothing, since the finer copies that an optimizer has are not the model that was validated. tokenizer: its
-    file where it is not beside the run's data. The data itself is not needed. The pattern is None for a run that
-    attends fully; otherwise the model attends fully until the pattern is put on it (sepllm_train.hf.apply_pattern).
+    dtype: of the weights, None for the run's; a wider one adds nothing, since the finer copies that an optimizer has
+    are not the model that was validated. The run's data is not needed. A model that was trained with separators
+    attends fully until the pattern is put on it (sepllm_train.hf.apply_pattern).
 
-    Raises UserError as `open_source` and `model_type` do.
-    """
-    source = open_source(run_folder, step, tokenizer)
-    own = None if source.pattern.dense else source.pattern
-    return build(source, dtype or _dtype_of(source)), own, source.tokenizer
-
-
-def build(source: Source, dtype: torch.dtype) -> Any:
-    """The model of transformers of a run, on the CPU, with weights of `dtype`.
-
-    Raises UserError as `model_type` does, and when `dtype` cannot hold the weights.
+    Raises UserError as `TrainedRun.token_pattern` and `model_type` do, and when `dtype` cannot hold the weights.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-    config = to_theirs(source.config, source.vocabulary, source.tokenizer.eod)
+    pattern, end = run.token_pattern, run.tokenizer.eod
+    config = to_theirs(run.config, run.vocabulary, end)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    tensors = dict(_tensors(source, dtype))
+    dtype = dtype or PRECISIONS[run.config.training.precision]
+    tensors = dict(_tensors(run, dtype))
     model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     _check_filled(model, info)
-    if not source.pattern.dense:
-        setattr(model.config, CONFIG_KEY, source.pattern.to_dict())
-    end = source.tokenizer.eod
+    if not pattern.dense:
+        setattr(model.config, CONFIG_KEY, pattern.to_dict())
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     return model.eval()
 
 
-def export_run(
-    run_folder: Path | str,
-    output: Path | str,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-    tokenizer: Path | str | None = None,
-    overwrite: bool = False,
-) -> None:
+def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None, overwrite: bool = False) -> None:
     """Write a run to the folder `output`, which appears when its logits were found equal to those of the run.
 
-    dtype: fp32, bf16 or fp16, None for the run's precision. Other arguments as for `in_memory`. Raises UserError as
-    `open_source` and `model_type` do, for an `output` that is there, when the logits differ, and without a `step` when
-    the newest checkpoint is damaged. overwrite: replace an `output` that is still what an export wrote, byte by byte.
+    dtype: fp32, bf16 or fp16, None for the run's precision. overwrite: replace an `output` that is still what an export
+    wrote, byte by byte. Raises UserError as `in_memory` does, for an `output` that exists, when the logits differ, and
+    when a newer checkpoint was skipped because it is damaged.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -100,48 +89,48 @@ def export_run(
     logging.disable_progress_bar()
     output = Path(output)
     refuse_existing(output, altered_export, overwrite=overwrite)
-    if step is None:
-        _refuse_older(Path(run_folder))
-    source = open_source(run_folder, step, tokenizer)
-    precision = dtype or source.config.training.precision
+    _refuse_older(run)
+    pattern, tokenizer = run.token_pattern, run.tokenizer
+    precision = dtype or run.config.training.precision
     one_of("--dtype", precision, tuple(PRECISIONS))
     with whole_folder(output) as aside:
-        model = build(source, PRECISIONS[precision])
+        model = in_memory(run, PRECISIONS[precision])
         model.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):
             # Written so that nobody but the user may read it.
             shutil.copymode(aside / "config.json", file)
         architecture, parameters = type(model).__name__, model.num_parameters()
         del model
-        if not source.pattern.dense:
+        if not pattern.dense:
             _guard(aside / "config.json")
-        note = save_tokenizer(source.tokenizer, aside)
+        note = save_tokenizer(tokenizer, aside)
         theirs, info = AutoModelForCausalLM.from_pretrained(
             aside, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         _check_filled(theirs, info)
-        differences = compare(_sides(source, PRECISIONS[precision]), theirs)
-        card = model_card(source, architecture, differences, precision, note)
+        sides = Sides(
+            run.config, run.vocabulary, run.checkpoint.path, run.classes, tokenizer.eod, PRECISIONS[precision]
+        )
+        differences = compare(sides, theirs)
+        card = model_card(run, architecture, differences, precision, note)
         write_whole(aside / "README.md", card.encode())
         write_mark(aside)
     if note is not None:
-        say(f"warning: {output} has no tokenizer of transformers, only {source.tokenizer.path.name}: {note}")
+        say(f"warning: {output} has no tokenizer of transformers, only {tokenizer.path.name}: {note}")
     largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
     say(
-        f"{output}: {architecture} of {parameters:,} parameters in {precision}, from step "
-        f"{source.state['state']['step']}; largest difference of logits {largest}"
+        f"{output}: {architecture} of {parameters:,} parameters in {precision}, from step {run.checkpoint.step}; "
+        f"largest difference of logits {largest}"
     )
 
 
-def _refuse_older(run_folder: Path) -> None:
+def _refuse_older(run: TrainedRun) -> None:
     """Raise UserError when the newest checkpoint is damaged: older weights must not be given on unnoticed."""
-    damaged: dict[Path, str] = {}
-    whole = newest(run_folder, damaged)
-    if whole is not None and damaged:
-        checkpoint, reason = next(iter(damaged.items()))
+    if run.skipped:
+        checkpoint, reason = next(iter(run.skipped.items()))
         raise UserError(
-            f"the newest checkpoint {checkpoint} is damaged ({reason}): give --checkpoint {step_of(whole)} to export "
-            "the newest whole one."
+            f"the newest checkpoint {checkpoint} is damaged ({reason}): give --checkpoint {run.checkpoint.step} to "
+            "export the newest whole one."
         )
 
 
@@ -153,30 +142,20 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
         raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
 
 
-def _sides(source: Source, dtype: torch.dtype) -> Sides:
-    return Sides(source.config, source.vocabulary, source.checkpoint, source.classes, source.tokenizer.eod, dtype)
-
-
 def _guard(path: Path) -> None:
     """Name our attention in config.json: transformers loads no model with an attention that nobody has registered."""
     content = json.loads(path.read_text(encoding="utf8"))
-    write_whole(path, (json.dumps({**content, "attn_implementation": ATTENTION}, indent=2) + "\n").encode())
+    write_json(path, {**content, "attn_implementation": ATTENTION}, indent=2)
 
 
-def _dtype_of(source: Source) -> torch.dtype:
-    return PRECISIONS[source.config.training.precision]
-
-
-def _tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read or `dtype` is too small."""
-    family = FAMILIES[model_type(source.config)]
-    for name, whole in _weights(source.checkpoint):
-        for target, tensor in weights.to_theirs(family, source.config.model, source.vocabulary, name, whole):
+    family = FAMILIES[model_type(run.config)]
+    for name, whole in _weights(run.checkpoint.path):
+        for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
             converted = tensor.to(dtype)
             if not converted.isfinite().all():
-                raise UserError(
-                    f"{source.folder} has weights in {target} that {dtype} cannot hold: use another --dtype."
-                )
+                raise UserError(f"{run.folder} has weights in {target} that {dtype} cannot hold: use another --dtype.")
             yield target, converted
 
 
@@ -196,3 +175,73 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({first_line(error)}).") from None
+
+
+def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
+    """README.md of an exported run.
+
+    differences: largest difference of logits by pattern. note: on the tokenizer, or None.
+    """
+    model, pattern = run.config.model, run.token_pattern
+    separators = not pattern.dense
+    largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
+    lines = [
+        _FRONT,
+        f"# {run.config.name}",
+        "",
+        f"A `{architecture}` from sepllm-train: {model.layers} layers of {model.hidden} features, "
+        f"{model.heads} heads, {run.vocabulary:,} vocabulary entries, context of "
+        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. Checkpoint of step {run.checkpoint.step:,}, "
+        f"after {run.checkpoint.tokens:,} tokens.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *(_IMPORTS_SEPARATORS if separators else _IMPORTS_DENSE),
+        "",
+        f'model = {"load_model" if separators else "AutoModelForCausalLM.from_pretrained"}("FOLDER")',
+        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if note is None else []),
+        "```",
+        "",
+        _LOAD_SEPARATORS if separators else _LOAD_DENSE,
+        *([f"There is no tokenizer of transformers here: {note}", ""] if note is not None else []),
+        *(_pattern_lines(pattern) if separators else []),
+        "## Checked",
+        "",
+        f"The files were read again, and their logits compared in fp32 with those of the training code: the largest "
+        f"difference is {largest}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _pattern_lines(pattern: TokenPattern) -> list[str]:
+    """Lines on the keys that each token attends to."""
+    windows = sorted(set(pattern.windows))
+    of_layers = {window: [n for n, own in enumerate(pattern.windows) if own == window] for window in windows}
+    lines = [
+        "## Attention",
+        "",
+        "Key j is visible to query i when `0 <= i - j < max(n, R(j))`. `sepllm_attention` in config.json holds:",
+        "",
+        *(
+            f"- n = {_counted(window)}" + ("" if len(windows) == 1 else f" in layers {', '.join(map(str, layers))}")
+            for window, layers in of_layers.items()
+        ),
+        f"- the first {pattern.initial} tokens are visible for ever",
+    ]
+    if pattern.interval is not None:
+        lines.append(f"- so is every token at a multiple of {pattern.interval}")
+    else:
+        lines += [
+            f"- {count:,} vocabulary entries are separators with R = {_counted(horizon)}"
+            for horizon, count in zip(pattern.horizons, pattern.tier_of_token.bincount().tolist()[1:], strict=False)
+            if count
+        ]
+    if pattern.end_of_document is not None:
+        lines.append(f"- all of it starts anew after token {pattern.end_of_document}, the end of a document")
+    return [*lines, ""]
+
+
+def _counted(count: int) -> str:
+    return "without end" if count >= FOREVER else f"{count:,} tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,22 +16,22 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, whole_folder, write_json, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus
+from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
-from sepllm_train.hf.architecture import FAMILIES, read_theirs, to_ours
-from sepllm_train.hf.classes import attention_of
-from sepllm_train.hf.compare import Sides, compare
-from sepllm_train.hf.folder import SafetensorsFolder, read_object, refuse_existing, whole_folder
+from sepllm_train.hf.architecture import FAMILIES, attention_of, read_theirs, to_ours
+from sepllm_train.hf.folder import refuse_existing
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
+from sepllm_train.hf.verify import Sides, compare
+from sepllm_train.hf.weights import SafetensorsFolder
 from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.folder import alone
-from sepllm_train.runs.source import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.runs.variations import base_attention
+from sepllm_train.runs.vocabulary import TOKENIZER_NAMES, header_classes, pad_classes
 from sepllm_train.training import checkpoint as checkpoints
 from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
 from sepllm_train.training.setup import Training
@@ -49,7 +48,7 @@ _IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of the tokens: the tokenizer's file (None without one), its hash, the class of each entry of the
+    """Facts known of the tokens: the tokenizer's file (None without one), its hash, the class of each entry of the
     model's vocabulary (u8 [V], None when not known), and the id that ends a document."""
 
     tokenizer: Tokenizer | None
@@ -85,12 +84,16 @@ def import_model(
     corpus = open_corpus(DataConfig(source="prefixes", prefixes=list(data))) if data else None
     words = _vocabulary(folder, corpus, theirs.vocab_size)
     config = _config(theirs, tensors, output, words, attention, data)
+    vocabulary = theirs.vocab_size
+    recorded = checkpoints.identity(config, vocabulary, {} if corpus is None else corpus.identity(), words.sha256)
+    classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
     with whole_folder(output) as aside:
-        saved = _save(config, theirs.model_type, tensors, aside, _identity(config, corpus, words))
-        _describe(config, folder, aside, words, _identity(config, corpus, words))
+        saved = _save(config, theirs.model_type, tensors, aside, recorded)
+        _describe(config, folder, aside, words, recorded)
         model = _load(folder)
         parameters = model.num_parameters()
-        differences = compare(_sides(config, saved, words), model)
+        rounded = PRECISIONS[config.training.precision]
+        differences = compare(Sides(config, vocabulary, saved, classes, words.end_of_document, rounded), model)
     largest = ", ".join(f"{value:.2g} ({name})" for name, value in differences.items())
     say(
         f"{output}: {type(model).__name__} of {parameters:,} parameters as step 0 in {config.training.precision}, "
@@ -99,8 +102,8 @@ def import_model(
 
 
 def _trained(output: Path) -> str | None:
-    """Why a folder is not an imported model as it was written, or None."""
-    status = read_object(output / "run.json").get("status")
+    """Reason why a folder is not an imported model as it was written, or None."""
+    status = read_json_if_any(output / "run.json").get("status")
     if status != _IMPORTED:
         return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
     later = [checkpoint.name for checkpoint in checkpoints_of(output) if step_of(checkpoint) > 0]
@@ -190,7 +193,7 @@ def _precision(tensors: SafetensorsFolder, names: set[str]) -> str:
 
 
 def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary:
-    """What is known of the tokens, from the data if there is some, and from the tokenizer in the model's folder."""
+    """Find what is known of the tokens, from the data if there is some and the tokenizer in the model's folder."""
     own = []
     # SentencePiece's file first: a tokenizer.json beside it was made from it.
     for path in (folder / name for name in sorted(TOKENIZER_NAMES.values(), reverse=True)):
@@ -222,13 +225,6 @@ def _check_names(wanted: set[str], model: ModelConfig, kind: str, tensors: Safet
     tied = {family.outside[weights.OUTPUT]} if model.tied_embeddings else set()
     extra = sorted(name for name in tensors.names - wanted - tied if not name.endswith(family.ignored))
     require(not extra, f"{tensors.folder} has a tensor {extra[:1]}, which our model has no place for.")
-
-
-def _identity(config: Config, corpus: Corpus | None, words: Vocabulary) -> dict[str, Any]:
-    """What the checkpoint has on record of the run it is of."""
-    assert config.model.vocabulary is not None
-    data = {} if corpus is None else corpus.identity()
-    return checkpoints.identity(config, config.model.vocabulary, data, words.sha256)
 
 
 @torch.no_grad()
@@ -269,13 +265,6 @@ def _describe(
         "identity": identity,
         "steps": 0,
     }
-    write_whole(run_folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(run_folder / "run.json", run, indent=2)
     if words.tokenizer is not None:
         shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])
-
-
-def _sides(config: Config, saved: Path, words: Vocabulary) -> Sides:
-    vocabulary = config.model.vocabulary
-    assert vocabulary is not None
-    classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
-    return Sides(config, vocabulary, saved, classes, words.end_of_document, PRECISIONS[config.training.precision])

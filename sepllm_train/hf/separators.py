@@ -1,4 +1,4 @@
-"""Which tokens of a transformers model's vocabulary are separators, and the pattern it was trained with."""
+"""Separators among the tokens of a transformers model, and the pattern it was trained with."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.tokenizers import SPACE_MARK, Tokenizer
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.runs.source import TOKENIZER_NAMES
+from sepllm_train.runs.vocabulary import TOKENIZER_NAMES
 
 # Types of pieces and models in SentencePiece's file format.
 _CONTROL, _USER_DEFINED = 3, 4

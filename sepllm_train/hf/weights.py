@@ -5,12 +5,17 @@ Shape letters: L layers, G key-value heads, P query heads of each, D features of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.config.schema import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -19,6 +24,8 @@ VOCABULARY = (EMBEDDING, OUTPUT)
 _LAYERS = "decoder.layers."
 _QKV = "self_attention.linear_qkv.weight"
 _GATE_UP = "mlp.linear_fc1.weight"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,3 +143,72 @@ def _cut(family: Family, model: ModelConfig, inside: str, tensor: Tensor) -> tup
     # [G, P + 2, D, E]: a key-value head's queries, then its key and its value.
     groups = tensor.unflatten(0, (model.query_groups, -1, model.head_dim))
     return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+
+
+class SafetensorsFolder:
+    """The tensors of a transformers model by name, read one at a time.
+
+    Raises UserError when there are none in safetensors' format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = self._find()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor. Raises UserError when it is not there or its file cannot be read."""
+        if name not in self._files:
+            raise UserError(f"{self.folder} has no tensor {name}: it is not the model of its config.json.")
+        with self._open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def types(self, names: Iterable[str]) -> set[str]:
+        """safetensors' names of the types of these tensors, such as F32. Raises UserError as `read` does."""
+        by_file: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_file.setdefault(self._files[name], []).append(name)
+        found = set()
+        for file_name, mine in by_file.items():
+            with self._open(file_name) as file:
+                found |= {file.get_slice(name).get_dtype() for name in mine}
+        return found
+
+    @contextmanager
+    def _open(self, file_name: str) -> Iterator[Any]:
+        """A file to read tensors of in the block. Raises UserError where that fails."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / file_name
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again.") from None
+
+    def _find(self) -> dict[str, str]:
+        """The file of each tensor."""
+        from safetensors import SafetensorError, safe_open
+
+        index, single = self.folder / _INDEX, self.folder / _SINGLE
+        try:
+            if index.is_file():
+                files = dict(json.loads(index.read_text(encoding="utf8"))["weight_map"])
+                if all(Path(file).name == file for file in files.values()):
+                    return files
+                raise ValueError("it names files outside of the folder")
+            if single.is_file():
+                with safe_open(single, framework="pt") as file:
+                    return dict.fromkeys(file.keys(), _SINGLE)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"the weights in {self.folder} cannot be read ({first_line(error)}).") from None
+        if any(self.folder.glob("*.bin")):
+            raise UserError(
+                f"{self.folder} has its weights as pickles (.bin), which can run code when they are read: convert them "
+                "to safetensors with transformers' save_pretrained."
+            )
+        raise UserError(f"{self.folder} has no {_SINGLE}: give the folder of a transformers model.")

@@ -1,4 +1,4 @@
-"""FLOPs of training, counted honestly, and the size of a model.
+"""FLOPs of training, the size of a model, and the peak arithmetic of known accelerators.
 
 A multiply-add is two FLOPs. Only matrix multiplications are counted: softmax, norms, activations, rotary embeddings,
 biases, the optimizer and the lookup of embeddings are not (together a few percent of a small model, less of a large
@@ -46,10 +46,10 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the matrix multiplications of a transformer depend on.
+    """Sizes that the matrix multiplications of a transformer depend on.
 
     `vocabulary` counts the entries the LM head multiplies, padding included; `ffn` is the width after the gate;
-    `gated` says that the MLP has a gate of the same width beside its input projection.
+    `gated`: the MLP has a gate of the same width beside its input projection.
     """
 
     layers: int
@@ -86,7 +86,7 @@ def shape_of(model: ModelConfig, padded_vocabulary: int) -> ModelShape:
 class FlopsCounter:
     """Training FLOPs of a model on sequences of `sequence_length` tokens, in the three conventions.
 
-    `dense` says that every layer is plain causal attention; only the paper's convention asks for it. All counts are
+    `dense`: every layer is plain causal attention; only the paper's convention asks for it. All counts are
     whole numbers and linear in tokens and pairs (the paper's up to rounding), so they may be taken per step or over a
     whole run.
     """
@@ -111,7 +111,7 @@ class FlopsCounter:
         return self.shape.layers * tokens * (self.sequence_length + 1) // 2
 
     def attended_share(self, tokens: int, pairs: int) -> float:
-        """Share of the causal triangle that `pairs` are, between 0 and 1, averaged over layers."""
+        """Fraction of the causal triangle that `pairs` are, between 0 and 1, averaged over layers."""
         return pairs / self.causal_pairs(tokens)
 
     def _forward(self, tokens: int, pairs: int) -> int:
@@ -155,3 +155,51 @@ def layer_parameters(model: ModelConfig) -> tuple[int, int]:
     sharded = shape_of(model, 0).block_weights + (inner if model.bias else 0)
     whole = 2 * norm_parameters(model) + (2 * model.hidden if model.bias else 0)
     return sharded, whole
+
+
+# Dense bf16 TFLOP/s with fp32 accumulation, from the vendors' data sheets (those quote twice as much "with sparsity").
+# The first name found in the device's name counts, so variants come before the plain name they contain.
+_PEAKS = (
+    ("GB300", 2500.0),
+    ("GB200", 2500.0),
+    ("B300", 2250.0),
+    ("B200", 2250.0),
+    ("B100", 1750.0),
+    ("GH200", 989.4),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.5),
+    ("H100", 989.4),
+    ("H800 PCIe", 756.5),
+    ("H800", 989.4),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("L40S", 362.1),
+    ("L40", 181.1),
+    ("L4", 121.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("MI300X", 1307.4),
+)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak in TFLOP/s of the device that torch calls `device_name`; None when it is not known.
+
+    A slice of a device (MIG) has a fraction of the peak that its name does not show: None as well.
+    """
+    words = device_name.replace("-", " ").replace("_", " ").split()
+    if "MIG" in words:
+        return None
+    for name, peak in _PEAKS:
+        wanted = name.split()
+        # Whole words, so that L4 is not found in L40 nor A10 in A100; "H100 PCIe" may have the memory size between.
+        if all(word in words for word in wanted):
+            return peak
+    return None

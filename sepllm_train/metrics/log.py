@@ -76,7 +76,7 @@ class MetricsLog:
         write_whole(self.path, b"".join(kept))
 
     def has(self, step: int, key: str) -> bool:
-        """Whether there is a record of `step` with `key`."""
+        """True when there is a record of `step` with `key`."""
         records = [json.loads(line) for line in self.waiting]
         if self.path.exists():
             records += [json.loads(line) for line in self.path.read_bytes().splitlines() if _step(line) == step]

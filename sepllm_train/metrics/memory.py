@@ -31,7 +31,7 @@ def memory_estimate(
     """Bytes on the rank that needs the most: `weights`, `gradients`, `optimizer`, `activations` and their `total`.
 
     `replicas` is the data-parallel size, `device` the device's type, `attended_share` that of the causal triangle:
-    with context parallelism it tells how many keys are fetched from other ranks. Weights are kept in the training
+    with context parallelism the keys that are fetched from other ranks follow from it. Weights are kept in the training
     precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
     copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them. `activations` is
     the peak of what comes and goes within a step: the worse of the loss and the output layer's gradient, and the
@@ -137,7 +137,7 @@ def _micro_batches_in_flight(config: Config, replicas: int, stage: int) -> float
 
 
 def _layer(config: Config, attended_share: float, device: str) -> _LayerBytes:
-    """What one layer needs on `device`, in bytes per token of a rank's part of the sequence."""
+    """Needs of one layer on `device`, in bytes per token of a rank's part of the sequence."""
     model, tensor, element = config.model, config.parallel.tensor, _element(config)
     compiled = config.training.compile
     gathered = float(element * model.hidden)

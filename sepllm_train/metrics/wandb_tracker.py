@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import netrc
 import os
 import queue
@@ -19,7 +18,7 @@ from urllib.parse import urlparse
 import psutil
 
 from sepllm_train.base.errors import first_line
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, write_json
 from sepllm_train.config.schema import LoggingConfig
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.metrics.wandb_file import has_ended
@@ -173,10 +172,10 @@ class WandbTracker:
     def _stored_id(self) -> str:
         """The id in RUN/wandb.json, made at the first start."""
         file = self.folder / "wandb.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(file.read_text(encoding="utf8"))["id"])
+        if known := read_json_if_any(file).get("id"):
+            return str(known)
         new = secrets.token_hex(4)
-        write_whole(file, (json.dumps({"id": new}) + "\n").encode())
+        write_json(file, {"id": new})
         return new
 
     def _remove_earlier(self) -> None:

@@ -69,7 +69,7 @@ class SeparatorAttention(MegatronModule):
         """Attend. query [S, B, H, D], key and value [S, B, Hkv, D] of this rank's heads; gives [S, B, H * D].
 
         S is the whole sequence, also under sequence parallelism; under context parallelism it is this rank's part.
-        Mask and bias are megatron-core's and unused: `packed_seq_params` carries the plan, which tells what is visible,
+        Mask and bias are megatron-core's and unused: `packed_seq_params` carries the plan, which has what is visible,
         and the rotation of queries and keys. A DecodeSequence brings the cache that attends in their place.
         """
         assert packed_seq_params is not None, "the model was called without an attention plan"

@@ -43,7 +43,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
-    """Tell megatron-core that each rank sees a part of the sequence only (`finalize_model_grads` reads this)."""
+    """Mark for megatron-core that each rank sees a part of the sequence only (`finalize_model_grads` reads this)."""
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

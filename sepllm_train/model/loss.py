@@ -56,7 +56,7 @@ class OutputShard:
         return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
     def keeps(self, tokens: int) -> bool:
-        """Whether the logits of `tokens` tokens are one chunk, which waits for the backward pass."""
+        """True when the logits of `tokens` tokens are one chunk, which waits for the backward pass."""
         return not self.chunk or tokens <= self.chunk
 
     def own(self, labels: Tensor) -> tuple[Tensor, Tensor]:

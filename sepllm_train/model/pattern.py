@@ -21,19 +21,19 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """What one layer attends: keys nearer than `window` tokens, and each tier nearer than its horizon (tokens)."""
+    """Visible keys of one layer: keys nearer than `window` tokens, and each tier nearer than its horizon (tokens)."""
 
     window: int
     horizons: tuple[int, ...]
 
     @property
     def full(self) -> bool:
-        """Whether the layer is plain causal attention."""
+        """True for plain causal attention."""
         return self.window >= FOREVER
 
     @property
     def reach(self) -> int:
-        """Tokens within which any key may be visible; beyond, only keys of tiers that are seen for ever are."""
+        """Tokens within which any key may be visible; beyond, only permanent (global) keys are."""
         return max(self.window, *(horizon for horizon in (1, *self.horizons) if horizon < FOREVER))
 
 
@@ -41,7 +41,7 @@ class LayerPattern:
 class AttentionPattern:
     """The resolved attention of a model.
 
-    `tier_of_class` is a uint8 table [256] from separator class to tier; tier 1 is seen for ever and also holds the
+    `tier_of_class` is a uint8 table [256] from separator class to tier; tier 1 is permanent (global) and also holds the
     initial tokens, higher tiers have finite, falling horizons.
     """
 
@@ -54,7 +54,7 @@ class AttentionPattern:
 
     @property
     def dense(self) -> bool:
-        """Whether every layer is plain causal attention over one document."""
+        """True when every layer is plain causal attention over one document."""
         return not self.separate_documents and all(layer.full for layer in self.layers)
 
     @cache  # noqa: B019  one small tensor per device, for as long as the process lives
@@ -120,7 +120,7 @@ def _full_layers(full_layers: Any, layers: int) -> set[int]:
 
 
 def tiers_of_classes(attention: AttentionConfig) -> tuple[tuple[int, ...], np.ndarray]:
-    """Horizon of each tier (tier 1 first, the for-ever one) and the u8 table [256] from separator class to tier.
+    """Horizon of each tier (tier 1 first, the permanent one) and the u8 table [256] from separator class to tier.
 
     Raises UserError as `resolve_pattern` does.
     """

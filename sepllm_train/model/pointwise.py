@@ -1,4 +1,4 @@
-"""What a layer and the loss compute between matrix products: as it is written, or compiled by torch.compile.
+"""Operations of a layer and the loss between matrix products: as they are written, or compiled by torch.compile.
 
 These functions are the unit of compilation, not whole layers. They hold all that a compiler can fuse; what lies between
 them is left to the libraries that do it best: matrix products, collectives of tensor and sequence parallelism (which
@@ -28,7 +28,7 @@ TAIL = (0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429)
 
 
 class Pointwise:
-    """The functions of one model. `compiled` tells whether they are.
+    """The functions of one model. `compiled`: whether torch.compile has them.
 
     activation(x, bias): MLP activation of x + bias. add(residual, x, bias): their sum. rotate(q, k, cos, sin): rotary
     embedding. statistics, softmax_gradient: see below. A bias may be None.

@@ -1,4 +1,4 @@
-"""How an attention plan travels through megatron-core's layers."""
+"""Carriers of an attention plan through megatron-core's layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SeparatorSequence(PackedSeqParams):
 
 
 class KeyCache(Protocol):
-    """What attends in the place of a plan when text is generated."""
+    """Cache that attends in the place of a plan when text is generated."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, sink: Tensor | None
@@ -48,5 +48,5 @@ class DecodeSequence(SeparatorSequence):
 
     @classmethod
     def of_cache(cls, cache: KeyCache) -> DecodeSequence:
-        """Wrap a cache that has been told which tokens come. It rotates by itself, since it knows the positions."""
+        """Wrap a cache that has the classes of the next tokens. It rotates by itself, since it knows the positions."""
         return cls(qkv_format="sbhd", cache=cache)

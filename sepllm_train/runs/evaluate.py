@@ -1,50 +1,31 @@
-"""Losses of a trained model, token by token, under the attention pattern of training or another one."""
+"""Losses of a trained model, token by token, under the attention pattern of training or another one.
+
+Far-recall tokens repeat a bigram whose last occurrence lies outside of the window.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sep_attention import attended_pairs
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from sepllm_train.analysis.recall import far_recall
 from sepllm_train.base.statistics import Losses, token_mean
 from sepllm_train.config.schema import require
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import AttentionPattern
-from sepllm_train.runs.folder import Run, alone, describe, load_run
+from sepllm_train.runs.held_out import text_of
+from sepllm_train.runs.open import TrainedRun
 
 Advance = Callable[[], object]
 # The paper's n, where a model has no window of its own.
 DEFAULT_WINDOW = 64
-
-
-class Pieces(Dataset):
-    """Samples of `dataset` cut into consecutive ones of `length` tokens, which must divide theirs.
-
-    The predicted tokens are the same; what lies before its piece is out of a query's sight.
-    """
-
-    def __init__(self, dataset: Any, length: int) -> None:
-        self.dataset = dataset
-        self.length = length
-        self.parts = len(dataset[0]["tokens"]) // length
-
-    def __len__(self) -> int:
-        return len(self.dataset) * self.parts
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        sample, part = divmod(number, self.parts)
-        start = part * self.length
-        cut = {key: value[start : start + self.length] for key, value in self.dataset[sample].items()}
-        return cut | {"document_start": (cut["document_start"] - start).clamp(min=0)}
 
 
 def core_attentions(model: SepGPTModel) -> list[SeparatorAttention]:
@@ -97,43 +78,31 @@ def evaluate(
     return Losses(torch.cat(nats), torch.tensor(pairs), len(pattern.layers) * length * (length + 1) // 2)
 
 
-def text_of(dataset: Any, samples: int) -> dict[str, Tensor]:
-    """What the first `samples` samples hold, stacked: tokens, labels, separator_class, document_start [N, S]."""
-    items = [dataset[number] for number in range(samples)]
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
 def usual_window(pattern: AttentionPattern) -> int:
-    """The largest window of the layers that are not full; the paper's 64 where all of them are."""
+    """Largest window of the layers that are not full; the paper's 64 where all of them are."""
     return max((layer.window for layer in pattern.layers if not layer.full), default=DEFAULT_WINDOW)
 
 
 def evaluate_run(
-    folder: Path | str,
-    data_prefix: str | None = None,
+    run: TrainedRun,
     samples: int | None = None,
     *,
     recall_window: int | None = None,
-    held_out: float | None = None,
-    step: int | None = None,
     advance: Advance = lambda: None,
 ) -> dict[str, Any]:
     """Held-out losses of a run's checkpoint under its own pattern, with standard errors over samples.
 
-    data_prefix, held_out and step as in `load_run`; samples: at most so many (None: as many as validation in training
-    takes). recall_window: n of the far-recall tokens, None for the run's own (64 for a dense one): give runs that are
-    compared the same. Works in or outside of `alone`.
+    samples: as in `TrainedRun.sample_count`. recall_window: n of the far-recall tokens, None for the run's own (64 for
+    a dense one): give runs that are compared the same. Works in or outside of `alone`.
 
-    Gives loss, far_recall_loss and other_loss in nats per token, each with an `_error`; far_recall_share of the
-    tokens; attended_share of the causal triangle; recall_window; tokens; and what `describe` tells. Raises UserError
-    as `load_run` does.
+    Returns loss, far_recall_loss and other_loss in nats per token, each with an `_error`; far_recall_share of the
+    tokens; attended_share of the causal triangle; recall_window; tokens; and what `TrainedRun.describe` gives. Raises
+    UserError as `TrainedRun.validation` and `TrainedRun.load_model` do.
     """
     require(recall_window is None or recall_window >= 1, f"recall_window={recall_window} must be at least 1.")
     with alone():
-        run, count = AnalysisSource(
-            Path(folder), step=step, data=data_prefix, held_out=held_out, samples=samples
-        ).open()
-        losses = evaluate(run.model, run.pattern, run.validation, count, advance)
+        count = run.sample_count(samples)
+        losses = evaluate(run.load_model(), run.pattern, run.validation, count, advance)
         text = text_of(run.validation, count)
     window = recall_window or usual_window(run.pattern)
     far = far_recall(text["tokens"], text["labels"], window)
@@ -146,33 +115,41 @@ def evaluate_run(
         "attended_share": losses.attended_share,
         "recall_window": window,
         "tokens": losses.nats.numel(),
-        **describe(run, count),
+        **run.describe(count),
     }
 
 
-@dataclass(frozen=True)
-class AnalysisSource:
-    """What is analysed: a checkpoint of the run in `folder`, on held-out samples.
+def recall_distance(tokens: Tensor, labels: Tensor) -> Tensor:
+    """Tokens back to the last occurrence of each predicted bigram: i64 [B, S], 0 where it is the first.
 
-    step, data, held_out: as in `load_run`; samples: as in `samples_of`.
+    tokens, labels: i64 [B, S], labels[b, i] being the token after tokens[b, i]. Write x for the S + 1 tokens of a
+    sequence. Entry i is about the prediction of x[t], t = i + 1, and is t - u for the largest u < t with
+    (x[u-1], x[u]) = (x[t-1], x[t]), u >= 1. Document ends are not looked at: a sequence is what the model is given.
     """
-
-    folder: Path
-    step: int | None = None
-    data: str | None = None
-    held_out: float | None = None
-    samples: int | None = None
-
-    def open(self) -> tuple[Run, int]:
-        """The run and how many samples to take, inside `alone`. Raises UserError as `load_run` and `samples_of` do."""
-        run = load_run(self.folder, step=self.step, data=self.data, held_out=self.held_out)
-        return run, samples_of(run, self.samples)
+    pairs = torch.stack((tokens, labels), -1).cpu().numpy()
+    distance = np.zeros(pairs.shape[:2], dtype=np.int64)
+    for row, bigrams in enumerate(pairs):
+        _, kind = np.unique(bigrams, axis=0, return_inverse=True)
+        order = np.argsort(kind.reshape(-1), kind="stable")
+        same = np.diff(kind.reshape(-1)[order]) == 0
+        distance[row, order[1:][same]] = np.diff(order)[same]
+    return torch.from_numpy(distance)
 
 
-def samples_of(run: Run, asked: int | None) -> int:
-    """How many samples to take: `asked`, or as many as validation in training does, and no more than there are.
+def far_recall(tokens: Tensor, labels: Tensor, window: int) -> Tensor:
+    """Mark far-recall predictions, bool [B, S]: the last occurrence of the bigram is more than `window` back.
 
-    Raises UserError when none are asked for.
+    Token t counts when (x[t-1], x[t]) occurred before in the same sequence and its most recent occurrence, ending at
+    u, has t - u > window. The prediction of x[t] is made by query t - 1, so x[u] is then outside of a window of
+    `window` tokens, the query included. See `recall_distance` for shapes.
     """
-    require(asked is None or asked >= 1, f"--samples {asked} must be at least 1.")
-    return min(asked or run.config.training.validation_samples or 1, len(run.validation))
+    return recall_distance(tokens, labels) > window
+
+
+def stacked_reach(window: int, layers: int) -> int:
+    """Largest distance t - u at which `layers` windows one on top of the other still carry x[u] to query t - 1.
+
+    Each layer carries a key at most window - 1 tokens on. From further away the windows alone bring nothing: that takes
+    a separator, an initial token or a full layer.
+    """
+    return layers * (window - 1) + 1

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
-# Keys of run.json's `identity`: the data of a run, and of earlier steps where it went on with other data.
-DATA = "data (hash of the tokens)"
-EARLIER_DATA = "earlier data (hash of the tokens)"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
@@ -27,9 +26,9 @@ Record = dict[str, Any]
 
 @dataclass
 class Run:
-    """A run as its folder tells it; `label` is its name, made unique among the runs compared.
+    """Records of a run; `label` is its name, made unique among the runs compared.
 
-    `gap` tells in words why records before its own first one are missing, and is empty where none are.
+    `gap` says why records before its own first one are missing, and is empty where none are.
     """
 
     folder: Path
@@ -41,18 +40,18 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Where the records come from."""
+        """The file that holds the records."""
         return self.folder / "metrics.jsonl"
 
     @property
     def seed(self) -> int | None:
-        """Seed of the weights and of the order of the data; None when run.json does not tell."""
+        """Seed of the weights and of the order of the data; None when run.json does not record it."""
         seed = self.info["comparable"].get("seed_of_data_order")
         return seed if isinstance(seed, int) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders in the order given, with labels that tell them apart.
+    """Read run folders in the order given, with labels that differ.
 
     Raises UserError for a folder given twice and for whatever `read_run` refuses.
     """
@@ -100,19 +99,16 @@ def _read_info(folder: Path) -> Record:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
-    try:
-        info = json.loads(_read(path, "every run writes one when it starts"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
-    if not isinstance(info, dict) or not isinstance(info.get("comparable"), dict):
+    info = read_json(path, "every run writes one when it starts", nan=True)
+    if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
-    return info
+    return with_current_keys(info)
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
     """Records of a run and, up to where it went on from another, of that one; and `gap` of Run.
 
-    `later`: the runs that go on from this one. Raises UserError when the run's own records cannot be read.
+    `later`: the runs that continue this one. Raises UserError when the run's own records cannot be read.
     """
     own = _latest(_records(folder / "metrics.jsonl"))
     later = [*later, folder.resolve()]
@@ -136,15 +132,15 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
-    """Whether what run.json tells as `identity` of two runs agrees, as far as both tell it.
+    """True where the `identity` of two runs in run.json has no key with different values.
 
-    `theirs` is of the run that went on from the other; it may have gone on with other data, which it then tells.
+    `theirs` is of the run that continued the other, possibly with other data, which it then records.
     """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True
     earlier = theirs.get(EARLIER_DATA) or [{}]
     switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
-    told = {key: value for key, value in theirs.items() if not (switched and key.startswith(("data", "earlier data")))}
+    told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
     return all(ours.get(key, value) == value for key, value in told.items())
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from sepllm_train.base.console import duration, say
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.runs.evaluate import evaluate_run
+from sepllm_train.runs.open import open_run
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
 
@@ -49,10 +49,9 @@ def evaluate_runs(plan: Plan, runs: Sequence[PlannedRun], tokens: int) -> None:
     ]
     began = time.perf_counter()
     for number, run in enumerate(waiting, 1):
-        result = evaluate_run(
-            plan.run_root / run.name, samples=max(1, tokens // run.length), recall_window=RECALL_WINDOW
-        )
+        trained = open_run(plan.run_root / run.name)
+        result = evaluate_run(trained, max(1, tokens // run.length), recall_window=RECALL_WINDOW)
         found[run.name] = wanted(run) | {key: result[key] for key in KEPT}
-        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(path, found)
         left = (time.perf_counter() - began) / number * (len(waiting) - number)
         say(f"evaluated {run.name}: loss {result['loss']:.4f} | {number}/{len(waiting)}, about {duration(left)} left")

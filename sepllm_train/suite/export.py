@@ -1,11 +1,17 @@
-"""A copy of a suite's figures to keep: plan, metrics, timings and report, without checkpoints and without what names
-the machine's folders."""
+"""Studies: a suite's results to keep or to publish, without data, checkpoints and paths of the machine.
+
+README.md       question, commit, machine, command; never overwritten, so that it can be edited
+report.md       the report; comparison.md and SVG figures of each sequence length are in the folder of that length
+summary.json    plan, attended fractions, evaluations, timings, all numbers of the report
+runs.jsonl.gz   one run per line: name, config, environment, run.json, metrics
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,49 +24,114 @@ from sepllm_train.suite.report import SHARES
 from sepllm_train.suite.runner import finished
 from sepllm_train.suite.timing import timing_file
 
+RUNS, SUMMARY, README = "runs.jsonl.gz", "summary.json", "README.md"
 # Of environment.json, what says where a run was and not what it was.
 LOCAL = ("command", "host")
 
 
 def export(plan: Plan, target: Path) -> None:
-    """Copy the figures of the finished runs to `target`, from which a report can be made again.
+    """Write the finished runs of a suite to `target` as a study, from which its report can be made again.
 
     Raises UserError when `target` cannot be written.
     """
     if target.resolve().is_relative_to(plan.folder.resolve()):
         raise UserError(f"suite.export={target} is inside the suite's own folder: choose another one.")
+    runs = [_record(plan.run_root / run.name) for run in plan.runs if finished(plan, run)]
+    report = plan.folder / "report"
+    files = [plan.folder / name for name in (FILE, SHARES, EVALUATIONS)]
+    files += [*(timing_file(plan.folder, length) for length in plan.lengths), report / "report.json"]
+    summary = {path.stem: content for path in files if (content := read_json(path))}
     try:
-        (target / "runs").mkdir(parents=True, exist_ok=True)
-        done = [run for run in plan.runs if finished(plan, run)]
-        for run in done:
-            _export_run(plan.run_root / run.name, target / "runs" / run.name)
-        write_whole(target / FILE, (plan.folder / FILE).read_bytes())
-        for name in (SHARES, EVALUATIONS):
-            if (plan.folder / name).exists():
-                write_whole(target / name, (plan.folder / name).read_bytes())
-        for path in (timing_file(plan.folder, length) for length in plan.lengths):
-            if path.exists():
-                write_whole(target / path.name, path.read_bytes())
-        if (plan.folder / "report").is_dir():
-            shutil.copytree(plan.folder / "report", target / "report", dirs_exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        write_whole(target / RUNS, packed(runs))
+        write_whole(target / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        for path in sorted(report.rglob("*")):
+            if path.suffix in (".md", ".svg"):
+                copy = target / path.relative_to(report)
+                copy.parent.mkdir(exist_ok=True)
+                write_whole(copy, path.read_bytes())
+        if not (target / README).exists():
+            write_whole(target / README, _readme(plan, runs).encode())
     except OSError as error:
         raise UserError(
             f"suite.export={target} cannot be written ({error.strerror or error}): choose another folder."
         ) from None
-    say(f"exported {len(done)} runs to {target}")
+    say(f"exported {len(runs)} runs to {target}")
 
 
-def _export_run(source: Path, target: Path) -> None:
-    """Copy the records of one run."""
-    target.mkdir(exist_ok=True)
-    write_whole(target / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
-    run = {**read_json(source / "run.json"), "origin": None}
-    write_whole(target / "run.json", (json.dumps(run, indent=2) + "\n").encode())
-    kept = {key: value for key, value in read_json(source / "environment.json").items() if key not in LOCAL}
-    write_whole(target / "environment.json", (json.dumps(kept, indent=1) + "\n").encode())
+def is_study(folder: Path) -> bool:
+    """True for an exported study, False for a suite's folder; exports of older versions are laid out as suites."""
+    return (folder / RUNS).exists() and not (folder / FILE).exists()
+
+
+def unpack(study: Path, folder: Path) -> None:
+    """Write the plan, shares, evaluations, timings and runs of a study to `folder`, laid out as a suite.
+
+    Raises UserError when the study cannot be read.
+    """
+    summary = {f"{Path(key).name}.json": held for key, held in read_json(study / SUMMARY).items() if key != "report"}
+    try:
+        for line in gzip.decompress((study / RUNS).read_bytes()).splitlines():
+            run = json.loads(line)
+            place = folder / "runs" / Path(run["name"]).name
+            place.mkdir(parents=True, exist_ok=True)
+            write_whole(place / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False).encode())
+            write_whole(place / "environment.json", (json.dumps(run["environment"], indent=1) + "\n").encode())
+            write_whole(place / "run.json", (json.dumps(run["run"], indent=2) + "\n").encode())
+            write_whole(place / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in run["metrics"]).encode())
+        # The plan last: with it, the folder is a suite.
+        for name, held in reversed(summary.items()):
+            write_whole(folder / name, (json.dumps(held, indent=1) + "\n").encode())
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{study / RUNS} cannot be unpacked ({error}): restore it.") from None
+
+
+def packed(runs: list[dict[str, Any]]) -> bytes:
+    """Content of runs.jsonl.gz; the same runs give the same bytes."""
+    return gzip.compress("".join(json.dumps(run) + "\n" for run in runs).encode(), mtime=0)
+
+
+def _record(source: Path) -> dict[str, Any]:
+    """Everything that a run recorded, without paths of the machine."""
     config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
-    config["run_root"] = "runs"
-    for key in ("prefixes", "validation_prefixes"):
-        config["data"][key] = [Path(prefix).name for prefix in config["data"].get(key, [])]
-    config["data"]["cache"] = None
-    write_whole(target / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    data = config["data"]
+    config["run_root"], data["cache"] = "runs", None
+    for key in data.keys() & {"prefixes", "validation_prefixes"}:
+        data[key] = [Path(prefix).name for prefix in data[key]]
+    environment = read_json(source / "environment.json")
+    return {
+        "name": source.name,
+        "config": config,
+        "environment": {key: value for key, value in environment.items() if key not in LOCAL},
+        "run": {**read_json(source / "run.json"), "origin": None},
+        "metrics": [json.loads(line) for line in (source / "metrics.jsonl").read_text(encoding="utf8").splitlines()],
+    }
+
+
+def _readme(plan: Plan, runs: list[dict[str, Any]]) -> str:
+    """README.md as far as the records give it: the data is known by its hash."""
+    environments = [run["environment"] for run in runs]
+    commits = sorted({(one.get("git") or {}).get("commit", "none")[:7] for one in environments})
+    machines = sorted({f"{one['gpu'] or one['processor']}, torch {one['packages']['torch']}" for one in environments})
+    lengths, seeds = (",".join(map(str, values)) for values in (plan.lengths, plan.seeds))
+    command = f"python scripts/suite.py +suite={plan.suite} suite.size={plan.size}"
+    return f"""# Suite {plan.suite}, size {plan.size}
+
+Question: {plan.question}
+
+Commit: {", ".join(commits)}
+
+Machine: {"; ".join(machines)}
+
+Data: tokens with SHA-256 {plan.data}
+
+```bash
+{command} 'suite.lengths=[{lengths}]' 'suite.seeds=[{seeds}]'
+```
+
+| file | content |
+|---|---|
+| [report.md](report.md) | report; the comparison at each sequence length is in the folder of that length |
+| `summary.json` | plan, attended fractions, evaluations, timings, all numbers of the report |
+| `runs.jsonl.gz` | {len(runs)} runs, one per line: configuration, environment, run.json, metrics |
+"""

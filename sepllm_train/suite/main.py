@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 from sepllm_train.base.console import say
@@ -11,7 +12,7 @@ from sepllm_train.base.errors import UserError, exit_on_user_error
 from sepllm_train.config.load import compose_and_run
 from sepllm_train.suite.config import Config
 from sepllm_train.suite.evaluate import evaluate_runs
-from sepllm_train.suite.export import export
+from sepllm_train.suite.export import export, is_study, unpack
 from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_json, read_plan
 from sepllm_train.suite.prepare import data_prefix, prepare_data
 from sepllm_train.suite.report import write_suite_report
@@ -33,10 +34,14 @@ def run_suite(config: Config) -> None:
         return
     if not {"train", "time", "evaluate"} & set(suite.do):
         # A report needs what was recorded, not the data, and changes nothing that is being trained.
-        plan = read_plan(folder)
-        _finish(config, plan)
+        if is_study(folder):
+            _report_study(config, folder)
+        else:
+            _finish(config, read_plan(folder))
         return
     with interruptible(), claim(folder):
+        if is_study(folder):
+            unpack(folder, folder)
         plan = make_plan(config, prepare_data(config, folder))
         fix_plan(plan)
         runs = plan.selected(suite.only)
@@ -66,6 +71,17 @@ def _finish(config: Config, plan: Plan) -> None:
         say(f"report: {write_suite_report(plan)}")
     if config.suite.export is not None:
         export(plan, Path(config.suite.export).expanduser())
+
+
+def _report_study(config: Config, study: Path) -> None:
+    """Report and export of a study, whose own report and figures are written again."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / study.name
+        unpack(study, folder)
+        plan = read_plan(folder)
+        _finish(config, plan)
+        if "report" in config.suite.do:
+            export(plan, study)
 
 
 def _time(config: Config, plan: Plan, length: int) -> None:

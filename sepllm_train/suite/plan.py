@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.sidecar import read_header
-from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base import files
+from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.suite.config import Config, SelectionConfig
 from sepllm_train.training.run_folder import git_state
 
@@ -146,12 +145,7 @@ def quoted(value: str | Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file, empty where there is no file. Raises UserError for one that cannot be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore or delete it.") from None
+    return files.read_json(path, "restore or delete it", nan=True) if path.exists() else {}
 
 
 def fix_plan(plan: Plan) -> None:
@@ -161,15 +155,12 @@ def fix_plan(plan: Plan) -> None:
     """
     path = plan.folder / FILE
     content = _content(plan)
-    try:
-        earlier = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
+    if not path.exists():
         plan.folder.mkdir(parents=True, exist_ok=True)
         stamp = {"fixed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": git_state()}
-        write_whole(path, (json.dumps({**content, **stamp}, indent=1) + "\n").encode())
+        files.write_json(path, {**content, **stamp})
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or choose another suite.root.") from None
+    earlier = files.read_json(path, "restore it, or choose another suite.root", nan=True)
     for key, value in content.items():
         if earlier.get(key) != value:
             what, then, now = _first_difference(key, earlier.get(key), value)
@@ -183,14 +174,14 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a suite's folder. Raises UserError where there is none."""
     path = folder / FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        content = files.read_json(path, "restore it")
         runs = [PlannedRun(**run) for run in content.pop("runs")]
         for key in ("fixed", "git"):
             content.pop(key)
         return Plan(folder=folder, prefix=None, runs=runs, **content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the plan of a suite ({error}): start the suite with scripts/suite.py."
+            f"{path} is not the plan of a suite ({first_line(error)}): start the suite with scripts/suite.py."
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from data_prep.tokenize import tokenize_files, usable_cores
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.suite.config import Config
 from sepllm_train.suite.plan import read_json
 
@@ -54,7 +53,7 @@ def prepare_data(config: Config, folder: Path) -> str | None:
         return prefix
     place.mkdir(parents=True, exist_ok=True)
     tokenizer = suite.tokenizer or str(_train_tokenizer(config, place))
-    write_whole(place / SOURCE, (json.dumps(source, indent=1) + "\n").encode())
+    write_json(place / SOURCE, source)
     header, _ = tokenize_files(suite.text, prefix, tokenizer, unwrap=suite.unwrap, overwrite=True)
     say(f"data: {quantity(header.tokens)} tokens in {header.documents:,} documents, {prefix}")
     return prefix

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
 from sepllm_train.compare.rows import Row, read_rows, runs_of
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
-from sepllm_train.runs.folder import read_config
+from sepllm_train.runs.open import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import Plan, PlannedRun, read_json
 from sepllm_train.suite.runner import finished
@@ -58,7 +57,7 @@ def write_suite_report(plan: Plan) -> Path:
             f"be finished, and {len(done)} of {len(plan.runs)} runs are."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "report.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_json(folder / "report.json", figures)
     target = folder / "report.md"
     write_whole(target, "\n".join(parts).encode())
     return target
@@ -114,7 +113,7 @@ def _shares(plan: Plan, length: int) -> dict[str, Shares]:
             row: asdict(shares_of(read_config(plan.run_root / name)))
             for row, name in _one_of_each(plan, length).items()
         }
-        write_whole(path, (json.dumps(stored, indent=1) + "\n").encode())
+        write_json(path, stored)
     return {row: Shares(**values) for row, values in stored[str(length)].items()}
 
 

@@ -20,9 +20,9 @@ import psutil
 from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
-from sepllm_train.distributed.orphans import end_with_parent
+from sepllm_train.distributed.processes import end_with_parent
 from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.run_folder import read_run_json
 from sepllm_train.training.signals import STOPPING
 
 # Seconds between looks at the processes, and between lines of progress.
@@ -41,7 +41,7 @@ class Job:
 
 def finished(plan: Plan, run: PlannedRun) -> bool:
     """Whether a run has been trained to its end."""
-    return read_run(plan.run_root / run.name).get("status") == "finished"
+    return read_run_json(plan.run_root / run.name).get("status") == "finished"
 
 
 def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:

@@ -12,7 +12,7 @@ from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import launch_from_environment, reading_group
 from sepllm_train.metrics.flops import FlopsCounter, shape_of
 from sepllm_train.model.build import padded_vocabulary
-from sepllm_train.training.report import mean_flops, phase_facts, sample_plan
+from sepllm_train.training.facts import mean_flops, phase_facts, sample_plan
 from sepllm_train.training.schedules import schedule_of
 
 # Held-out samples behind the shares; theirs vary by a few percent from sample to sample.

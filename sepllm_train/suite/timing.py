@@ -9,7 +9,6 @@ compare. Steps that are taken in turns do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
@@ -30,7 +29,7 @@ from sepllm_train.suite.plan import Plan, data_overrides, read_plan
 from sepllm_train.training.run_folder import environment
 
 if TYPE_CHECKING:
-    from sepllm_train.training.rounds import Rival
+    from sepllm_train.training.rounds import TimedRun
 
 
 def timing_file(folder: Path, length: int) -> Path:
@@ -64,7 +63,7 @@ def _main() -> None:
                 "rows": rows,
                 "machine": machine(),
             }
-            write_whole(timing_file(plan.folder, options.length), (json.dumps(content, indent=1) + "\n").encode())
+            write_json(timing_file(plan.folder, options.length), content)
     for row, figures in rows.items():
         say(f"{row}: {figures['tokens_per_second']:,.0f} tokens/s")
 
@@ -95,17 +94,17 @@ def time_rows(
     """Seconds of a step of each row: the median over the turns, and each turn's; means over the steps of a run that
     differ, and the medians of each phase of a curriculum."""
     # Imported late: megatron-core takes seconds.
-    from sepllm_train.training.rounds import build_rival, take_turns
+    from sepllm_train.training.rounds import build_timed_run, interleave
 
-    rivals = {row: build_rival(config, launch.world_size, device) for row, config in configs.items()}
+    rivals = {row: build_timed_run(config, launch.world_size, device) for row, config in configs.items()}
     began = time.perf_counter()
-    for turn in take_turns(list(rivals.values()), turns, steps, device):
+    for turn in interleave(list(rivals.values()), turns, steps, device):
         left = (time.perf_counter() - began) / (turn + 1) * (turns - turn)
         say(f"turn {turn}/{turns}, about {duration(left)} left")
     return {row: figures_of(rival) for row, rival in rivals.items()}
 
 
-def figures_of(rival: Rival) -> dict[str, Any]:
+def figures_of(rival: TimedRun) -> dict[str, Any]:
     """What timing.json says of a row."""
     phases = rival.schedule.phases
     medians = [statistics.median(turns) for turns in zip(*rival.phase_seconds, strict=True)]

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: waiting for data, the plan, forward, backward, optimizer."""
+"""Time of a training step by its parts: waiting for data, the plan, forward, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class StepClock:
         self._spare: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
-        """A training step starts; what runs outside of one (a validation) is not timed."""
+        """Start a training step; code outside of one (a validation) is not timed."""
         self.running = True
 
     def end(self) -> None:
-        """The step is over on the host."""
+        """End the step on the host."""
         self.running = False
         self._open.clear()
         self._read(wait=False)
@@ -57,7 +57,7 @@ class StepClock:
         return taken
 
     def start(self, name: str) -> None:
-        """A part begins; the one it lies in pauses."""
+        """Start a part; the one it lies in pauses."""
         if not self.running:
             return
         if self._open:
@@ -65,7 +65,7 @@ class StepClock:
         self._open.append((name, self._now(name)))
 
     def stop(self) -> None:
-        """The part that began last ends; the one it lay in goes on."""
+        """End the part that began last; the one it lay in resumes."""
         if not self._open:
             return
         self._close(*self._open.pop())

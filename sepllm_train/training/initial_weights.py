@@ -8,10 +8,11 @@ from typing import Any
 from sepllm_train.base.console import note
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
+from sepllm_train.config.compatibility import TOKENIZER
 from sepllm_train.config.schema import Config
 from sepllm_train.training import checkpoint
 from sepllm_train.training.checkpoint.files import MANIFEST
-from sepllm_train.training.run_folder import read_run
+from sepllm_train.training.run_folder import read_run_json
 from sepllm_train.training.setup import Training
 
 _WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
@@ -39,9 +40,8 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
         weights = key.startswith("model.") and not key.startswith("model.init")
         if (weights or key in _WEIGHTS_OF_ATTENTION) and stored.get(key) != value:
             raise UserError(f"init_from={config.init_from} has {key}={stored.get(key)}, this run {value}: set it so.")
-    known, tokenizer = stored["data (hash of the tokenizer)"], identity["data (hash of the tokenizer)"]
     # A model that was imported without a tokenizer has none on record.
-    if known not in ("", tokenizer):
+    if stored[TOKENIZER] not in ("", identity[TOKENIZER]):
         raise UserError(
             f"init_from={config.init_from} was trained with another tokenizer than this run's data: prepare the text "
             "with its own."
@@ -54,20 +54,20 @@ def load_initial_weights(found: Path, training: Training) -> None:
 
     Raises UserError when the checkpoint cannot be read as this model's.
     """
-    if (reason := checkpoint.altered_together(found)) is not None:
+    if (reason := checkpoint.altered_on_any_rank(found)) is not None:
         raise UserError(f"init_from: the checkpoint {found} is damaged, {reason}: take another.")
     checkpoint.load_weights(found, training.modules)
     training.optimizer.reload_model_params()
 
 
 def initial_record(found: Path | None, resumed: Path | None) -> dict[str, Any] | None:
-    """What run.json tells of the weights that a run began with: path of the checkpoint, its step and tokens, and the
+    """Record in run.json of the weights that a run began with: path of the checkpoint, its step and tokens, and the
     hash of its manifest, which holds those of all its files. None without any.
 
     found: the checkpoint, when the run begins; resumed: the one it continues from, whose run has it on record.
     """
     if resumed is not None:
-        return read_run(resumed.parent.parent).get("initial_weights")
+        return read_run_json(resumed.parent.parent).get("initial_weights")
     if found is None:
         return None
     state = checkpoint.read_state(found)["state"]

@@ -1,4 +1,4 @@
-"""Running out of memory, told as what to change: the keys that lower it and by how much."""
+"""Advice for a run that ran out of memory: the keys that lower the need, and by how much."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import data_parallel_size, validate
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
-from sepllm_train.training.report import Facts
+from sepllm_train.training.facts import Facts
 
 # Share of the free memory that a setting may be estimated to take: the rest is for what the estimate leaves out.
 HEADROOM = 0.9
-# What torch and the C library say on a CPU when there is no memory to be had.
+# What torch and the C library say on a CPU when memory is not available.
 _CPU_FAILURES = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "could not create a memory")
 
 
@@ -45,7 +45,7 @@ def free_memory(device: torch.device) -> int:
 
 
 class MemoryAdvice:
-    """A block that may run out of memory: what is raised then is a RankError that says what to change.
+    """A block that may run out of memory: it then raises a RankError with the settings to change.
 
     The memory that is free when this is made counts as what the run may take. One object serves several blocks, also
     one inside another.
@@ -64,14 +64,14 @@ class MemoryAdvice:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
+    """True when an allocation failed, on a GPU or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_FAILURES)
 
 
 def advice(config: Config, facts: Facts, world_size: int, device: torch.device, free: int) -> str:
-    """The sentence for a run of which `free` bytes were not enough: its needs, and settings estimated to fit."""
+    """Message for a run of which `free` bytes were not enough: its needs, and settings estimated to fit."""
     need = facts.memory
     parts = ", ".join(f"{key} {_gib(need[key])}" for key in ("weights", "gradients", "optimizer", "activations"))
     found = (

@@ -1,28 +1,27 @@
-"""Whether a batch job whose run was interrupted goes back into the queue: only while the run makes progress.
+"""Decide for a batch job whose run was interrupted: back into the queue only while the run makes progress.
 
     python -m sepllm_train.training.requeue JOB +experiment=pythia160m_sep name=first
 
-prints its answer in a sentence and ends with 0 for yes and 1 for no. RUN/requeue.json holds the job and the step it was
+prints its answer and ends with 0 for yes and 1 for no. RUN/requeue.json holds the job and the step it was
 last requeued at.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from sepllm_train.base.errors import exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import read_json_if_any, write_json
 from sepllm_train.config.load import run_with_hydra
 from sepllm_train.config.schema import Config
 
 
 def decide(folder: Path, job: str) -> tuple[bool, str]:
-    """(requeue?, reason as a sentence) for the run in `folder`, interrupted in `job`; a yes is recorded there.
+    """(requeue?, reason) for the run in `folder`, interrupted in `job`; a yes is recorded there.
 
     The answer is no when the newest whole checkpoint is still that of the job's previous requeue: the time limit is
-    then too short for a start and one step, and the job would go round for ever.
+    then too short for a start and one step, and the job would be requeued without end.
     """
     # Imported late: it takes seconds, which a typo on the command line should not cost.
     from sepllm_train.training import checkpoint
@@ -31,10 +30,7 @@ def decide(folder: Path, job: str) -> tuple[bool, str]:
     step = -1 if found is None else int(checkpoint.read_state(found)["state"]["step"])
     saved = "no checkpoint" if found is None else f"step {step}"
     record = folder / "requeue.json"
-    try:
-        earlier = json.loads(record.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        earlier = {}
+    earlier = read_json_if_any(record)
     if earlier.get("job") == job and step <= earlier["step"]:
         return False, (
             f"not requeued: {folder} has {saved}, as when job {job} was requeued before; give the job a longer time "
@@ -42,7 +38,7 @@ def decide(folder: Path, job: str) -> tuple[bool, str]:
         )
     if not folder.is_dir():
         return False, f"not requeued: the run did not get as far as making {folder}."
-    write_whole(record, (json.dumps({"job": job, "step": step}) + "\n").encode())
+    write_json(record, {"job": job, "step": step})
     return True, f"requeued: {folder} has {saved} and continues from there."
 
 

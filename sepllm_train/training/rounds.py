@@ -1,4 +1,4 @@
-"""Models that train in turns in one process, so that a busy moment of the machine meets all of them alike."""
+"""Interleaved rounds: models that train alternately in one process, so that a busy moment slows all of them alike."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron.core import parallel_state
 
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import settle_separators
-from sepllm_train.data.corpus import open_corpus_together
+from sepllm_train.data.corpus import open_corpus_on_all_ranks
 from sepllm_train.data.loader import MicroBatchSampler, micro_batches
-from sepllm_train.data.splits import build_datasets
+from sepllm_train.data.splits import build_datasets, source_splits
 from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.training.clock import PARTS
-from sepllm_train.training.report import Facts, derive
+from sepllm_train.training.facts import Facts, derive
 from sepllm_train.training.schedules import StepSchedule, schedule_of
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.step import Stepper
 
 
 @dataclass
-class Rival:
-    """One configuration in training: `seconds` of a step in each turn, `parts` of them by name, and visible pairs.
+class TimedRun:
+    """One configuration in training: `seconds` of a step in each round, `parts` of them by name, and visible pairs.
 
     Of a run whose steps differ `seconds` and `parts` are means over its steps, each window of a draw counting alike;
-    `phase_seconds` has the seconds of a step in each turn for each phase of a curriculum.
+    `phase_seconds` has the seconds of a step in each round for each phase of a curriculum.
     """
 
     config: Config
@@ -44,8 +44,8 @@ class Rival:
     pairs: int = 0
     done: int = 0
 
-    def turn(self, steps: int, device: torch.device) -> None:
-        """Train `steps` steps of each length and window that the run has, and note what they took."""
+    def train_round(self, steps: int, device: torch.device) -> None:
+        """Train `steps` steps of each length and window that the run has, and time them."""
         phases = self.schedule.phases
         patterns = self.schedule.drawn_from * steps
         seconds, parts = [], dict.fromkeys(PARTS, 0.0)
@@ -60,14 +60,13 @@ class Rival:
         self.done += len(phases) * len(patterns)
 
     def _steps(self, length: int, patterns: Sequence[AttentionPattern], device: torch.device) -> float:
-        """Train a step with each pattern on sequences of `length` tokens; gives the seconds of all."""
-        micro = self.config.training.global_batch // (self.config.training.micro_batch * self.facts.replicas)
+        """Train a step with each pattern on sequences of `length` tokens; gives their seconds."""
         pairs = torch.zeros((), dtype=torch.int64, device=device)
         begin = time.perf_counter()
         for pattern in patterns:
             self.stepper.use(pattern, length)
             self.stepper.clock.begin()
-            pairs += self.stepper.train(self.batches, micro, lambda number: None).pairs
+            pairs += self.stepper.train(self.batches, self.facts.micro_batches, lambda number: None).pairs
             self.stepper.clock.end()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -76,20 +75,20 @@ class Rival:
         return took
 
     def forget(self) -> None:
-        """Leave out what was measured so far: the first turn warms up."""
+        """Drop the measurements so far: the first round warms up."""
         self.seconds, self.phase_seconds, self.parts, self.pairs, self.done = [], [], [], 0, 0
 
 
-def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
+def build_timed_run(config: Config, world_size: int, device: torch.device) -> TimedRun:
     """Model, optimizer and data of a configuration, as a run makes them, inside the process grid.
 
-    A rival that takes more steps than its run has reads the same data again.
+    One that takes more steps than its run has reads the same data again.
     """
-    corpus = open_corpus_together(config.data)
+    corpus = open_corpus_on_all_ranks(config.data)
     config, _ = settle_separators(config, corpus)
-    dataset, _ = build_datasets(config, corpus)
+    dataset, validation = build_datasets(config, corpus)
     schedule = schedule_of(config)
-    facts = derive(config, schedule, corpus, dataset, world_size, device)
+    facts = derive(config, schedule, corpus, source_splits(corpus, dataset, validation), dataset, world_size, device)
     training = build_training(config, facts.vocabulary, device)
     stepper = Stepper(config, schedule.base, training, device)
 
@@ -111,17 +110,17 @@ def build_rival(config: Config, world_size: int, device: torch.device) -> Rival:
                 vocabulary=facts.vocabulary,
             )
 
-    return Rival(config, schedule, stepper, training, facts, [batches() for _ in training.chunks])
+    return TimedRun(config, schedule, stepper, training, facts, [batches() for _ in training.chunks])
 
 
-def take_turns(rivals: Sequence[Rival], turns: int, steps: int, device: torch.device) -> Iterator[int]:
-    """`turns` turns of `steps` steps of every rival after one that does not count; yields the number of each turn.
+def interleave(runs: Sequence[TimedRun], rounds: int, steps: int, device: torch.device) -> Iterator[int]:
+    """Train `rounds` rounds of `steps` steps of every run after one that does not count; yields their numbers.
 
-    The order turns round from turn to turn, so that none always follows the same other.
+    The order is reversed from round to round, so that none always follows the same other.
     """
-    for number in range(turns + 1):
-        for rival in rivals if number % 2 else reversed(rivals):
-            rival.turn(steps, device)
+    for number in range(rounds + 1):
+        for run in runs if number % 2 else reversed(runs):
+            run.train_round(steps, device)
             if number == 0:
-                rival.forget()
+                run.forget()
         yield number

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import locked, write_whole
+from sepllm_train.base.files import locked, read_json_if_any, write_json, write_whole
+from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
-from sepllm_train.distributed.collectives import agree, together
+from sepllm_train.distributed.collectives import on_all_ranks, require_equal
 from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
@@ -35,11 +36,11 @@ _SEEN_WITHIN = 30.0
 
 @dataclass(frozen=True)
 class Entry:
-    """How this run begins: from `checkpoint` (None = from scratch), in a folder that it may write.
+    """Start of this run: from `checkpoint` (None = from scratch), in a folder that it may write.
 
     `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
-    reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` tells
-    whether another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
+    reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` differs
+    when another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
     """
 
     folder: Path
@@ -52,20 +53,20 @@ class Entry:
 
 
 def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
-    """Decide on every rank together how this run begins, from a checkpoint whose every byte is what was written.
+    """Decide on all ranks at once how this run begins, from a checkpoint whose every byte is what was written.
 
     Raises UserError on all ranks for what `enter` does, for a damaged checkpoint that `resume` names, and when the
     nodes see different data or checkpoints.
     """
     damaged: dict[Path, str] = {}
     while True:
-        entry = together(partial(enter, config, identity, schedule, damaged))
-        agree(
+        entry = on_all_ranks(partial(enter, config, identity, schedule, damaged))
+        require_equal(
             (identity, str(entry.checkpoint)),
             f"the nodes see different data or checkpoints: data and run_root={config.run_root} must be on a filesystem "
             "that all of them share.",
         )
-        reason = None if entry.checkpoint is None else checkpoint.altered_together(entry.checkpoint)
+        reason = None if entry.checkpoint is None else checkpoint.altered_on_any_rank(entry.checkpoint)
         if entry.checkpoint is None or reason is None:
             return entry
         damaged = {**entry.skipped, entry.checkpoint: reason}
@@ -81,6 +82,84 @@ def settle_anew(config: Config, identity: dict[str, Any], schedule: dict[str, An
     return settle(config, identity, schedule) if changed[0] else entry
 
 
+# States of a run folder: never trained in, with records of a run that did not finish, with a finished run.
+_UNUSED, _USED, _FINISHED = "unused", "used", "finished"
+# Values of `resume`: two words, any PATH, and the PATH that the folder's run began with.
+_AUTO, _NEVER, _PATH, _ITS_ORIGIN = "auto", "never", "PATH", "its origin"
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A command that asks for a run folder: `origin`, the absolute path of its resume=PATH, `earlier`, what run.json
+    has of the run before, and `skipped`, damaged checkpoints with the reason."""
+
+    folder: Path
+    resume: str
+    origin: str | None
+    earlier: dict[str, Any]
+    used: bool
+    skipped: dict[Path, str]
+
+    @property
+    def state(self) -> str:
+        """State of the folder."""
+        if not self.used:
+            return _UNUSED
+        return _FINISHED if self.earlier.get("status") == "finished" else _USED
+
+    @property
+    def asked(self) -> str:
+        """Kind of `resume`."""
+        if self.origin is None:
+            return self.resume
+        # Schedulers give the command that began this run again, to continue it.
+        again = self.used and self.earlier.get("origin") == self.origin and checkpoint.checkpoints_of(self.folder)
+        return _ITS_ORIGIN if again else _PATH
+
+    def newest_own(self) -> Path | None:
+        """The folder's newest whole checkpoint; None without any. Raises UserError when all are damaged."""
+        found = checkpoint.newest(self.folder, self.skipped)
+        if found is None:
+            checkpoint.refuse_if_all_damaged(self.skipped, str(self.folder))
+        return found
+
+    def scratch(self) -> None:
+        """No checkpoint."""
+
+    def named(self) -> Path:
+        """The checkpoint that `resume` names, for a folder that has none of its own but this."""
+        found = checkpoint.find(self.resume, self.skipped)
+        own = checkpoint.newest(self.folder, dict(self.skipped)) if self.used else None
+        if own is not None and found.resolve() != own.resolve():
+            raise UserError(
+                f"{self.folder} is in use by an earlier run: give the run that continues {found} another name=."
+            )
+        return found
+
+    def refuse_used(self) -> Path | None:
+        """Raise UserError."""
+        raise UserError(
+            f"{self.folder} is in use by an earlier run: choose another name=, or resume=auto to continue it."
+        )
+
+    def refuse_finished(self) -> Path | None:
+        """Raise UserError."""
+        raise UserError(f"{self.folder} holds a finished run: choose another name=, or delete it to train again.")
+
+
+# (resume, state of the folder) -> where the checkpoint comes from.
+_ACTIONS: dict[tuple[str, str], Callable[[_Visit], Path | None]] = {
+    (_AUTO, _UNUSED): _Visit.newest_own,
+    (_AUTO, _USED): _Visit.newest_own,
+    (_NEVER, _UNUSED): _Visit.scratch,
+    (_NEVER, _USED): _Visit.refuse_used,
+    (_PATH, _UNUSED): _Visit.named,
+    (_PATH, _USED): _Visit.named,
+    (_ITS_ORIGIN, _USED): _Visit.newest_own,
+    **{(asked, _FINISHED): _Visit.refuse_finished for asked in (_AUTO, _NEVER, _PATH, _ITS_ORIGIN)},
+}
+
+
 def enter(
     config: Config, identity: dict[str, Any], schedule: dict[str, Any], damaged: dict[Path, str] | None = None
 ) -> Entry:
@@ -88,94 +167,77 @@ def enter(
 
     Raises UserError for a folder that holds a finished run, or another run than this one.
     """
-    skipped = dict(damaged or {})
     folder = Path(config.run_root) / config.name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
     used = (folder / "metrics.jsonl").exists()
     content = _content(folder)
-    earlier = read_run(folder)
-    asked = None if config.resume in ("auto", "never") else str(Path(config.resume).expanduser().resolve())
-    if used and earlier.get("status") == "finished":
-        raise UserError(f"{folder} holds a finished run: choose another name=, or delete it to train again.")
-    if config.resume == "never" and used:
-        raise UserError(f"{folder} is in use by an earlier run: choose another name=, or resume=auto to continue it.")
-    if config.resume in ("auto", "never"):
-        found = checkpoint.newest(folder, skipped) if config.resume == "auto" else None
-        if found is None:
-            checkpoint.refuse_if_all_damaged(skipped, str(folder))
-    elif used and earlier.get("origin") == asked and checkpoint.checkpoints_of(folder):
-        # The command that began this run is given again, as schedulers do: it means to go on.
-        found = checkpoint.newest(folder, skipped)
-        if found is None:
-            checkpoint.refuse_if_all_damaged(skipped, str(folder))
-    else:
-        found = checkpoint.find(config.resume, skipped)
-        own = checkpoint.newest(folder, dict(skipped))
-        if used and own is not None and found.resolve() != own.resolve():
-            raise UserError(f"{folder} is in use by an earlier run: give the run that continues {found} another name=.")
+    origin = None if config.resume in (_AUTO, _NEVER) else str(Path(config.resume).expanduser().resolve())
+    visit = _Visit(folder, config.resume, origin, read_run_json(folder), used, dict(damaged or {}))
+    found = _ACTIONS[visit.asked, visit.state](visit)
     in_place = used and found is not None and found.resolve().parent.parent == folder.resolve()
-    if used and not in_place and "identity" in earlier:
+    if used and not in_place and "identity" in visit.earlier:
         # A run that was stopped before its first checkpoint starts again, but not as another run.
         remedy = "choose another name=, or delete it"
-        checkpoint.check_identity(earlier["identity"], identity, str(folder), remedy)
-        checkpoint.check_identity(earlier["schedule"], schedule, str(folder), remedy)
-    step, earlier_data = 0, []
+        checkpoint.check_identity(visit.earlier["identity"], identity, str(folder), remedy)
+        checkpoint.check_identity(visit.earlier["schedule"], schedule, str(folder), remedy)
+    step = 0
+    earlier_data: list[dict[str, Any]] = []
     if found is not None:
-        stored = checkpoint.read_state(found)
-        step = stored["state"]["step"]
-        other_data = config.resume_other_data and not in_place
+        step, earlier_data = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
+    kept = visit.earlier.get("origin") if in_place else None
+    return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data)
+
+
+def _check_checkpoint(
+    config: Config, found: Path, identity: dict[str, Any], schedule: dict[str, Any], folder: Path | None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Check that the run may continue from `found`, in place in `folder` or in another one (None); gives its step and
+    `checkpoint.earlier_data`. Raises UserError."""
+    stored = checkpoint.read_state(found)
+    step = int(stored["state"]["step"])
+    other_data = config.resume_other_data and folder is None
+    checkpoint.check_identity(
+        stored["identity"],
+        identity,
+        str(found),
+        "a run continues with what it began with",
+        other_data=other_data,
+        data_remedy="" if folder else ", or on purpose with other data by resume_other_data=true",
+    )
+    if other_data:
+        checkpoint.check_unseen(stored["identity"], identity, str(found))
+    if folder is not None:
         checkpoint.check_identity(
-            stored["identity"],
-            identity,
-            str(found),
-            "a run continues with what it began with",
-            other_data=other_data,
-            data_remedy="" if in_place else ", or on purpose with other data by resume_other_data=true",
+            stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
         )
-        if other_data:
-            checkpoint.check_unseen(stored["identity"], identity, str(found))
-        earlier_data = checkpoint.earlier_data(stored["identity"], identity)
-        if in_place:
-            checkpoint.check_identity(
-                stored["schedule"], schedule, str(found), f"continue under another name with resume={folder} name=NEW"
-            )
-        # A run that was killed after its last checkpoint is continued, if only to be called finished.
-        if step >= config.training.steps and not in_place:
-            raise UserError(
-                f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
-                "steps, or start a new run."
-            )
-    origin = (earlier.get("origin") if in_place else None) or asked
-    return Entry(folder, found, step, skipped, origin, content, earlier_data)
+    # A run that was killed after its last checkpoint is continued, if only to be called finished.
+    elif step >= config.training.steps:
+        raise UserError(
+            f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
+            "steps, or start a new run."
+        )
+    return step, checkpoint.earlier_data(stored["identity"], identity)
 
 
 def _content(folder: Path) -> Any:
-    """What changes when a run begins or ends in `folder` or writes a checkpoint there; equal when none did."""
+    """Content of `folder` that changes when a run begins or ends there or writes a checkpoint; equal when none did."""
     checkpoints = folder / checkpoint.FOLDER
     try:
         # Listing makes a network filesystem look anew.
-        return read_run(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+        return read_run_json(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
     except OSError:
-        return read_run(folder), [], 0
+        return read_run_json(folder), [], 0
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json, or nothing where there is none that can be read."""
-    return _read_object(folder / "run.json")
+    return with_current_keys(read_json_if_any(folder / "run.json"))
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """environment.json, or nothing where there is none that can be read."""
-    return _read_object(folder / "environment.json")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or nothing where there is none that can be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError):
-        return {}
+    return read_json_if_any(folder / "environment.json")
 
 
 def claim(folder: Path) -> IO[str]:
@@ -205,8 +267,8 @@ def check_shared(folder: Path) -> None:
     dist.broadcast_object_list(name, src=0)
     mark = folder / name[0]
     try:
-        together(lambda: _make(mark) if dist.get_rank() == 0 else None)
-        together(lambda: await_file(mark, _SEEN_WITHIN))
+        on_all_ranks(lambda: _make(mark) if dist.get_rank() == 0 else None)
+        on_all_ranks(lambda: await_file(mark, _SEEN_WITHIN))
     finally:
         if dist.get_rank() == 0:
             mark.unlink(missing_ok=True)
@@ -233,7 +295,7 @@ def await_file(mark: Path, seconds: float) -> None:
 
 
 def _listed(mark: Path) -> bool:
-    """Whether `mark` is there. Listing the folders makes a network filesystem look anew."""
+    """True when `mark` is there. Listing the folders makes a network filesystem look anew."""
     try:
         os.listdir(mark.parent.parent)
         return mark.name in os.listdir(mark.parent)
@@ -242,8 +304,8 @@ def _listed(mark: Path) -> bool:
 
 
 def tidy(entry: Entry) -> None:
-    """Say which checkpoints were skipped and make the folder ready to go on: half-written folders of a killed run go,
-    damaged checkpoints get another name."""
+    """Report the checkpoints that were skipped and make the folder ready to continue: half-written folders of a killed
+    run go, damaged checkpoints get another name."""
     for path, reason in entry.skipped.items():
         say(f"skipped the damaged checkpoint {path}: {reason}")
     for renamed in checkpoint.tidy(entry.folder, entry.step):
@@ -253,13 +315,13 @@ def tidy(entry: Entry) -> None:
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+    write_json(folder / "environment.json", environment(), indent=2)
     write_run(folder, {**run, "status": "running"})
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write run.json."""
-    write_whole(folder / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+    write_json(folder / "run.json", run, indent=2)
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What changes from step to step: the window that is drawn, and the sequence length of a curriculum."""
+"""Settings that change from step to step: the window that is drawn, and the sequence length of a curriculum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """What each step trains with, a function of the seed and the step alone. Steps are counted from 1.
+    """Pattern and length of each step, a function of the seed and the step alone. Steps are counted from 1.
 
     `base` is the pattern of validation, generation and export. `patterns` are those that a step draws from, by the
     window of their layers that are not full; with the one window of the configuration or a list for the layers there is

@@ -27,7 +27,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "ws
 
 @dataclass
 class Training:
-    """What the loop steps: model chunks of this pipeline stage (wrapped), their bare modules, optimizer, schedule."""
+    """Model chunks of this pipeline stage (wrapped), their bare modules, optimizer and schedule."""
 
     chunks: list[DistributedDataParallel]
     modules: list[Any]
@@ -141,11 +141,11 @@ def warmup_steps(optim: OptimConfig, steps: int) -> int:
 
 
 def set_schedule(training: Training, step: int) -> None:
-    """Put the schedule at `step` of the run: the rate depends on it alone, so checkpoints store nothing of it."""
+    """Put the schedule at `step` of the run: the learning rate depends on it alone, so checkpoints store none of it."""
     training.scheduler.num_steps = 0
     training.scheduler.step(increment=training.schedule_start + step)
 
 
 def learning_rate(optimizer: Any) -> float:
-    """The rate that the next step of `optimizer` uses."""
+    """Learning rate that the next step of `optimizer` uses."""
     return float(optimizer.param_groups[0]["lr"])

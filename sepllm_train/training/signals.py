@@ -2,7 +2,7 @@
 
 SIGTERM (schedulers, torchrun), SIGUSR1 (a scheduler's warning before the time limit) and SIGINT (Ctrl-C) mean the
 same. A handler only notes the signal: the ranks agree on the step at which they stop in the reduction that every step
-does anyway, so that it is enough when one of them is told.
+does anyway, so that a signal to one of them is enough.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """What this process has been asked; `name` is the first signal it got, None without one."""
+    """Request to this process to stop; `name` is the first signal it got, None without one."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -39,7 +39,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Note the signals of STOPPING for the duration of the block. Only for the main thread.
 
     A process that was asked to stop ignores them from then on: they may come again until it is gone, and its exit code
-    must still tell what it did.
+    must still be that of what it did.
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in STOPPING}

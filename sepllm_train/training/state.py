@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """How far the run is. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
+    """Progress of a run. `seconds` is wall-clock of training steps alone; `pairs` are visible (query, key) pairs
     summed over sequences and layers, from which the FLOPs follow, and `finished_pairs` those of each phase of a
     curriculum that is over. `bad_steps` were skipped for their loss or gradients, `bad_in_a_row` of them just now, and
     `overflows` for fp16's loss scale; `recent_norms` are the gradient norms of the last good steps."""

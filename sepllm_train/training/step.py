@@ -21,11 +21,10 @@ from sepllm_train.distributed.context import ContextPlan, part_of
 from sepllm_train.distributed.launch import context_group
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.pattern import AttentionPattern
-from sepllm_train.training.anomalies import not_finite
 from sepllm_train.training.clock import StepClock
 from sepllm_train.training.schedules import cut
 from sepllm_train.training.setup import Training, learning_rate
-from sepllm_train.training.update import Judge, update
+from sepllm_train.training.update import Judge, not_finite, update
 
 Progress = Callable[[int], None]
 # Numbers of this rank that are summed over all ranks with the step's reduction.
@@ -121,13 +120,13 @@ class Stepper:
             return model(tokens, plan, labels=labels), self._mean_loss
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
-        rate = learning_rate(training.optimizer)
+        lr = learning_rate(training.optimizer)
         with self.clock.part("optimizer"):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for loss in losses:
                 total += loss["loss"]
             done_update = update(training.optimizer, total, len(losses), own(), judge)
-        # Also after a skipped update: the rate belongs to the step, not to the update.
+        # Also after a skipped update: the learning rate belongs to the step, not to the update.
         training.scheduler.step(increment=1)
         overflow = done_update.overflow and done_update.bad is None
         return StepResult(
@@ -136,7 +135,7 @@ class Stepper:
             layer_pairs,
             self.context.take_sent_bytes() if self.context else 0,
             done_update.grad_norm,
-            rate,
+            lr,
             overflow,
             done_update.loss,
             done_update.bad,
@@ -210,10 +209,10 @@ class Stepper:
         return tensor if self.context is None else part_of(tensor, self.context.rank, self.context.size)
 
     def _mean_loss(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the gradients are of, and for the log the mean over this rank's tokens of a micro-batch.
+        """Loss to differentiate, and for the log the mean over this rank's tokens of a micro-batch.
 
         Gradients are averaged over context-parallel ranks as over replicas, although theirs are of parts of one mean.
-        The schedule makes up for that by multiplying the loss by the number of ranks, so this rank's share of the mean
+        The schedule makes up for that by multiplying the loss by the number of ranks, so this rank's part of the mean
         is due here. The schedule works in place: the log gets a tensor of its own.
         """
         loss = losses.float().mean()

@@ -1,4 +1,4 @@
-"""Ends a run in which a process has stopped making progress, and says which one and where."""
+"""The watchdog: ends a run in which a process has stopped making progress, and reports which one and where."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from types import TracebackType
 from sepllm_train.base.console import duration
 from sepllm_train.base.errors import EXIT_LOST_RANK
 
-# Ranks that can still say where they are get this share of training.hang_seconds, within limits, to do so.
+# Ranks that can still report where they are get this fraction of training.hang_seconds, within limits, to do so.
 _GRACE_SHARE, _GRACE_SECONDS = 0.25, (1.0, 30.0)
-# Ranks named in the sentence.
+# Ranks named in the message.
 _NAMED = 8
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: how often it told of progress (all ranks do at the same points of the run), and in words."""
+    """Place of a rank: how often it reported progress (all ranks do at the same points of the run), and in words."""
 
     beats: int
     where: str
 
 
 class Watchdog:
-    """Watches this rank's progress, as told by `beat`, from a thread. A context manager; 0 seconds watch nothing.
+    """Watches this rank's progress, as reported by `beat`, from a thread. A context manager; 0 seconds watch nothing.
 
     When there has been none for `seconds`, every rank that can writes RUN/stacks_rankN.txt: its place, then the stacks
     of its threads, which it also prints. The ranks that wrote none are stopped or gone; among those that did, the ones
-    furthest behind hold up the others. The lowest rank says so, and all end with EXIT_LOST_RANK.
+    furthest behind hold up the others. The lowest rank reports it, and all end with EXIT_LOST_RANK.
     """
 
     def __init__(self, folder: Path, seconds: float, rank: int, world_size: int) -> None:
@@ -48,12 +48,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, where: str) -> None:
-        """There is progress: this rank is now at `where`, a noun such as `step 3, micro-batch 2`."""
+        """Report progress: this rank is now at `where`, a noun such as `step 3, micro-batch 2`."""
         self.place = Place(self.place.beats + 1, where)
         self.last = time.monotonic()
 
     def allow(self, seconds: float) -> None:
-        """This rank does something that is no progress; its next `seconds` do not count as silence."""
+        """Let the next `seconds` of this rank not count as silence."""
         self.last = time.monotonic() + seconds
 
     def __enter__(self) -> Watchdog:
@@ -71,7 +71,7 @@ class Watchdog:
             self._thread.join()
 
     def stacks_file(self, rank: int) -> Path:
-        """Where a rank writes its stacks."""
+        """File of a rank's stacks."""
         return self.folder / f"stacks_rank{rank}.txt"
 
     def _watch(self) -> None:
@@ -88,7 +88,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        """Tell where this rank is, hear where the others are, and end the process."""
+        """Report where this rank and the others are, and end the process."""
         place, silent = self.place, time.monotonic() - self.last
         grace = min(max(self.seconds * _GRACE_SHARE, _GRACE_SECONDS[0]), _GRACE_SECONDS[1])
         # Whatever blocks below (the file system, a full pipe), this process ends.
@@ -99,17 +99,17 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr.fileno())
         unwritten = self._write_stacks(place, grace)
         if unwritten:
-            sentence = self._alone(place, silent, unwritten)
+            message = self._alone(place, silent, unwritten)
         else:
             places = self._hear(grace)
-            sentence = self._sentence(places, silent) if self.rank == min(places) else ""
-        if sentence:
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            message = self._message(places, silent) if self.rank == min(places) else ""
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
         # The main thread hangs, so nothing can be closed in good order.
         os._exit(EXIT_LOST_RANK)
 
     def _write_stacks(self, place: Place, seconds: float) -> str:
-        """Write this rank's file; gives why that failed, nothing when it is there.
+        """Write this rank's file; returns the reason when that failed, else nothing.
 
         In a thread: on a file system that hangs, which may be why the run does, opening the file never returns.
         """
@@ -132,7 +132,7 @@ class Watchdog:
         return failure[0] if failure else ""
 
     def _hear(self, seconds: float) -> dict[int, Place]:
-        """Places of the ranks that tell theirs within `seconds`."""
+        """Places of the ranks that report theirs within `seconds`."""
         places: dict[int, Place] = {}
         deadline = time.monotonic() + seconds
         while len(places) < self.world_size and time.monotonic() < deadline:
@@ -146,15 +146,15 @@ class Watchdog:
         return places
 
     def _alone(self, place: Place, silent: float, unwritten: str) -> str:
-        """What this rank can say when the ranks cannot hear each other."""
+        """Message of this rank when the ranks cannot read each other's places."""
         return (
             f"no progress for {duration(silent)} (training.hang_seconds={self.seconds:g}): rank {self.rank} hung in "
             f"{place.where}, and {self.stacks_file(self.rank)} could not be written ({unwritten}): look at its file "
             "system. The same command continues from the newest checkpoint."
         )
 
-    def _sentence(self, places: dict[int, Place], silent: float) -> str:
-        """Which ranks hold up the run, as far as the places tell."""
+    def _message(self, places: dict[int, Place], silent: float) -> str:
+        """Message that names the ranks which hold up the run, as far as the places show."""
         missing = sorted(set(range(self.world_size)) - places.keys())
         behind = min(places.values(), key=lambda place: place.beats)
         slow = sorted(rank for rank, place in places.items() if place.beats == behind.beats)

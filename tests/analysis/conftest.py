@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sepllm_train.runs.folder import Run, alone, load_run
+from sepllm_train.config.schema import AttentionConfig
+from sepllm_train.distributed.launch import alone
+from sepllm_train.runs.open import TrainedRun, open_run
 from tests.support.small_run import SMALL_MODEL, train_here
 
 TRAINING = [
@@ -52,6 +54,13 @@ def grid() -> Iterator[torch.device]:
 
 
 @pytest.fixture(scope="module")
-def run(trained: Trained, grid: torch.device) -> Run:
+def run(trained: Trained, grid: torch.device) -> TrainedRun:
     """The run, opened."""
-    return load_run(trained.folder)
+    return open_run(trained.folder)
+
+
+def with_attention(run: TrainedRun, attention: AttentionConfig) -> TrainedRun:
+    """The run as if it had been trained with another attention, with the same weights and text."""
+    other = replace(run, config=replace(run.config, attention=attention))
+    other.__dict__.update(model=run.model, corpus=run.corpus)
+    return other

@@ -14,14 +14,14 @@ from sep_attention import visible_mask
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
 from sepllm_train.analysis.cli import main
-from sepllm_train.analysis.interval import kept_keys
-from sepllm_train.analysis.recall import far_recall
+from sepllm_train.analysis.match import kept_keys
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.evaluate import evaluate, text_of
-from sepllm_train.runs.folder import Run, held_out_samples
-from tests.analysis.conftest import Trained
+from sepllm_train.runs.evaluate import evaluate, far_recall
+from sepllm_train.runs.held_out import text_of
+from sepllm_train.runs.open import TrainedRun
+from tests.analysis.conftest import Trained, with_attention
 from tests.analysis.test_cli import refused
 
 SAMPLES = 3
@@ -32,13 +32,13 @@ def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def answers(run: Run) -> dict[str, Any]:
+def answers(run: TrainedRun) -> dict[str, Any]:
     """Of a run with windows 8 and 16, asked with n = 8 in both layers."""
     options = AblationOptions(window=8, subsets=["nine=paper", "four=comma,period,colon,newline", "period,newline"])
     return Ablation(run, options, SAMPLES).answer(lambda: None)
 
 
-def test_rows_are_evaluations_of_their_patterns(answers: dict[str, Any], run: Run) -> None:
+def test_rows_are_evaluations_of_their_patterns(answers: dict[str, Any], run: TrainedRun) -> None:
     own = evaluate(run.model, run.pattern, run.validation, SAMPLES)
     text = text_of(run.validation, SAMPLES)
     far = far_recall(text["tokens"], text["labels"], 8)
@@ -61,7 +61,7 @@ def test_rows_are_evaluations_of_their_patterns(answers: dict[str, Any], run: Ru
         assert row["attended_share"] == pytest.approx(losses.attended_share)
 
 
-def test_subsets_are_nested_and_matched_by_the_nearest(answers: dict[str, Any], run: Run) -> None:
+def test_subsets_are_nested_and_matched_by_the_nearest(answers: dict[str, Any], run: TrainedRun) -> None:
     text = text_of(run.validation, SAMPLES)
     rows = rows_of(answers)
     for key in ("kv_kept", "kv_kept_mean", "attended_share"):
@@ -89,13 +89,8 @@ def test_subsets_are_nested_and_matched_by_the_nearest(answers: dict[str, Any], 
     assert random["loss"] != rows["nine"]["loss"] and random["density"] == rows["nine"]["density"]
 
 
-def test_dense_changes_nothing_in_a_dense_model(run: Run) -> None:
-    attention = replace(run.config.attention, pattern="dense")
-    dense = replace(
-        run,
-        config=replace(run.config, attention=attention),
-        pattern=resolve_pattern(attention, run.config.model.layers),
-    )
+def test_dense_changes_nothing_in_a_dense_model(run: TrainedRun) -> None:
+    dense = with_attention(run, replace(run.config.attention, pattern="dense"))
     ablation = Ablation(dense, AblationOptions(subsets=["all"]), 2)
     # Dense, none, all, and the two that keep as much; no other pattern of the model's own.
     assert len(ablation.jobs) == 5 and (ablation.base.window, ablation.base.initial_tokens) == (64, 3)
@@ -106,7 +101,7 @@ def test_dense_changes_nothing_in_a_dense_model(run: Run) -> None:
     assert row["loss"] == token_mean(evaluate(run.model, dense.pattern, run.validation, 2).nats)
 
 
-def test_each_class_that_occurs_is_a_subset(run: Run) -> None:
+def test_each_class_that_occurs_is_a_subset(run: TrainedRun) -> None:
     present = set(text_of(run.validation, 2)["separator_class"].unique().tolist()) - {0}
     ablation = Ablation(run, AblationOptions(), 2)
     assert [layer.window for layer in resolve_pattern(ablation.base, 2).layers] == [8, 16] and ablation.window == 16
@@ -119,10 +114,9 @@ def test_each_class_that_occurs_is_a_subset(run: Run) -> None:
     assert not set(tokens[named:]) & set(tokens[:named])
 
 
-def test_separators_are_where_the_text_has_them(run: Run) -> None:
+def test_separators_are_where_the_text_has_them(run: TrainedRun) -> None:
     """The model's own pattern is that of a run with moved separators; subsets are of the text's own."""
-    config = replace(run.config, attention=replace(run.config.attention, placement="shuffled"))
-    moved = replace(run, config=config, validation=held_out_samples(config, run.corpus))
+    moved = with_attention(run, replace(run.config.attention, placement="shuffled"))
     ablation = Ablation(moved, AblationOptions(subsets=["period"]), 2)
     natural = text_of(run.validation, 2)["separator_class"]
     assert torch.equal(ablation.text["separator_class"], natural)
@@ -151,8 +145,8 @@ def test_ablate_command(trained: Trained, tmp_path: Path) -> None:
     markdown = (output / "ablation.md").read_text()
     for row in result["rows"]:
         assert row["name"] in markdown and f"{row['change']['mean']:+.4f} ± {row['change']['error']:.4f}" in markdown
-    files = {f"{name}.{kind}" for name in ("ablation", "ablation_far_recall") for kind in ("png", "svg")}
-    assert {path.name for path in output.iterdir()} == files | {"ablation.json", "ablation.md"}
+    files = {"ablation.json", "ablation.md", "ablation.svg", "ablation_far_recall.svg"}
+    assert {path.name for path in output.iterdir()} == files
 
 
 @pytest.mark.parametrize(
@@ -176,9 +170,9 @@ def test_output_that_cannot_be_written(trained: Trained, tmp_path: Path, capsys:
     refused(["ablate", str(trained.folder), "--output", str(tmp_path / "file")], "is a file: name a folder", capsys)
 
 
-def test_a_run_with_drawn_windows(run: Run) -> None:
+def test_a_run_with_drawn_windows(run: TrainedRun) -> None:
     """Its rows have one window, that of validation."""
     drawn = replace(run.config.attention, window=8, window_choices=[4, 8])
-    asked = replace(run, config=replace(run.config, attention=drawn), pattern=resolve_pattern(drawn, 2))
+    asked = with_attention(run, drawn)
     rows = rows_of(Ablation(asked, AblationOptions(subsets=["period"]), 1).answer(lambda: None))
     assert rows["dense"]["attended_share"] == 1 and rows["period"]["attention"]["window"] == 8

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data_prep.cli import main as prepare
 from sepllm_train.analysis.cli import main
-from sepllm_train.runs.folder import alone
+from sepllm_train.distributed.launch import alone
 from tests.analysis.conftest import Trained
 
 
@@ -51,7 +51,7 @@ def test_loss_command(trained: Trained, tmp_path: Path) -> None:
     for row in result["classes"]:
         assert f"{row['change']['mean']:+.4f} ± {row['change']['error']:.4f}" in markdown
     names = {"loss_by_position", "loss_without_class", "loss_per_removed_pair", "loss_vs_pairs", "far_recall"}
-    files = {f"{name}.{kind}" for name in names for kind in ("png", "svg")} | {"loss.json", "loss.md"}
+    files = {f"{name}.svg" for name in names} | {"loss.json", "loss.md"}
     assert {path.name for path in output.iterdir()} == files
 
 
@@ -87,7 +87,7 @@ def test_attention_command(trained: Trained, tmp_path: Path) -> None:
     assert pair["lift"] == pytest.approx(pair["mass"]["mean"] / pair["uniform"])
     markdown = (output / "attention.md").read_text()
     assert f"Separators receive {pair['mass']['mean']:.1%} of the attention" in markdown
-    assert (output / "separator_mass.png").stat().st_size > 1000
+    assert (output / "separator_mass.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

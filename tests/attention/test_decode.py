@@ -19,7 +19,7 @@ from sep_attention import FOREVER, DecodeCache, advance, attend, write
 from tests.support.triton_support import needs_triton
 from tests.support.waiting import HANG_SECONDS
 
-BENCHMARK = "kernels/benchmarks/decode.py"
+BENCHMARK = "benchmarks.attention.decode"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -175,8 +175,8 @@ def test_in_the_interpreter() -> None:
 
 
 def _benchmark(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / BENCHMARK), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    command = [sys.executable, "-m", BENCHMARK, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=repository, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

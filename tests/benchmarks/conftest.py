@@ -1,4 +1,4 @@
-"""The benchmark programs as modules, and a way to run one as a user does."""
+"""A way to run a benchmark as a user does."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 from tests.support.triton_support import with_repairs
 from tests.support.waiting import HANG_SECONDS
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def program(repository: Path) -> Program:
-    """Runs a program of the repository, named by its path; `interpret=True` with Triton's interpreter."""
+    """Runs a module or script in the root of the repository; `interpret=True` with Triton's interpreter."""
 
-    def run(path: str, *arguments: object, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(name: str, *arguments: object, interpret: bool = False) -> subprocess.CompletedProcess[str]:
         environment = with_repairs(os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "2"})
-        command = [sys.executable, str(repository / path), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
+        program = [name] if name.endswith(".py") else ["-m", name]
+        command = [sys.executable, *program, *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, cwd=repository
+        )
 
     return run

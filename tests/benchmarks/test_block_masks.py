@@ -1,13 +1,14 @@
-"""FlexAttention's masks are those of the library, and the rivals compute what ours does."""
+"""FlexAttention's masks are those of the library, and the baselines compute what ours does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from block_masks import gathered_mask, plan_mask
-from rivals import flex_gathered, flex_masked, rivals_of
 from sep_attention import AttentionPlan, build_plan, reference_attention, visible_mask
 from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks.attention.baselines import baselines_of, flex_gathered, flex_masked
+from benchmarks.attention.block_masks import gathered_mask, plan_mask
 
 
 def _plan(batch: int, length: int) -> AttentionPlan:
@@ -39,7 +40,7 @@ def test_gathered_keys_hold_each_visible_pair_once() -> None:
 
 
 @pytest.mark.parametrize("make", [flex_masked, flex_gathered])
-def test_flex_rivals_compute_the_pattern(make) -> None:  # type: ignore[no-untyped-def]
+def test_flex_baselines_compute_the_pattern(make) -> None:  # type: ignore[no-untyped-def]
     plan = _plan(1, 200)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 200, 32), torch.randn(1, 2, 200, 32), torch.randn(1, 2, 200, 32)
@@ -49,7 +50,7 @@ def test_flex_rivals_compute_the_pattern(make) -> None:  # type: ignore[no-untyp
 
 
 def test_flash_attn_that_is_missing_says_so() -> None:
-    rivals = rivals_of(torch.device("cuda"))
-    assert [name for name, rival in rivals.items() if rival.sparse] == ["ours", "flex", "flex gathered"]
+    baselines = baselines_of(torch.device("cuda"))
+    assert [name for name, baseline in baselines.items() if baseline.sparse] == ["ours", "flex", "flex gathered"]
     with pytest.raises(ImportError, match="flash_attn_interface"):
-        rivals["flash-attn 3"].make(_plan(1, 8), 4)
+        baselines["flash-attn 3"].make(_plan(1, 8), 4)

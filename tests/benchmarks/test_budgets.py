@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from budgets import minor_version, read_budget, record_budget
-from records import RESULTS
 
+from benchmarks import ROOT
+from benchmarks.attention.budgets import minor_version, read_budget, record_budget
 from sepllm_train.base.errors import UserError
 
 RECORDED = {"3.7": {"forward": 8}, "3.9": {"forward": 24}, "3.10": {}}
@@ -58,6 +58,6 @@ def test_a_file_in_another_form_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shipped_file_has_every_supported_version() -> None:
-    shipped = json.loads((RESULTS / "sm90_budget.json").read_text(encoding="utf8"))
+    shipped = json.loads((ROOT / "benchmarks" / "attention" / "sm90_budget.json").read_text(encoding="utf8"))
     assert list(shipped) == ["3.6", "3.7", "3.8", "3.9"]
     assert all(minor_version(version) == version for version in shipped)

@@ -17,7 +17,7 @@ from .conftest import Program
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
-GATE = "kernels/benchmarks/compile_gate.py"
+GATE = "benchmarks.attention.compile_gate"
 
 
 def test_fast_path_of_both_head_sizes(program: Program, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_violations() -> None:
     code = f"""
 import json, sys
 sys.path[:0] = {sys.path!r}
-from compile_gate import UserError, main, spill_budget, violations
-from compiled import Resources, Target
+from benchmarks.attention.compile_gate import UserError, main, spill_budget, violations
+from benchmarks.attention.compiled import Resources, Target
 from sep_attention.triton.tuning import ShippedTile, Tile
 target = Target(ShippedTile("forward", 128, "bf16", "half", 90, Tile(128, 64, 8, 3)))
 values = dict(registers=200, spills=0, shared=1000, wgmma=8, mma=0, async_copies=4, serialized=False)

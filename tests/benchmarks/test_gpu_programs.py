@@ -9,17 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from draw import NOT_MEASURED, best_dense, load_results, merged_rows, section, teraflops
-from gpu_attention import GROUPS, HEAD_SIZES, LENGTHS, MAIN_LENGTHS, SOURCES, WINDOWS, cells, main, open_results
-from records import write_json
 
+from benchmarks.attention.draw import NOT_MEASURED, best_dense, load_results, merged_rows, section, teraflops
+from benchmarks.attention.gpu import (
+    GROUPS,
+    HEAD_SIZES,
+    LENGTHS,
+    MAIN_LENGTHS,
+    SOURCES,
+    WINDOWS,
+    cells,
+    main,
+    open_results,
+)
+from benchmarks.common import write_json
 from sepllm_train.base.errors import UserError
 from tests.support.triton_support import needs_triton
 
 from .conftest import Program
 
-ATTENTION = "kernels/benchmarks/gpu_attention.py"
-DRAW = "kernels/benchmarks/draw.py"
+ATTENTION = "benchmarks.attention.gpu"
+DRAW = "benchmarks.attention.draw"
 SMALL = ("--device", "cpu", "--tokens", 48, "--hidden", 32, "--windows", 8, "--head-sizes", 32, "--groups", 1)
 
 
@@ -40,7 +50,7 @@ def test_kernels_are_timed_checked_and_resumed(program: Program, tmp_path: Path)
 
 def test_results_of_another_setting_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "attention-cpu.json"
-    options = argparse.Namespace(tokens=48, hidden=32, text=None, rivals=None, output=output)
+    options = argparse.Namespace(tokens=48, hidden=32, text=None, baselines=None, output=output)
     path, results = open_results(options, torch.device("cpu"))
     write_json(path, results | {"rows": [{"length": 48}]})
     assert open_results(options, torch.device("cpu"))[1]["rows"] == [{"length": 48}]
@@ -80,7 +90,7 @@ def _file(time: str, length: int, **kernels: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Two files of one machine that time the same cell: dense rivals, and FlexAttention; and one of other kernels."""
+    """Two files of one machine that time the same cell, dense baselines and FlexAttention; one of other kernels."""
     ours, cudnn = {"sparse": True, **_timing(2.0)}, {"sparse": False, **_timing(5.0)}
     flash, missing = {"sparse": False, **_timing(4.0)}, {"sparse": False, "reason": "ImportError: none"}
     dense = {"ours": ours, "cudnn": cudnn, "flash_sdpa": flash, "flash-attn 3": missing}

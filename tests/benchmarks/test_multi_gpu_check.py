@@ -1,4 +1,4 @@
-"""scripts/multi_gpu_check.py end to end with two CPU processes over gloo; its plan and its verdicts by themselves."""
+"""benchmarks/multi_gpu end to end with two CPU processes over gloo; its plan and its verdicts by themselves."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.multi_gpu import verdicts
+from benchmarks.multi_gpu.cases import GIB, STAGES, Case, RunSpec, all_cases, cpu_scale, fitting, gpu_scale
+from benchmarks.multi_gpu.kit import Kit
+from benchmarks.multi_gpu.plan import estimate, launches_of, within_budget
+from benchmarks.multi_gpu.report import render
+from benchmarks.multi_gpu.results import Results
+from benchmarks.multi_gpu.verdicts import BARS, judge
 from sepllm_train.base.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.validate import validate
-from sepllm_train.multi_gpu import verdicts
-from sepllm_train.multi_gpu.cases import GIB, STAGES, Case, RunSpec, all_cases, cpu_scale, fitting, gpu_scale
-from sepllm_train.multi_gpu.kit import Kit
-from sepllm_train.multi_gpu.plan import estimate, launches_of, within_budget
-from sepllm_train.multi_gpu.report import render
-from sepllm_train.multi_gpu.results import Results
-from sepllm_train.multi_gpu.verdicts import BARS, judge
 from tests.support.waiting import HANG_SECONDS
 
 from .conftest import Program
@@ -37,9 +37,11 @@ def kit(repository: Path, sample_cache: Path) -> Rehearse:
     """Runs the program."""
 
     def run(*arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(repository / "scripts" / "multi_gpu_check.py"), *map(str, arguments)]
+        command = [sys.executable, "-m", "benchmarks.multi_gpu", *map(str, arguments)]
         environment = os.environ | {"SEPLLM_CACHE": str(sample_cache), "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment, cwd=repository, check=False
+        )
 
     return run
 
@@ -137,7 +139,7 @@ def test_a_failed_case_is_recorded_and_the_rest_runs(
 
 def test_fewer_than_two_gpus_are_refused(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    result = program("scripts/multi_gpu_check.py", "--output", tmp_path / "results")
+    result = program("benchmarks.multi_gpu", "--output", tmp_path / "results")
     assert result.returncode == 2
     assert result.stderr.startswith("error: two or more GPUs are needed, torch finds no GPU")
     assert "--cpu" in result.stderr and result.stderr.count("\n") == 1

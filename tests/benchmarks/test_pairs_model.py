@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pairs_model import Row, Touched, dense_touched, needed_of_plan, needed_pairs, shipped_tiles, touched_pairs
 from sep_attention import build_plan, visible_mask
 from sep_attention.triton.tuning import KERNELS, Tile
-from separator_text import load_separators, random_rows, text_rows, write_positions
 
+from benchmarks.attention.pairs_model import (
+    Row,
+    Touched,
+    dense_touched,
+    needed_of_plan,
+    needed_pairs,
+    shipped_tiles,
+    touched_pairs,
+)
+from benchmarks.attention.separator_text import load_separators, random_rows, text_rows, write_positions
 from sepllm_train.base.errors import UserError
 
 SIZES = [(1, 1), (63, 16), (200, 33), (257, 64), (100, 100), (90, 128)]

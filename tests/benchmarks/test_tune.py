@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason=NO_TRITON)
 CODE = """
 import json, sys
 sys.path[:0] = {paths!r}
-import tune
+from benchmarks.attention import tune
 from sep_attention.triton.tuning import Tile, ShippedTile
 source = open({table!r}, encoding="utf8").read()
 chosen = {{"forward": Tile(64, 32, 4, 3, 128), "backward_kv": Tile(64, 64, 4, 2, None, True)}}
@@ -49,7 +49,7 @@ print(json.dumps([changed, tiles, refused, scores, candidates, lacking]))
 
 def test_candidates_scores_and_table(repository: Path) -> None:
     """In a process of its own: the module takes Triton's interpreter, which other tests may have on, out."""
-    table = repository / "kernels" / "sep_attention" / "tuning.py"
+    table = repository / "kernels" / "sep_attention" / "triton" / "tuning.py"
     code = CODE.format(paths=sys.path, table=str(table))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr

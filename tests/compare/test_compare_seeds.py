@@ -182,7 +182,7 @@ def test_rows_without_a_common_seed_are_not_compared(make_seeds: Seeds) -> None:
         assert found.reaches[1].ratios["tokens"].estimate is None
         assert found.verdict == "sep has no seed in common with dense: nothing is said of it."
         assert cells(found.console(), "To reach")["sep"][2] == "-"
-    assert "ratios.png" not in found.files()
+    assert "ratios.svg" not in found.files()
 
 
 def test_means_and_bands_are_at_the_steps_all_seeds_share(make_seeds: Seeds) -> None:
@@ -308,7 +308,7 @@ def test_the_command_with_seeds_writes_pages_and_numbers(
     assert numbers["reference"] == "dense" and numbers["confidence"] == 0.95
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "band: lowest to highest" in page and "quantile t of Student" in page and page.count("<svg") == 4
-    assert (tmp_path / "out" / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "ratios.svg").stat().st_size > 1000
     header, *lines = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert header.startswith("row,run,seed,step,") and lines[-1].startswith("sep,sep_seed2,2,40,")
 

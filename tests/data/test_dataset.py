@@ -20,9 +20,8 @@ from data_prep.tokenizers import load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus
-from sepllm_train.data.dataset import TokenStore
+from sepllm_train.data.dataset import Blend, TokenStore
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
-from sepllm_train.data.order import Blend
 from sepllm_train.data.splits import SourceSplit, build_datasets, held_out_from, source_splits
 
 
@@ -108,7 +107,7 @@ def test_blend_follows_the_weights(prefixes: tuple[str, str], tmp_path: Path) ->
 
 
 def test_blend_goes_on_where_each_source_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sepllm_train.data.order.BLEND_PERIOD", 16)
+    monkeypatch.setattr("sepllm_train.data.dataset.BLEND_PERIOD", 16)
     sources: Any = [[{"n": (name, n)} for n in range(100)] for name in "ab"]
     blend = Blend(sources, [0.75, 0.25])
     read = [blend[number]["n"] for number in range(48)]

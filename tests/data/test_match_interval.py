@@ -14,7 +14,7 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.interval import kept_keys, matching_interval, matching_window
+from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import AttentionConfig

@@ -27,7 +27,7 @@ def test_overrides_are_of_a_run_with_as_many_keys(
     tiers = "attention.separators=[{classes: [comma, period], horizon: 128}, {classes: newline, horizon: forever}]"
     data = ["data.sequence_length=512", f"data.cache={sample_cache}"]
     run(repository, monkeypatch, "--samples", "24", "+experiment=demo_sep", *data, tiers)
-    _, counted, found, overrides = capsys.readouterr().out.splitlines()
+    *_, counted, found, overrides = capsys.readouterr().out.splitlines()
     configured, without, forever = (float(number) for number in re.findall(r"\d+\.\d+", counted))
     assert without < configured < forever
     share, shown = re.match(r"keep_share (\S+) is .* shows (\S+) ", found).groups()  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepllm_train.analysis.thinning import matching_keep_share, mean_keys
+from sepllm_train.analysis.match import matching_keep_share, mean_keys
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, TrainingConfig
 from sepllm_train.data.corpus import open_corpus
@@ -22,7 +22,7 @@ from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, micro_bat
 from sepllm_train.data.placement import Placement, placement_of, uniform_draws
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.training.report import sample_plan
+from sepllm_train.training.facts import sample_plan
 
 CONTROLS = ("shuffled", "preceding", "thinned")
 # Classes up to 5 have a tier in the property tests, those above have none.

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.readers import Corpus
-from data_prep.unwrap import unwrap_lines
+from data_prep.readers import Corpus, unwrap_lines
 from sepllm_train.base.errors import UserError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

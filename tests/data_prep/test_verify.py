@@ -63,9 +63,10 @@ def test_headers_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
     path = Path(f"{dataset}.sep.json")
     content = path.read_text(encoding="utf8")
     for damaged, message in (
-        (content[:500], r"set\.sep\.json is damaged \(.*\): make it again with `prepare_data\.py annotate`"),
+        (content[:500], r"set\.sep\.json is not JSON \(.*\): make it again with `prepare_data\.py annotate`"),
         (content.replace('"version": 1', '"version": 99'), r"has version 99, this program reads 1"),
-        ("[]", r"has version None"),
+        ("[]", r"set\.sep\.json does not hold a JSON object: make it again"),
+        ("{}", r"has version None"),
         (content.replace('"tokens"', '"tocens"'), r"set\.sep\.json is damaged \(bad or missing key"),
     ):
         path.write_text(damaged, encoding="utf8")
@@ -121,6 +122,8 @@ def test_wrong_headers(dataset: Path, change: Callable[[dict[str, Any]], object]
 
 
 def test_reading_a_side_car_is_light() -> None:
-    heavy = ["torch", "megatron", "tokenizers", "sentencepiece", "tqdm", "sepllm_train"]
-    code = f"import sys, data_prep.sidecar; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ("torch", "megatron", "tokenizers", "sentencepiece", "tqdm", "sepllm_train.")
+    light = ("sepllm_train.base",)
+    found = f"[name for name in sys.modules if name.startswith({heavy}) and not name.startswith({light})]"
+    code = f"import sys, data_prep.sidecar; print({found})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -75,9 +75,8 @@ def check_torchrun(words: list[str]) -> None:
     check_pretraining(launch.training_script_args, world_size)
 
 
-def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a script up to the point where its own parser has accepted the words."""
-    assert (REPOSITORY / path).is_file()
+def check_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script, or a module after -m, up to the point where its own parser has accepted the words."""
 
     def stopping_after(parse: Callable[..., Any]) -> Callable[..., None]:
         def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
@@ -88,11 +87,18 @@ def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
-    monkeypatch.setattr(sys, "argv", [path, *words])
+    if words[0] == "-m":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        with pytest.raises(Parsed):
+            runpy.run_module(words[1], run_name="__main__")
+        return
+    path = REPOSITORY / words[0]
+    assert path.is_file()
+    monkeypatch.setattr(sys, "argv", words)
     # Scripts find their neighbours as when Python runs them.
-    monkeypatch.syspath_prepend(str((REPOSITORY / path).parent))
+    monkeypatch.syspath_prepend(str(path.parent))
     with pytest.raises(Parsed):
-        runpy.run_path(str(REPOSITORY / path), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def check_sbatch(words: list[str]) -> None:
@@ -144,7 +150,7 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
     elif program == "python" and words[0] == "scripts/suite.py":
         check_suite(words[1:])
     elif program == "python":
-        check_script(words[0], words[1:], monkeypatch)
+        check_program(words, monkeypatch)
     elif program == ".venv/bin/python" and words[:2] == ["-m", "pip"]:
         check_pip(words[2:])
     else:
@@ -240,7 +246,10 @@ def test_separator_classes_are_those_of_the_code() -> None:
 
 
 def test_metrics_table_is_what_the_loop_writes() -> None:
-    source = "".join((REPOSITORY / "sepllm_train" / "training" / name).read_text() for name in ("loop.py", "clock.py"))
+    source = "".join(
+        (REPOSITORY / "sepllm_train" / "training" / name).read_text()
+        for name in ("step_logger.py", "validator.py", "loop.py", "clock.py")
+    )
     written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
     written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
     told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
@@ -293,5 +302,5 @@ def test_console_entry_points_are_named() -> None:
 def test_limits_and_bars_are_those_of_the_code() -> None:
     assert f"wins on CPU up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "attention.md")
     assert f"Up to {MASKED_UP_TO} tokens" in prose(REPOSITORY / "docs" / "performance.md")
-    bars = runpy.run_path(str(REPOSITORY / "kernels" / "benchmarks" / "cpu_attention.py"))["BARS"]
+    bars = runpy.run_path(str(REPOSITORY / "benchmarks" / "attention" / "cpu.py"))["BARS"]
     assert [row[:2] for row in table("docs/performance.md", "S")] == [[str(s), f"{bar}x"] for s, bar in bars.items()]

@@ -78,8 +78,9 @@ def exported_run(trained_run: Path) -> Path:
     """The trained run as scripts/export_hf.py writes it."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from sepllm_train.hf.export import export_run
+    from sepllm_train.runs.open import open_run
 
-    export_run(trained_run, trained_run.parent / "exported")
+    export_run(open_run(trained_run), trained_run.parent / "exported")
     return trained_run.parent / "exported"
 
 

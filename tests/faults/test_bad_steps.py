@@ -10,9 +10,9 @@ import pytest
 
 from sepllm_train.base.errors import EXIT_BAD_STEPS
 from sepllm_train.config.schema import TrainingConfig
-from sepllm_train.training.anomalies import ENOUGH, BadStepDetector
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.state import TrainState
+from sepllm_train.training.update import ENOUGH, BadStepDetector
 from tests.faults import bad_step_worker
 from tests.faults.bad_step_worker import checkpoint_of
 from tests.faults.processes import Launcher, records

@@ -18,10 +18,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from sepllm_train.base.errors import EXIT_USER_ERROR, RankError, UserError
 from sepllm_train.config.schema import Config, DataConfig
 from sepllm_train.data import loader
-from sepllm_train.data.corpus import open_corpus
+from sepllm_train.data.corpus import DataFiles, open_corpus
 from sepllm_train.data.loader import Batch, MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
-from sepllm_train.data.unchanged import DataFiles
 from tests.faults.processes import Launcher, descendants, kill, records
 
 LONG = "training.steps=100000"

@@ -18,7 +18,7 @@ from sepllm_train.config.schema import Config, ParallelConfig
 from sepllm_train.data.loader import _worker_died
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.training import run, run_folder
+from sepllm_train.training import run, run_folder, run_record
 from sepllm_train.training.checkpoint import save
 from tests.support.waiting import HANG_SECONDS
 
@@ -107,15 +107,17 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
     def full(folder: Path, content: dict[str, Any]) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("build_training", "Stepper"):
+    for name in ("build_training", "Stepper", "StepLogger", "Validator"):
         monkeypatch.setattr(run, name, lambda *args, **options: None)
-    monkeypatch.setattr(run, "run_record", lambda *args: {})
+    monkeypatch.setattr(run.checkpoint, "Saver", lambda *args, **options: None)
+    monkeypatch.setattr(run_record, "run_record", lambda *args: {})
     monkeypatch.setattr(run, "Loop", Failing)
     monkeypatch.setattr(run_folder, "describe", lambda *args: None)
     monkeypatch.setattr(run_folder, "write_run", full)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     entry = SimpleNamespace(folder=tmp_path, checkpoint=None)
     prepared: Any = SimpleNamespace(
+        config=Config(),
         entry=entry,
         facts=SimpleNamespace(vocabulary=8),
         steps=SimpleNamespace(base=None),
@@ -130,7 +132,7 @@ def test_unwritable_run_json_hides_no_error(tmp_path: Path, monkeypatch: pytest.
     memory: Any = threading.Lock()
     launch = Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)
     with pytest.raises(UserError, match="the reason"):
-        run._train(Config(), prepared, Any, memory, launch, torch.device("cpu"))  # type: ignore[arg-type]
+        run._train(prepared, Any, memory, launch, torch.device("cpu"))  # type: ignore[arg-type]
     assert abandoned == [True]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sepllm_train.runs.folder import alone
+from sepllm_train.distributed.launch import alone
 from tests.training.resume_worker import train_alone
 
 

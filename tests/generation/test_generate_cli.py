@@ -15,10 +15,9 @@ import pytest
 import tokenizers
 
 from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
+from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.cli import main
-from sepllm_train.runs.folder import alone, read_config
-from sepllm_train.runs.opened import config_for, load_run
-from sepllm_train.runs.source import open_source
+from sepllm_train.runs.open import config_for, open_run, read_config
 from tests.generation.native_models import full_logits
 from tests.support.waiting import HANG_SECONDS
 
@@ -50,12 +49,12 @@ def without_time(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_generated_tokens_are_those_that_the_full_forward_predicts(trained_run: Path, records: Records) -> None:
     (found,) = records("--prompt", PROMPTS[0], "--tokens", "40")
     with alone() as device:
-        opened = open_source(trained_run)
-        model = load_run(opened, config_for(read_config(trained_run), 1, 1), device)
+        opened = open_run(trained_run)
+        model = opened.load_model(config_for(opened.config, 1, 1), device)
         (prompt,) = opened.tokenizer.encode_batch([PROMPTS[0]])
         ids = list(prompt)
         for _ in range(40):
-            ids.append(int(full_logits(model, opened.pattern, ids, opened.vocabulary)[-1].argmax()))
+            ids.append(int(full_logits(model, opened.token_pattern, ids, opened.vocabulary)[-1].argmax()))
     assert found["prompt"] == PROMPTS[0]
     assert PROMPTS[0] + found["text"] == opened.tokenizer.decode(ids)
     assert (found["prompt_tokens"], found["tokens"], found["ended"]) == (len(prompt), 40, False)

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ class Generation:
     Attributes:
         mark: a file that these trees have and older ones do not.
         programs: for each command the words that start it: a script below the tree, or `-m` and a module.
-        names: for each name that the cases use, `module:attribute`.
+        names: for each name that the cases use, `module:attribute`, where the attribute may be of a class.
         packages: what must be imported from the tree.
+        token_pattern: attribute of an opened run with its pattern in terms of token ids.
     """
 
     mark: str
     programs: dict[str, tuple[str, ...]]
     names: dict[str, str]
     packages: tuple[str, ...]
+    token_pattern: str = "pattern"
 
 
 # The newest first.
@@ -63,21 +66,22 @@ GENERATIONS = (
             "PatternCache": "sepllm_train.hf:PatternCache",
             "SepCache": "sepllm_train.hf:SepCache",
             "CacheChoice": "sepllm_train.generation.choice:CacheChoice",
-            "alone": "sepllm_train.runs.folder:alone",
+            "alone": "sepllm_train.distributed.launch:alone",
             "build_datasets": "sepllm_train.data.splits:build_datasets",
             "cache_argument": "sepllm_train.hf:cache_argument",
             "config_folder": "sepllm_train.config.load:config_folder",
-            "config_for": "sepllm_train.runs.opened:config_for",
+            "config_for": "sepllm_train.runs.open:config_for",
             "configuration_of": "sepllm_train.config.load:configuration_of",
             "digest": "sepllm_train.training.checkpoint:digest",
             "digests": "sepllm_train.training.checkpoint:digests",
             "load_model": "sepllm_train.hf:load_model",
-            "load_run": "sepllm_train.runs.opened:load_run",
+            "load_run": "sepllm_train.runs.open:TrainedRun.load_model",
             "open_corpus": "sepllm_train.data.corpus:open_corpus",
-            "open_source": "sepllm_train.runs.source:open_source",
-            "read_config": "sepllm_train.runs.folder:read_config",
+            "open_source": "sepllm_train.runs.open:open_run",
+            "read_config": "sepllm_train.runs.open:read_config",
         },
         packages=("sepllm_train", "data_prep", "sep_attention"),
+        token_pattern="token_pattern",
     ),
     Generation(
         mark="scripts/pretrain.py",
@@ -147,7 +151,7 @@ class Tree:
     def get(self, name: str) -> Any:
         """Object that this tree calls `name`."""
         module, _, attribute = self.generation.names[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return attrgetter(attribute)(importlib.import_module(module))
 
     def run(self, program: str, *arguments: str) -> str:
         """Run a program of the tree in this process and return what it printed to stdout.
@@ -251,13 +255,14 @@ def native_cache(tree: Tree, job: Job) -> Outcome:
         lines = [json.loads(line) for line in printed.splitlines()]
         texts[name] = [{key: line[key] for key in line if key != "tokens_per_second"} for line in lines]
     source = tree.get("open_source")(run)
+    pattern = getattr(source, tree.generation.token_pattern)
     config = tree.get("config_for")(tree.get("read_config")(run), 1, 1)
     with tree.get("alone")(config) as device, torch.no_grad():
         model = tree.get("load_run")(source, config, device)
         ids = torch.tensor(source.tokenizer.encode_batch(job["prompts"][:1]), device=device)
         for name, options in job["caches"].items():
             sizes = {key: value for key, value in options.items() if key != "cache"}
-            chosen = tree.get("CacheChoice")(options["cache"], **sizes).resolve(source.pattern, source.tokenizer)
+            chosen = tree.get("CacheChoice")(options["cache"], **sizes).resolve(pattern, source.tokenizer)
             cache = tree.get("NativeCache")(model, chosen.pattern, chosen.policies, 1, positions=chosen.positions)
             logits[name] = greedy(ids, job["tokens"], cache.feed)
     return {"texts": texts, "logits": logits}

@@ -12,7 +12,7 @@ from sepllm_train.config.schema import ParallelConfig
 from sepllm_train.distributed.launch import launch_from_environment, process_grid
 from sepllm_train.model.build import build_model
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.folder import find_checkpoint, read_config
+from sepllm_train.runs.open import find_checkpoint, read_config
 from sepllm_train.training.checkpoint import load_weights
 
 

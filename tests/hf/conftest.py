@@ -51,6 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Pat
 def exported(trained: Path) -> Path:
     """The trained run, exported."""
     from sepllm_train.hf.export import export_run
+    from sepllm_train.runs.open import open_run
 
-    export_run(trained, trained.parent / "exported")
+    export_run(open_run(trained), trained.parent / "exported")
     return trained.parent / "exported"

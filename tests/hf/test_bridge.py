@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, ModelConfig
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.pattern import resolve_pattern
-from sepllm_train.runs.folder import alone, find_checkpoint, load_run, read_config
+from sepllm_train.runs.open import find_checkpoint, open_run, read_config
 from sepllm_train.training.checkpoint.load import whole_tensors
 from tests.support.distributed_runner import run_ranks
 
@@ -30,10 +31,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is an op
 
 from sepllm_train.generation.pattern import TokenPattern  # noqa: E402
 from sepllm_train.hf import export, weights  # noqa: E402
-from sepllm_train.hf.classes import attention_of  # noqa: E402
-from sepllm_train.hf.compare import logits_of  # noqa: E402
+from sepllm_train.hf.architecture import attention_of  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
+from sepllm_train.hf.verify import logits_of  # noqa: E402
 from tests.hf.bridge_models import LLAMA_BLOCK, MODELS, VOCABULARY  # noqa: E402
 from tests.hf.bridge_worker import split_logits  # noqa: E402
 from tests.support.waiting import HANG_SECONDS  # noqa: E402
@@ -97,7 +98,7 @@ def test_imported_and_exported_again_is_bitwise_the_same(
     models: Callable[[str], Path], tmp_path: Path, name: str, capsys: Any
 ) -> None:
     folder = models(name)
-    export_run(folder / "ours", tmp_path / "again")
+    export_run(open_run(folder / "ours"), tmp_path / "again")
     line = capsys.readouterr().out.strip()
     assert "largest difference of logits" in line and ("fixed" in line) == (name == "mistral")
     before, after = (load_file(path / "model.safetensors") for path in (folder / "theirs", tmp_path / "again"))
@@ -110,9 +111,8 @@ def test_imported_and_exported_again_is_bitwise_the_same(
     one, other = (read_config(f) for f in (folder / "ours", tmp_path / "ours"))
     assert replace(other.model, name="", kv_heads=None) == replace(one.model, name="", kv_heads=None)
     assert other.model.query_groups == one.model.query_groups
-    patterns = [in_memory(f)[1] for f in (folder / "ours", tmp_path / "ours")]
-    expected, found = (None if pattern is None else pattern.to_dict() for pattern in patterns)
-    assert found == expected and (found is None) == (name == "qwen3")
+    expected, found = (open_run(f).token_pattern for f in (folder / "ours", tmp_path / "ours"))
+    assert found.to_dict() == expected.to_dict() and found.dense == (name == "qwen3")
 
 
 @pytest.mark.distributed
@@ -148,8 +148,8 @@ def test_data_of_the_tokenizer_opens_an_imported_model(
         models("neox") / "theirs", tmp_path / "ours", attention=["pattern=sep", "window=8"], data=[str(sample_prefix)]
     )
     with alone():
-        run = load_run(tmp_path / "ours")
-        assert len(run.validation) > 0 and run.checkpoint.step == 0
+        run = open_run(tmp_path / "ours")
+        assert len(run.validation) > 0 and run.model is not None and run.checkpoint.step == 0
     assert json.loads((tmp_path / "ours" / "run.json").read_text())["status"] == "imported"
 
 
@@ -166,7 +166,7 @@ def test_exported_run_gives_the_logits_of_the_run_on_its_held_out_text(trained: 
     assert (config.dtype, config.vocab_size, config.eos_token_id) == (torch.bfloat16, 4096, 1)
     differences, masked = [], []
     with alone():
-        run = load_run(trained)
+        run = open_run(trained)
         model = run.model.float()
         model.config.params_dtype = torch.float32
         for number in range(4):
@@ -223,12 +223,12 @@ def test_run_in_memory_needs_no_data(trained: Path, tokenizer: Path, tmp_path: P
     )
     (tmp_path / "run" / "config.yaml").write_text(moved)
     with pytest.raises(UserError, match="is not found beside its data .*/nowhere/books.*--tokenizer"):
-        in_memory(tmp_path / "run")
+        in_memory(open_run(tmp_path / "run"))
     shutil.copyfile(tokenizer, tmp_path / "renamed.model")
-    model, pattern, words = in_memory(tmp_path / "run", tokenizer=tmp_path / "renamed.model")
-    same, expected, _ = in_memory(trained, step=2, dtype=None)
-    assert pattern is not None and expected is not None and pattern.to_dict() == expected.to_dict()
-    assert pattern.end_of_document == words.eod == 1 and len(set(pattern.windows)) == 2
+    run, usual = open_run(tmp_path / "run", tokenizer=tmp_path / "renamed.model"), open_run(trained, 2)
+    pattern, model, same = run.token_pattern, in_memory(run), in_memory(usual, dtype=None)
+    assert not pattern.dense and pattern.to_dict() == usual.token_pattern.to_dict()
+    assert pattern.end_of_document == run.tokenizer.eod == 1 and len(set(pattern.windows)) == 2
     assert (model.dtype, same.dtype) == (torch.float32, torch.bfloat16)
     assert all(torch.equal(a, b.float()) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
@@ -249,18 +249,18 @@ def test_side_car_tells_classes_that_it_counts_as_one(trained: Path, sample_pref
         "\n  prefixes: []", f"\n  prefixes: [{prefix}]"
     )
     (tmp_path / "run" / "config.yaml").write_text(moved_config)
-    pattern, usual = in_memory(tmp_path / "run")[1], in_memory(trained)[1]
-    assert pattern is not None and usual is not None and set(usual.separators) - set(pattern.separators) == set(moved)
+    pattern, usual = open_run(tmp_path / "run").token_pattern, open_run(trained).token_pattern
+    assert set(usual.separators) - set(pattern.separators) == set(moved)
 
 
 def test_folder_is_there_whole_or_not_at_all(
     trained: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="exists already: choose another name or pass --overwrite"):
-        export_run(trained, exported)
+        export_run(open_run(trained), exported)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="mine is not overwritten, since it has no sepllm_export.json"):
-        export_run(trained, tmp_path / "mine", overwrite=True)
+        export_run(open_run(trained), tmp_path / "mine", overwrite=True)
 
     def fail(*_: Any) -> None:
         raise UserError("the two models do not compute the same")
@@ -269,11 +269,11 @@ def test_folder_is_there_whole_or_not_at_all(
     monkeypatch.setattr(export, "compare", fail)
     for name in ("new", "old"):
         with pytest.raises(UserError, match="do not compute the same"):
-            export_run(trained, tmp_path / name, overwrite=True)
+            export_run(open_run(trained), tmp_path / name, overwrite=True)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
     assert (tmp_path / "old" / "model.safetensors").is_file()
-    export_run(trained, tmp_path / "old", dtype="fp32", overwrite=True)
+    export_run(open_run(trained), tmp_path / "old", dtype="fp32", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
     assert load_file(tmp_path / "old" / "model.safetensors")["gpt_neox.embed_in.weight"].dtype == torch.float32
     card = (tmp_path / "old" / "README.md").read_text()
@@ -294,7 +294,7 @@ def test_only_what_export_wrote_is_overwritten(trained: Path, exported: Path, tm
         change(folder)
         before = sorted(folder.rglob("*"))
         with pytest.raises(UserError, match=f"is not overwritten, since {words}.*: choose another name"):
-            export_run(trained, folder, overwrite=True)
+            export_run(open_run(trained), folder, overwrite=True)
         assert sorted(folder.rglob("*")) == before
 
 
@@ -323,10 +323,10 @@ def test_what_a_killed_overwriting_left_is_put_in_order(trained: Path, exported:
     shutil.copytree(exported, old)
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(UserError, match="out exists already"):
-        export_run(trained, output)
+        export_run(open_run(trained), output)
     assert (output / "model.safetensors").is_file() and not old.exists()
     shutil.copytree(exported, old)
-    export_run(trained, output, overwrite=True)
+    export_run(open_run(trained), output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -334,7 +334,7 @@ def test_link_to_an_exported_model_is_replaced_and_its_target_stays(
     trained: Path, exported: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").symlink_to(exported)
-    export_run(trained, tmp_path / "out", overwrite=True)
+    export_run(open_run(trained), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out").is_symlink() and (exported / "model.safetensors").is_file()
 
@@ -352,7 +352,7 @@ def test_weights_missing_from_the_files_written_raise(
 
     monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "save_pretrained", incomplete)
     with pytest.raises(RuntimeError, match="do not fill GPTNeoXForCausalLM.*final_layer_norm.bias"):
-        export_run(trained, tmp_path / "out")
+        export_run(open_run(trained), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -365,7 +365,7 @@ def test_weights_that_were_exchanged_are_noticed(
     changed = replace(weights.NEOX, inside=inside)
     monkeypatch.setitem(export.FAMILIES, "gpt_neox", changed)
     with pytest.raises(UserError, match="under dense attention logits differ by up to"):
-        export_run(trained, tmp_path / "out")
+        export_run(open_run(trained), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,7 @@ from data_prep.tokenizers import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig
+from sepllm_train.runs.open import open_run
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional package: extra hf")
 
@@ -95,12 +96,12 @@ def test_separators_by_place_and_foreign_tokenizers_are_refused(
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("placement: natural", "placement: shuffled"))
     with pytest.raises(UserError, match="attention.placement=shuffled of .* is for training alone"):
-        in_memory(tmp_path / "run")
+        in_memory(open_run(tmp_path / "run"))
     train_tokenizer([f"other {n} words, {n * 7919}.\n" for n in range(999)], tmp_path / "other.model", vocab_size=320)
     with pytest.raises(UserError, match="other.model is not the tokenizer that .* was trained with"):
-        in_memory(trained, tokenizer=tmp_path / "other.model")
+        in_memory(open_run(trained, tokenizer=tmp_path / "other.model"))
     with pytest.raises(UserError, match="has no checkpoint of step 7"):
-        in_memory(trained, step=7)
+        open_run(trained, 7)
 
 
 def test_older_weights_are_exported_only_by_their_step(trained: Path, tmp_path: Path) -> None:
@@ -111,9 +112,9 @@ def test_older_weights_are_exported_only_by_their_step(trained: Path, tmp_path: 
     (newest / "common.pt").unlink()
     words = f"the newest checkpoint {newest} is damaged ({newest / 'common.pt'} is missing): give --checkpoint 2 to"
     with pytest.raises(UserError, match=re.escape(words)):
-        export_run(run, out)
+        export_run(open_run(run), out)
     assert not out.exists()
-    export_run(run, out, step=2)
+    export_run(open_run(run, 2), out)
     assert (out / "config.json").is_file()
 
 
@@ -125,7 +126,7 @@ def test_weights_beyond_the_type_are_refused(models: Callable[[str], Path], tmp_
     save_file(tensors, folder / "model.safetensors")
     import_model(folder, tmp_path / "ours")
     with pytest.raises(UserError, match="weights in model.embed_tokens.weight that torch.float16 cannot hold"):
-        export_run(tmp_path / "ours", tmp_path / "out", dtype="fp16")
+        export_run(open_run(tmp_path / "ours"), tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,4 +236,4 @@ def test_separators_need_a_tokenizer(models: Callable[[str], Path], tmp_path: Pa
         import_model(tmp_path / "theirs", tmp_path / "ours", attention=["pattern=sep"])
     import_model(tmp_path / "theirs", tmp_path / "ours", attention=["pattern=streaming", "window=8"])
     with pytest.raises(UserError, match="was imported from a model without a tokenizer: give its file"):
-        in_memory(tmp_path / "ours")
+        in_memory(open_run(tmp_path / "ours"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sepllm_train.metrics.peak import peak_tflops
+from sepllm_train.metrics.flops import peak_tflops
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from sepllm_train.config.schema import (
 )
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import (
+    ALONE,
     device_of,
     launch_from_environment,
     model_parallel,
     process_grid,
     reading_group,
 )
-from sepllm_train.runs.folder import ALONE
 from sepllm_train.training.checkpoint import digests
 from sepllm_train.training.run import train
 

@@ -17,7 +17,7 @@ from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel, reading_group
 from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.suite.timing import figures_of
-from sepllm_train.training.rounds import build_rival, take_turns
+from sepllm_train.training.rounds import build_timed_run, interleave
 from sepllm_train.training.run import train
 from sepllm_train.training.setup import build_training
 from sepllm_train.training.step import Stepper
@@ -70,8 +70,8 @@ def train_and_count(
             train(after, launch, device_of(launch))
         found["validation"] = next(r["val/loss"] for r in records(Path(root) / "plain") if "val/loss" in r)
         with model_parallel(config, device_of(launch)):
-            rival = build_rival(config, launch.world_size, device_of(launch))
-            list(take_turns([rival], 2, 1, device_of(launch)))
+            rival = build_timed_run(config, launch.world_size, device_of(launch))
+            list(interleave([rival], 2, 1, device_of(launch)))
             found["timing"] = {**figures_of(rival), "steps": rival.done}
     return found
 

@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import PartialFile, _tell_no_locks, hash_file
+from sepllm_train.base.files import PartialFile, _warn_of_no_locks, hash_file
 from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.model import initialization
 from sepllm_train.training import run_folder
-from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_model, newest, save
+from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_for_evaluation, newest, save
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
@@ -123,7 +123,7 @@ def test_an_opened_model_is_filled_by_the_checkpoint_alone(
     (saved,) = save_steps(tmp_path, training, 7)
     assert torch.empty(3).isnan().all()
     generators = torch.get_rng_state()
-    opened = dict(load_model(saved, config_of(tmp_path), VOCABULARY, grid).named_parameters())
+    opened = dict(load_for_evaluation(saved, config_of(tmp_path), VOCABULARY, grid).named_parameters())
     assert torch.equal(torch.get_rng_state(), generators)
     trained = dict(training.modules[0].named_parameters())
     assert opened.keys() == trained.keys()
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_lacks_a_parameter_is_refused(
         del metadata.state_dict_metadata[re.sub(r"layers\.\d+\.", "layers.", name)]
         (saved / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(UserError, match="cannot be loaded"):
-            load_model(saved, config_of(tmp_path), VOCABULARY, grid)
+            load_for_evaluation(saved, config_of(tmp_path), VOCABULARY, grid)
 
 
 def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, training: Training) -> None:
@@ -370,7 +370,7 @@ def test_filesystem_without_locks_is_told_once(
     def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    _tell_no_locks.cache_clear()
+    _warn_of_no_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(fcntl, "lockf", refuse)
     run_folder.claim(tmp_path).close()
@@ -600,7 +600,8 @@ def test_run_goes_on_without_a_checkpoint_and_fails_without_the_last(trainer: An
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome.code == 2
-    assert "warning: checkpoint" in outcome.output and "step_00000002 could not be written" in outcome.output
+    output = re.sub(r"\n +", " ", outcome.output)
+    assert "warning: checkpoint" in output and "step_00000002 could not be written" in output
     assert "the last checkpoint" in outcome.sentence and "File too large" in outcome.sentence
     assert [r["step"] for r in trainer.records("full_disk") if "train/loss" in r] == [1, 2, 3, 4]
     assert json.loads((trainer.root / "full_disk" / "run.json").read_text())["status"] != "finished"

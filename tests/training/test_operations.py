@@ -20,9 +20,10 @@ import torch
 
 from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
 from sepllm_train.data.splits import SourceSplit
-from sepllm_train.training import clock, loop, run_folder
+from sepllm_train.training import clock, loop, run_folder, step_logger
 from sepllm_train.training.clock import PARTS, StepClock
-from sepllm_train.training.report import data_warnings
+from sepllm_train.training.console_lines import data_warnings
+from sepllm_train.training.facts import SourceFacts
 from tests.support.distributed_runner import run_ranks
 from tests.support.waiting import HANG_SECONDS
 
@@ -57,21 +58,23 @@ def test_files_that_git_does_not_know_are_no_change(tmp_path: Path, monkeypatch:
 
 
 def test_what_of_the_data_is_probably_not_meant_so() -> None:
-    few, many = SourceSplit(600, 400, 10), SourceSplit(970, 30, 10)
-    corpus: Any = SimpleNamespace(sources=[SimpleNamespace(prefix="few"), SimpleNamespace(prefix="many")])
+    splits = {"few": SourceSplit(600, 400, 10), "many": SourceSplit(970, 30, 10)}
+    few, many = (
+        SourceFacts(SimpleNamespace(prefix=name), split, 0.5, 100.0, None)  # type: ignore[arg-type]
+        for name, split in splits.items()
+    )
     training = TrainingConfig(steps=10, global_batch=200)
     own = DataConfig(source="prefixes", prefixes=["few", "many"])
-    (warning,) = data_warnings(Config(data=own, training=training), corpus, [few, many])
+    (warning,) = data_warnings(Config(data=own, training=training), [few, many], 100.0)
     assert "40.0% of the tokens of few are held out, not data.validation_fraction=0.02" in warning
-    corpus.sources = corpus.sources[1:]
-    assert not data_warnings(Config(training=replace(training, steps=5)), corpus, [many])
-    (warning,) = data_warnings(Config(training=training), corpus, [many])
+    assert not data_warnings(Config(training=replace(training, steps=5)), [many], 100.0)
+    (warning,) = data_warnings(Config(training=training), [many], 200.0)
     assert warning.startswith("warning: the run passes 200 times over the small sample corpus: data=prefixes ")
 
 
 def test_parts_of_a_step_add_up(trainer: Any, finished: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the training thread's own processor time, which is the same on a busy machine."""
-    for module in (clock, loop):
+    for module in (clock, loop, step_logger):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=time.thread_time))
     for record in trainer.records(finished("timed", "training.validation_interval=0")):
         if "train/loss" not in record:

@@ -12,9 +12,9 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.sidecar import read_header
-from sepllm_train.runs import records
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA
 from sepllm_train.runs.records import read_run
-from sepllm_train.training.checkpoint import EARLIER_DATA, digests, earlier_data, read_state, trained_on
+from sepllm_train.training.checkpoint import digests, earlier_data, read_state, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_run_goes_on_with_other_data(trainer: Any, finished: Callable, other: 
     assert list(record["comparable"]["data"]) == ["lines"]
     before, own = trained_on(read_state(end)["identity"])
     assert list(before["data"]) == ["docs"] and list(own["data"]) == ["lines"]
-    assert EARLIER_DATA == records.EARLIER_DATA and records.DATA in record["identity"]
+    assert DATA in record["identity"]
     assert record["identity"][EARLIER_DATA] == record["comparable"]["earlier_data"] == [before]
 
     killed = trainer.root / "killed_annealed"
@@ -69,7 +69,7 @@ def test_seen_text_is_not_validated_on(trainer: Any, finished: Callable, other: 
     assert outcome.code == 2 and "was trained on docs; validate on other text" in outcome.sentence
     outcome = trainer.here("name=seen", source, *more, "data.validation_fraction=0.3")
     assert outcome.code == 2 and "data.validation_fraction=0.3 would validate on documents of docs" in outcome.sentence
-    identity = {"data (hash of the tokens)": {"a": {"sha256": "1"}}, "data.validation_fraction": 0.1}
+    identity = {DATA: {"a": {"sha256": "1"}}, "data.validation_fraction": 0.1}
     assert earlier_data(identity, identity) == []
     assert len(earlier_data(identity, {**identity, "data.validation_fraction": 0.0})) == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from sepllm_train.watch.server import Server
 from sepllm_train.watch.watch import Watch
 from tests.compare.run_records import COMPARABLE, training, validation
 from tests.support.waiting import HANG_SECONDS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 
 class GrowingRun:

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from benchmarks.chromium import Chromium, programs
 from sepllm_train.compare.plots import COLOURS
 from sepllm_train.metrics.flops import CONVENTIONS
 from tests.compare.run_records import COMPARABLE, training
 from tests.support.waiting import HANG_SECONDS, wait_until
 from tests.watch.conftest import Client, GrowingRun
-
-# On the path by conftest.py.
-from chromium import Chromium, programs  # isort: skip
 
 NewRun = Callable[..., GrowingRun]
 Serving = Callable[..., Client]

@@ -2,7 +2,7 @@
 
 The table was chosen by what the compiler makes of each entry (no spilled registers in half precision, whole
 warpgroup products on sm_90, two programs to a multiprocessor where they fit). Among such entries those for half
-precision on sm_90 at D = 64 and 128 were chosen by times on an H200 at 8,192 tokens (`kernels/benchmarks/tune.py`).
+precision on sm_90 at D = 64 and 128 were chosen by times on an H200 at 8,192 tokens (`benchmarks/attention/tune.py`).
 """
 
 from __future__ import annotations

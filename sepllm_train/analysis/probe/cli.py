@@ -98,12 +98,13 @@ def _text(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from sepllm_train.analysis.probe.study import Questions, ask
+    from sepllm_train.analysis.probe.study import ProbeOptions, ask
+    from sepllm_train.runs.open import open_run
 
     for name in ("samples", "needles"):
         require(getattr(arguments, name) >= 1, f"--{name} {getattr(arguments, name)} must be at least 1.")
     ask(
-        arguments.runs,
+        [open_run(folder) for folder in arguments.runs],
         arguments.output,
-        Questions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
+        ProbeOptions(arguments.samples, arguments.needles, arguments.text, arguments.seed),
     )

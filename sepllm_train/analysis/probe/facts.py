@@ -1,4 +1,4 @@
-"""Facts in real text: " key = value." between sentences, each value one token that only an earlier mention tells.
+"""Facts in real text: " key = value." between sentences, each value one token that only an earlier mention gives.
 
 A key, the equals sign, a value and the full stop are one token each, so that the prediction of a value is one token
 whose candidates can be ranked. Everything that is random depends on a seed alone.
@@ -23,7 +23,7 @@ _SHORTEST, _LONGEST = 24, 160
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class FactVocabulary:
     """Token numbers that facts are made of: `keys` [KEYS], `values` [VALUES], disjoint; `equals` and `stop`."""
 
     keys: tuple[int, ...]
@@ -36,7 +36,7 @@ class Vocabulary:
         return [self.keys[key], self.equals, self.values[value], self.stop]
 
 
-def vocabulary_of(tokenizer: Tokenizer, seed: int = 0) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, seed: int = 0) -> FactVocabulary:
     """Words for keys and values: entries of the tokenizer that are a space and a word of small letters.
 
     Raises UserError for a tokenizer in which " word = word." is not four tokens for enough words.
@@ -53,7 +53,7 @@ def vocabulary_of(tokenizer: Tokenizer, seed: int = 0) -> Vocabulary:
         )
     chosen = random.Random(seed).sample([ids[0] for ids in whole], KEYS + VALUES)
     equals, stop = marks.pop()
-    return Vocabulary(tuple(chosen[:KEYS]), tuple(chosen[KEYS:]), equals, stop)
+    return FactVocabulary(tuple(chosen[:KEYS]), tuple(chosen[KEYS:]), equals, stop)
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -68,7 +68,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
 def documents(
     source: Iterator[str],
     tokenizer: Tokenizer,
-    vocabulary: Vocabulary,
+    vocabulary: FactVocabulary,
     *,
     facts: Sequence[int],
     items: int,

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepllm_train.analysis.probe.facts import VALUES, Vocabulary
-from sepllm_train.analysis.probe.interventions import Text, far_separators
-from sepllm_train.analysis.probe.values import recording, replacing
-from sepllm_train.runs.folder import Run
+from sepllm_train.analysis.probe.facts import VALUES, FactVocabulary
+from sepllm_train.analysis.probe.interventions import Text, far_separators, recording, replacing
+from sepllm_train.runs.open import TrainedRun
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A value that an earlier mention tells: the query that predicts it is token `query` of sample `sample`.
+    """A value that an earlier mention gives: the query that predicts it is token `query` of sample `sample`.
 
     `value`: its number among the values. `distance`: tokens from the last mention's value to this one.
     """
@@ -34,7 +33,7 @@ class Mention:
     distance: int
 
 
-def mentions(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Iterator[Mention]:
+def mentions(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> Iterator[Mention]:
     """Repeated facts in samples i64 [N, S]; the labels are the tokens after. A key whose value changed, as between two
     documents, is left out."""
     keys = {token: number for number, token in enumerate(vocabulary.keys)}
@@ -51,8 +50,8 @@ def mentions(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Iterator
             last[key] = (value, query + 1)
 
 
-def fact_tokens(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """Which labels of samples i64 [N, S] are keys of facts, and which are any of a fact's four tokens: bool [N, S]."""
+def fact_tokens(tokens: Tensor, labels: Tensor, vocabulary: FactVocabulary) -> tuple[Tensor, Tensor]:
+    """Labels of samples i64 [N, S] that are keys of facts, and that are any of a fact's four tokens: bool [N, S]."""
     text = torch.cat((tokens[:, :1], labels), 1)
     first = torch.isin(text[:, :-1], torch.tensor(vocabulary.keys)) & (text[:, 1:] == vocabulary.equals)
     keys = torch.zeros_like(text, dtype=torch.bool)
@@ -80,7 +79,12 @@ class Needle:
 
 
 def needles(
-    sentences: Sequence[list[int]], vocabulary: Vocabulary, distances: Sequence[int], each: int, length: int, seed: int
+    sentences: Sequence[list[int]],
+    vocabulary: FactVocabulary,
+    distances: Sequence[int],
+    each: int,
+    length: int,
+    seed: int,
 ) -> Iterator[Needle]:
     """`each` needles for each of `distances`, in sequences of `length` tokens made of `sentences` (their tokens).
 
@@ -105,7 +109,7 @@ def needles(
             yield Needle(texts[0], texts[1], value, other, len(tail) + 4, distance)
 
 
-def rank(logits: Tensor, vocabulary: Vocabulary, value: int) -> int:
+def rank(logits: Tensor, vocabulary: FactVocabulary, value: int) -> int:
     """Values with a larger logit than `value`, from the logits [V] of the next token: 0 where it is the likeliest."""
     scores = logits[list(vocabulary.values)]
     return int((scores > scores[value]).sum())
@@ -113,7 +117,7 @@ def rank(logits: Tensor, vocabulary: Vocabulary, value: int) -> int:
 
 @dataclass(frozen=True)
 class NeedleAnswer:
-    """What a model makes of a needle: `rank` of its value as the model is, `masked` with far separators masked; and
+    """A model's answer to a needle: `rank` of its value as the model is, `masked` with far separators masked; and
     whether the twin's value is likelier than the text's own, as the model is (`prefers`) and with the values of far
     separators that they have in the twin (`follows`)."""
 
@@ -126,7 +130,7 @@ class NeedleAnswer:
 
 @torch.no_grad()
 def ask_needle(
-    run: Run, needle: Needle, classes: np.ndarray, vocabulary: Vocabulary, without: Callable[[Text], Tensor]
+    run: TrainedRun, needle: Needle, classes: np.ndarray, vocabulary: FactVocabulary, without: Callable[[Text], Tensor]
 ) -> NeedleAnswer:
     """Ask a run's model. classes: u8 [V], separator class of each entry of the vocabulary; without: gives the logits
     [S, V] of a text with far separators masked."""

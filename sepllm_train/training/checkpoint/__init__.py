@@ -1,11 +1,10 @@
-"""Checkpoints of a run: whole or not there, of any layout, written while the run goes on.
+"""Checkpoints of a run: whole or not there, of any layout, written while the run continues.
 
 identity  what a checkpoint must have in common with the run that continues from it
 files     folders: manifest, which are whole, which is the newest, which are dropped
-shards    what a rank holds: model, optimizer, generators as parts of whole tensors
+shards    what a rank holds: model, optimizer, RNG state as parts of whole tensors
 save      the writer in the background
-load      reading without running code
-fingerprint  one hash over the state of training
+load      reading without running code, and a hash over the state of training
 """
 
 from sepllm_train.training.checkpoint.files import (
@@ -17,10 +16,7 @@ from sepllm_train.training.checkpoint.files import (
     refuse_if_all_damaged,
     tidy,
 )
-from sepllm_train.training.checkpoint.fingerprint import digest, digests
 from sepllm_train.training.checkpoint.identity import (
-    EARLIER_DATA,
-    VALIDATION_DATA,
     check_identity,
     check_unseen,
     earlier_data,
@@ -28,16 +24,21 @@ from sepllm_train.training.checkpoint.identity import (
     schedule_identity,
     trained_on,
 )
-from sepllm_train.training.checkpoint.load import altered_together, load, load_model, load_weights
+from sepllm_train.training.checkpoint.load import (
+    altered_on_any_rank,
+    digest,
+    digests,
+    load,
+    load_for_evaluation,
+    load_weights,
+)
 from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
-    "EARLIER_DATA",
     "FOLDER",
-    "VALIDATION_DATA",
     "Outcome",
     "Saver",
-    "altered_together",
+    "altered_on_any_rank",
     "check_identity",
     "check_unseen",
     "checkpoints_of",
@@ -47,7 +48,7 @@ __all__ = [
     "find",
     "identity",
     "load",
-    "load_model",
+    "load_for_evaluation",
     "load_weights",
     "newest",
     "read_state",

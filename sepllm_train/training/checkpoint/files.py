@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.console import say
-from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import PARTIAL, hash_file, read_json, sync_folder, write_whole
+from sepllm_train.config.compatibility import with_current_keys
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -28,7 +29,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Folder of the checkpoint of `step`."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -97,7 +98,7 @@ def refuse_if_all_damaged(damaged: dict[Path, str], where: str) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by the names and sizes of its files and the content of `state.json`, or None."""
+    """Damage of a checkpoint, by the names and sizes of its files and the content of `state.json`; None when whole."""
     try:
         files = read_manifest(checkpoint)
     except UserError as error:
@@ -114,7 +115,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def altered(checkpoint: Path, part: int, parts: int) -> str | None:
-    """What is wrong with the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
+    """Damage in the content of every `parts`-th file of a checkpoint from number `part` on, or None."""
     files = read_manifest(checkpoint)
     for name in sorted(files)[part::parts]:
         reason = _altered(checkpoint, name, files[name])
@@ -124,7 +125,7 @@ def altered(checkpoint: Path, part: int, parts: int) -> str | None:
 
 
 def _altered(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """What is wrong with the content of one file, or None."""
+    """Damage in the content of one file, or None."""
     try:
         if hash_file(checkpoint / name).sha256 == entry["sha256"]:
             return None
@@ -136,14 +137,14 @@ def _altered(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{file: {bytes, sha256}} of a checkpoint. Raises UserError when it cannot be read."""
     path = checkpoint / MANIFEST
+    if not path.exists():
+        raise UserError(f"{path} is missing")
     try:
-        files = json.loads(path.read_text(encoding="utf8"))["files"]
+        files = read_json(path, "it is damaged")["files"]
         # Names of files in this folder only, whoever wrote the manifest.
         plain = all(Path(name).name == name and {"bytes", "sha256"} <= entry.keys() for name, entry in files.items())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     if not plain:
         raise UserError(f"{path} is not a manifest of this folder's files")
     return files
@@ -151,10 +152,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Counters and identities of a checkpoint. Raises UserError when they cannot be read."""
-    try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / STATE} cannot be read ({error}): resume from another checkpoint.") from None
+    return with_current_keys(read_json(checkpoint / STATE, "resume from another checkpoint"))
 
 
 def publish(aside: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint must have in common with the run that continues from it."""
+"""Compatibility of a checkpoint with the run that continues from it: the keys on record, and the comparison of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.config.compatibility import (
+    DATA,
+    EARLIER_DATA,
+    TOKENIZER,
+    VALIDATION_DATA,
+    VALIDATION_FRACTION,
+    VOCABULARY,
+)
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.model.pattern import tiers_of_classes
 
-_DATA = "data (hash of the tokens)"
-VALIDATION_DATA = "data.validation_prefixes (hash of the tokens)"
-_FRACTION = "data.validation_fraction"
-_DATA_KEYS = (_DATA, VALIDATION_DATA, _FRACTION)
-# On record alone: data of earlier steps, of which the checkpoint that a run continued from was of.
-EARLIER_DATA = "earlier data (hash of the tokens)"
+_DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
@@ -40,19 +43,19 @@ def identity(
     tokenizer: str,
     validation: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that continues from it, by configuration key.
+    """Values by key that a checkpoint must have in common with the run that continues from it.
 
     data, validation: `Corpus.identity` and `Corpus.validation_identity`; tokenizer: hash of its file.
     """
     return {
         **{f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("name", "vocabulary")},
-        "model.vocabulary": vocabulary,
+        VOCABULARY: vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
-        _DATA: data,
+        DATA: data,
         VALIDATION_DATA: validation or {},
-        "data (hash of the tokenizer)": tokenizer,
+        TOKENIZER: tokenizer,
         "data.sequence_length": config.data.sequence_length,
-        _FRACTION: config.data.validation_fraction,
+        VALIDATION_FRACTION: config.data.validation_fraction,
         "seed": config.seed,
         "init_from": config.init_from,
         "training.global_batch": config.training.global_batch,
@@ -62,13 +65,13 @@ def identity(
 
 
 def schedule_identity(config: Config) -> dict[str, Any]:
-    """What a run that is continued in place must keep besides: length and optimizer settings."""
+    """Values by key that a run which is continued in place must keep besides: length and optimizer settings."""
     optim = {f"optim.{key}": value for key, value in asdict(config.optim).items()}
     return {**optim, "training.steps": config.training.steps}
 
 
 def earlier_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was trained on before the data of `wanted`, the first first: data and the share of it that was held out.
+    """Data that was trained on before that of `wanted`, the earliest first, with the fraction of it that was held out.
 
     found: identity of the checkpoint that the run continues from.
     """
@@ -82,7 +85,7 @@ def trained_on(identity: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _own_data(identity: dict[str, Any]) -> dict[str, Any]:
-    return {"data": identity.get(_DATA, {}), "validation_fraction": identity.get(_FRACTION, 0.0)}
+    return {"data": identity.get(DATA, {}), "validation_fraction": identity.get(VALIDATION_FRACTION, 0.0)}
 
 
 def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
@@ -95,11 +98,12 @@ def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> N
         again = [name for name, sha256 in wanted.get(VALIDATION_DATA, {}).items() if sha256 in hashes]
         if again:
             raise UserError(f"data.validation_prefixes: {where} was trained on {again[0]}; validate on other text.")
-        again = [name for name, entry in wanted[_DATA].items() if entry["sha256"] in hashes]
-        if again and wanted[_FRACTION] > seen["validation_fraction"]:
+        again = [name for name, entry in wanted[DATA].items() if entry["sha256"] in hashes]
+        fraction = wanted[VALIDATION_FRACTION]
+        if again and fraction > seen["validation_fraction"]:
             raise UserError(
-                f"data.validation_fraction={wanted[_FRACTION]:g} would validate on documents of {again[0]} that "
-                f"{where} was trained on: it held out {seen['validation_fraction']:g}."
+                f"data.validation_fraction={fraction:g} would validate on documents of {again[0]} that {where} was "
+                f"trained on: it held out {seen['validation_fraction']:g}."
             )
 
 
@@ -124,17 +128,19 @@ def check_identity(
             continue
         if other_data and key in _DATA_KEYS:
             continue
-        if key == _DATA:
+        if key == DATA:
             difference = _data_difference(before or {}, value)
         elif key == VALIDATION_DATA:
             difference = f"data.validation_prefixes of {_names(before or {})}, this run has {_names(value)}"
+        elif key == TOKENIZER:
+            difference = f"a tokenizer of SHA-256 {_short(before)}, this run has one of {_short(value)}"
         else:
             difference = f"{key}={before}, this run has {value}"
         raise UserError(f"{where} was written with {difference}: {remedy}{data_remedy if key in _DATA_KEYS else ''}.")
 
 
 def _same_separators(one: Any, other: Any) -> bool:
-    """Whether two values of attention.separators give classes the same tiers: `paper` is the names it stands for."""
+    """True when two values of attention.separators give classes the same tiers: `paper` is the names it stands for."""
     try:
         (horizons, tiers), (other_horizons, other_tiers) = (
             tiers_of_classes(AttentionConfig(pattern="sep", separators=value)) for value in (one, other)
@@ -147,17 +153,22 @@ def _same_separators(one: Any, other: Any) -> bool:
 
 def _names(validation: dict[str, str]) -> str:
     """Datasets that are validated on, each with the first digits of the hash of its tokens."""
-    return ", ".join(f"{name} (SHA-256 {sha256[:12]}...)" for name, sha256 in validation.items()) or "none"
+    return ", ".join(f"{name} (SHA-256 {_short(sha256)})" for name, sha256 in validation.items()) or "none"
 
 
 def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """In what the data of a checkpoint and that of this run (`Corpus.identity`) differ, the first thing alone."""
+    """First difference between the data of a checkpoint and that of this run (`Corpus.identity`)."""
     if found.keys() != wanted.keys():
         before, now = (", ".join(sources) or "none" for sources in (found, wanted))
         return f"the data sources {before}, this run has {now}"
     for name, source in found.items():
         if source["sha256"] != wanted[name]["sha256"]:
-            before, now = (entry["sha256"][:12] for entry in (source, wanted[name]))
-            return f"other tokens in the data source {name}: their SHA-256 is {before}..., this run has {now}..."
+            before, now = (_short(entry["sha256"]) for entry in (source, wanted[name]))
+            return f"other tokens in the data source {name}: their SHA-256 is {before}, this run has {now}"
     name = next(name for name in found if found[name] != wanted[name])
     return f"weight {found[name]['weight']:g} of the data source {name}, this run has {wanted[name]['weight']:g}"
+
+
+def _short(sha256: str | None) -> str:
+    """The first digits of a hash."""
+    return f"{sha256[:12]}..." if sha256 else "none"

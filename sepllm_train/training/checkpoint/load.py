@@ -7,7 +7,9 @@ beside tensors, which torch would load without restriction, are not among those 
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,23 +31,25 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config
-from sepllm_train.distributed.collectives import together
+from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
-from sepllm_train.training.checkpoint.files import altered, read_state
+from sepllm_train.training.checkpoint.files import altered, find, read_state
 from sepllm_train.training.checkpoint.shards import (
     Shards,
     complete_adam,
-    generator_shards,
     layout,
     model_shards,
-    set_generators,
+    rng_shards,
     set_optimizer_scalars,
+    set_rng_state,
     training_shards,
 )
 from sepllm_train.training.setup import Training, set_schedule
 from sepllm_train.training.state import TrainState
 
+# Counters that differ between equal runs: wall-clock.
+NOT_COUNTED = ("seconds",)
 _ALLOWED = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -63,25 +67,25 @@ _ALLOWED = {
 
 
 def load(checkpoint: Path, training: Training) -> TrainState:
-    """Load model, optimizer, random number generators and counters; the schedule follows from the step.
+    """Load model, optimizer, RNG state and counters; the schedule follows from the step.
 
-    Any layout can load any other's checkpoint, with the optimizer sharded or not; random number generators are restored
+    Any layout can load any other's checkpoint, with the optimizer sharded or not; the RNG state is restored
     when the layout is the same. Raises UserError when the files cannot be read as what this run needs.
     """
     content = read_state(checkpoint)
     complete_adam(training.optimizer)
     same_layout = content["layout"] == layout()
-    generators = generator_shards() if same_layout else {}
-    read_into(checkpoint, training_shards(training) | generators)
+    rng = rng_shards() if same_layout else {}
+    read_into(checkpoint, training_shards(training) | rng)
     set_optimizer_scalars(training.optimizer, content["optimizer"])
     if same_layout:
-        set_generators(generators)
+        set_rng_state(rng)
     state = TrainState.from_dict(content["state"])
     set_schedule(training, state.step)
     return state
 
 
-def load_model(checkpoint: Path, config: Config, vocabulary: int, device: torch.device) -> SepGPTModel:
+def load_for_evaluation(checkpoint: Path, config: Config, vocabulary: int, device: torch.device) -> SepGPTModel:
     """The model of `config`, without pipeline stages, with the weights of a checkpoint of any layout, for evaluation.
 
     `vocabulary` counts entries before padding. Every rank calls it. Raises UserError when the files cannot be read as
@@ -113,7 +117,7 @@ def read_into(checkpoint: Path, shards: Shards) -> None:
     padded = {key: found[0] for key, found in shards.items() if found[0].allow_shape_mismatch}
     fixed = [found[0] for key, found in shards.items() if key not in padded]
     reader = SafeReader(checkpoint)
-    together(lambda: _readable(reader))
+    on_all_ranks(lambda: _readable(reader))
     try:
         with torch.no_grad():
             for key in padded:
@@ -152,8 +156,8 @@ def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({_cause(error)}).") from error
 
 
-def altered_together(checkpoint: Path) -> str | None:
-    """What is wrong with the content of a checkpoint's files, or None. Every rank calls it and hashes its share."""
+def altered_on_any_rank(checkpoint: Path) -> str | None:
+    """Damage in the content of a checkpoint's files, or None. Every rank calls it and hashes a part of them."""
     try:
         found = altered(checkpoint, dist.get_rank(), dist.get_world_size())
     except UserError as error:
@@ -161,6 +165,39 @@ def altered_together(checkpoint: Path) -> str | None:
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, found)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over the sorted names and contents of every tensor (model, optimizer, RNG state of all ranks), the
+    optimizer's scalars and the counters of a checkpoint, or of the newest whole one of a run folder.
+
+    Runs with the same digest are in bitwise the same state; layouts do not matter except for the RNG state. Wall-clock
+    is left out. Raises UserError when there is no whole checkpoint or it cannot be read.
+    """
+    total = hashlib.sha256()
+    for name, value in digests(path):
+        total.update(f"{name} {value}\n".encode())
+    return total.hexdigest()
+
+
+def digests(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, SHA-256) of each tensor and counter that `digest` covers."""
+    checkpoint = find(str(path))
+    for name, tensor in whole_tensors(checkpoint):
+        yield name, _of_tensor(tensor)
+    content = read_state(checkpoint)
+    for group in ("optimizer", "state"):
+        for name, value in sorted(content[group].items()):
+            if name not in NOT_COUNTED:
+                encoded = json.dumps(value, sort_keys=True)
+                yield f"{group}.{name}", hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    result = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    result.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 class SafeReader(FileSystemReader):
@@ -172,7 +209,7 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, rank: int | None = None) -> Metadata:
-        """Which tensors there are and where they lie. Raises UnpicklingError for anything but that."""
+        """Read names and places of the tensors. Raises UnpicklingError for anything else."""
         if self._metadata is None:
             with open(self.checkpoint / ".metadata", "rb") as file:
                 self._metadata = _check(_Unpickler(file).load())
@@ -214,12 +251,12 @@ def _readable(reader: SafeReader) -> None:
 
 
 def _not_loaded(checkpoint: Path, error: BaseException) -> UserError:
-    """What to tell about a checkpoint that could not be loaded."""
+    """Error for a checkpoint that could not be loaded."""
     return UserError(f"the checkpoint {checkpoint} cannot be loaded ({_cause(error)}): resume from another.")
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong; torch wraps the errors of all ranks into one."""
+    """First line of the message of an error; torch wraps those of all ranks into one."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

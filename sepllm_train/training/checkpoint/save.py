@@ -1,12 +1,12 @@
-"""Saving while the run goes on.
+"""Saving while the run continues.
 
 The tensors are copied to host memory, which is all that the steps wait for; a thread of each rank writes its copy,
 hashes and syncs it. The thread of rank 0 completes the checkpoint when every rank has reported that its part is on the
 disk. Reports go through torch.distributed's key-value store: no collective runs beside those of the steps, and a rank
-whose disk is full can still say so.
+whose disk is full can still report it.
 
 A thread, not a process as in megatron-core's asynchronous saving: forking a process that runs gloo, CUDA and loader
-threads copies locks that nobody will release, and a spawned one needs the tensors in shared memory, of which
+threads copies locks that are never released, and a spawned one needs the tensors in shared memory, of which
 containers have little. Copying, hashing, writing and syncing leave the interpreter to the steps.
 """
 
@@ -42,14 +42,14 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from sepllm_train.base.errors import LostRank, UserError
 from sepllm_train.base.files import PARTIAL
-from sepllm_train.distributed.lost import short
+from sepllm_train.distributed.collectives import short
 from sepllm_train.training.checkpoint import files
 from sepllm_train.training.checkpoint.shards import (
     Shards,
-    generator_shards,
     layout,
     main_replicas,
     optimizer_scalars,
+    rng_shards,
     training_shards,
 )
 from sepllm_train.training.setup import Training
@@ -105,7 +105,7 @@ class Saver:
         self._plan, self._metadata = _agree_on_plan(_plan(self._mine())[0])
         self._buffers = [_buffer(tensor) for tensor in _plan(self._mine())[1]] if background else []
         self._job: _Job | None = None
-        # The last save that has ended, and those of which nobody has asked yet.
+        # The last save that has ended, and those that were not asked for yet.
         self._last: Outcome | None = None
         self._unread: list[Outcome] = []
 
@@ -113,7 +113,7 @@ class Saver:
         """Start saving; an earlier save is waited for.
 
         Without `background` it returns when the checkpoint is there. A step that is saved or being saved is not saved
-        again. Failures are told by `poll` and `finish`.
+        again. Failures are reported by `poll` and `finish`.
         """
         begin = time.perf_counter()
         if self._job is not None and self._job.step == state.step:
@@ -168,8 +168,8 @@ class Saver:
             self._job.thread.join(_GRACE)
 
     def _mine(self) -> Shards:
-        """What this rank writes."""
-        return main_replicas(training_shards(self.training) | generator_shards())
+        """Shards that this rank writes."""
+        return main_replicas(training_shards(self.training) | rng_shards())
 
     def _wait(self) -> None:
         """Wait for the save in flight. Raises LostRank when the ranks could not agree on how it went."""
@@ -186,7 +186,7 @@ class Saver:
             self._unread.append(self._last)
 
     def _take(self) -> list[Outcome]:
-        """The outcomes that nobody has asked for yet."""
+        """The outcomes that were not asked for yet."""
         outcomes, self._unread = self._unread, []
         return outcomes
 
@@ -204,7 +204,7 @@ class _Job:
         self.store = dist.PrefixStore(f"checkpoint/{next(_numbers)}", dist.distributed_c10d._get_default_store())
         self.begin = time.perf_counter()
         self.stall = 0.0
-        # None also after the end, when the store could not be reached; `failure` then says why.
+        # None also after the end, when the store could not be reached; `failure` is then the reason.
         self.outcome: Outcome | None = None
         self.failure = ""
         self.thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
@@ -341,7 +341,7 @@ class _HashedFile:
 
 
 def _plan(shards: Shards) -> tuple[SavePlan, list[Tensor]]:
-    """What this rank writes, as torch's distributed checkpoint describes it, and the tensor of each of its items."""
+    """Plan of the items that this rank writes, as torch's distributed checkpoint has it, and the tensor of each."""
     containers = {
         key: LocalShardsContainer([CheckpointableShardedTensor.from_sh_ten(shard) for shard in found])
         for key, found in shards.items()
@@ -392,7 +392,7 @@ def _buffer(tensor: Tensor) -> Tensor:
 
 
 def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
-    """{result, error} of `action`: whatever goes wrong in the thread is told to all ranks, not lost with it."""
+    """{result, error} of `action`: errors in the thread are reported to all ranks, not lost with it."""
     try:
         return {"result": action(), "error": None}
     except OSError as error:

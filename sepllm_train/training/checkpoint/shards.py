@@ -1,4 +1,4 @@
-"""What a checkpoint holds of this rank: model, optimizer and random number generators as shards of whole tensors.
+"""Shards of this rank in a checkpoint: model, optimizer and RNG state as parts of whole tensors.
 
 Model and optimizer tensors carry the names and places that megatron-core gives them, which do not depend on the layout:
 any tensor, pipeline, context and data parallelism can load what any other wrote. The optimizer's state is cut in the
@@ -32,7 +32,7 @@ Shards = dict[str, list[ShardedTensor]]
 
 
 def layout() -> dict[str, int | str]:
-    """Sizes of the process grid and the type of its devices, which have generators of their own."""
+    """Sizes of the process grid and the type of its devices, which have an RNG state of their own."""
     return {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
@@ -84,8 +84,8 @@ def _entries(modules: Sequence[Any]) -> list[ShardedTensor | ShardedTensorFactor
     ]
 
 
-def generator_shards() -> Shards:
-    """A copy of this rank's random number generators, uint8 [tensor, pipeline, data x context, bytes] each."""
+def rng_shards() -> Shards:
+    """Copy of this rank's RNG state, uint8 [tensor, pipeline, data x context, bytes] each."""
     place = (
         (0, parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
         (1, parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()),
@@ -106,8 +106,8 @@ def generator_shards() -> Shards:
     }
 
 
-def set_generators(shards: Shards) -> None:
-    """Restore the generators from `generator_shards`."""
+def set_rng_state(shards: Shards) -> None:
+    """Restore the RNG state from `rng_shards`."""
     states = {key.removeprefix("rng."): shard.data[0, 0, 0] for key, (shard,) in shards.items()}
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
@@ -123,7 +123,7 @@ def main_replicas(shards: Shards) -> Shards:
 
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """What the optimizer has besides tensors: Adam's count of updates, and the fp16 loss scale with its trackers."""
+    """State of the optimizer besides tensors: Adam's count of updates, and the fp16 loss scale with its trackers."""
     steps = {step for inner in _inner(optimizer) for step in _steps(inner)}
     if len(steps) > 1:
         raise RuntimeError(f"parameters with different counts of updates: {sorted(steps)}")
@@ -175,7 +175,7 @@ def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 
 def _counts_in_groups(inner: torch.optim.Optimizer) -> bool:
-    """Whether this Adam keeps its count of updates per group (apex, Transformer Engine) and not per parameter."""
+    """True when this Adam keeps its count of updates per group (apex, Transformer Engine) and not per parameter."""
     return not isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -261,7 +261,7 @@ def _cut(
 def _places(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[ShardedTensor, int]]:
     """The shards that `entry` stands for, each with the place of its first element in the entry's flattened tensor.
 
-    A factory (gate and up projection in one matrix) is asked with a tensor that has no memory, whose views tell.
+    A factory (gate and up projection in one matrix) gets a tensor without memory, whose views show the places.
     """
     if isinstance(entry, ShardedTensor):
         yield entry, 0

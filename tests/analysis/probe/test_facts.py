@@ -13,7 +13,7 @@ from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.analysis.probe.cli import main
-from sepllm_train.analysis.probe.facts import KEYS, VALUES, Vocabulary, documents, sentences, vocabulary_of
+from sepllm_train.analysis.probe.facts import KEYS, VALUES, FactVocabulary, documents, sentences, vocabulary_of
 from sepllm_train.analysis.probe.recall import fact_tokens, mentions, needles
 from sepllm_train.base.errors import UserError
 from tests.analysis.probe.conftest import Probed
@@ -25,18 +25,18 @@ def tokenizer(probed: Probed) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary(tokenizer: Tokenizer) -> FactVocabulary:
     return vocabulary_of(tokenizer)
 
 
-def test_a_fact_is_four_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+def test_a_fact_is_four_tokens(tokenizer: Tokenizer, vocabulary: FactVocabulary) -> None:
     assert len({*vocabulary.keys, *vocabulary.values}) == KEYS + VALUES
     for key, value in ((0, 0), (KEYS - 1, VALUES - 1), (17, 23)):
         ids = vocabulary.fact(key, value)
         assert tokenizer.encode_batch([f"It ends.{tokenizer.decode(ids)}"])[0][-4:] == ids
 
 
-def test_documents_repeat_their_facts(tokenizer: Tokenizer, vocabulary: Vocabulary, probed: Probed) -> None:
+def test_documents_repeat_their_facts(tokenizer: Tokenizer, vocabulary: FactVocabulary, probed: Probed) -> None:
     def some(seed: int) -> list[str]:
         source = sentences(document.text for document in Corpus([probed.text]))
         made = documents(source, tokenizer, vocabulary, facts=[4], items=40, shares=[0.5], seed=seed)
@@ -57,14 +57,14 @@ def test_documents_repeat_their_facts(tokenizer: Tokenizer, vocabulary: Vocabula
             assert mention.distance == mention.query + 1 - (told[-1] + 2)
 
 
-def test_a_key_with_a_new_value_is_no_repetition(vocabulary: Vocabulary) -> None:
+def test_a_key_with_a_new_value_is_no_repetition(vocabulary: FactVocabulary) -> None:
     facts = [vocabulary.fact(0, 1), vocabulary.fact(0, 2), vocabulary.fact(0, 2), vocabulary.fact(1, 2)]
     ids = torch.tensor([token for fact in facts for token in fact])
     found = list(mentions(ids[None, :-1], ids[None, 1:], vocabulary))
     assert [(mention.query, mention.value, mention.distance) for mention in found] == [(9, 2, 4)]
 
 
-def test_tokens_of_facts_are_found(vocabulary: Vocabulary) -> None:
+def test_tokens_of_facts_are_found(vocabulary: FactVocabulary) -> None:
     plain = next(token for token in range(500) if token not in vocabulary.keys)
     ids = torch.tensor([plain, *vocabulary.fact(3, 4), plain, *vocabulary.fact(5, 6)[:2]])
     keys, facts = fact_tokens(ids[None, :-1], ids[None, 1:], vocabulary)
@@ -72,7 +72,7 @@ def test_tokens_of_facts_are_found(vocabulary: Vocabulary) -> None:
     assert facts[0].tolist() == [True, True, True, True, False, True, True]
 
 
-def test_needles_are_where_they_should_be(tokenizer: Tokenizer, vocabulary: Vocabulary, probed: Probed) -> None:
+def test_needles_are_where_they_should_be(tokenizer: Tokenizer, vocabulary: FactVocabulary, probed: Probed) -> None:
     source = sentences(document.text for document in Corpus([probed.text]))
     filling = tokenizer.encode_batch(list(islice(source, 50)))
     for needle in needles(filling, vocabulary, [30, 60], 5, 160, seed=3):

@@ -18,28 +18,32 @@ from sepllm_train.analysis.probe.interventions import (
     MASKED,
     REPLACED,
     Text,
+    donors_before,
+    donors_elsewhere,
     far_separators,
     intervene,
+    recording,
+    replacing,
+    taken,
 )
-from sepllm_train.analysis.probe.report import headline
-from sepllm_train.analysis.probe.study import FAR, shared, verdict
-from sepllm_train.analysis.probe.values import donors_before, donors_elsewhere, recording, replacing, taken
+from sepllm_train.analysis.probe.study import FAR, headline, shared, verdict
 from sepllm_train.base.statistics import Estimate
+from sepllm_train.distributed.launch import alone
 from sepllm_train.model.sequence import SeparatorSequence
 from sepllm_train.runs.evaluate import core_attentions, evaluate
-from sepllm_train.runs.folder import Run, alone, load_run
+from sepllm_train.runs.open import TrainedRun, open_run
 from sepllm_train.runs.variations import classes_of, without_classes
 from tests.analysis.probe.conftest import Probed
 
 
 @pytest.fixture(scope="module")
-def run(probed: Probed) -> Iterator[Run]:
+def run(probed: Probed) -> Iterator[TrainedRun]:
     with alone():
-        yield load_run(probed.runs[0])
+        yield open_run(probed.runs[0])
 
 
 @torch.no_grad()
-def test_far_queries_alone_read_the_replaced_values(run: Run) -> None:
+def test_far_queries_alone_read_the_replaced_values(run: TrainedRun) -> None:
     """One layer against the sum over all keys, in fp64."""
     core = core_attentions(run.model)[0]
     assert core.sink is not None
@@ -65,7 +69,7 @@ def test_far_queries_alone_read_the_replaced_values(run: Run) -> None:
 
 
 @torch.no_grad()
-def test_own_values_change_nothing_and_others_only_what_is_far(run: Run) -> None:
+def test_own_values_change_nothing_and_others_only_what_is_far(run: TrainedRun) -> None:
     text = Text.of(run.validation[0], torch.device("cpu"))
     with recording(run.model) as own:
         before = text.forward(run.model, run.pattern)
@@ -80,7 +84,7 @@ def test_own_values_change_nothing_and_others_only_what_is_far(run: Run) -> None
     assert torch.equal(text.forward(run.model, run.pattern), before)
 
 
-def test_conditions_are_those_of_their_names(run: Run) -> None:
+def test_conditions_are_those_of_their_names(run: TrainedRun) -> None:
     losses = intervene(run, 3)
     assert tuple(losses) == CONDITIONS
     assert torch.allclose(losses["as trained"], evaluate(run.model, run.pattern, run.validation, 3).nats, atol=1e-6)

@@ -52,7 +52,7 @@ def test_two_kills_leave_a_state(model_folder: Path, tmp_path: Path, monkeypatch
     with torch.inference_mode():
         opened.model(torch.arange(9)[None], past_key_values=filled)
     save_state(tmp_path, filled, {"at": 1})
-    (tmp_path / "state").rename(tmp_path / "state.old")
+    (tmp_path / "state").rename(tmp_path / "state.removed.partial")
     monkeypatch.setattr("safetensors.torch.save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_state(tmp_path, filled, {"at": 2})

@@ -1,0 +1,266 @@
+"""Console lines of a run: derived numbers before the first step, a line for each logged step, progress within one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sepllm_train.base.console import duration, flop_count, fold, quantity, say
+from sepllm_train.config.schema import Config
+from sepllm_train.distributed.optional import apex_norm
+from sepllm_train.training.facts import PROBED_SAMPLES, Facts, SourceFacts
+
+# Passes over the sample corpus above which a run was probably meant for other data.
+MANY_PASSES = 100
+# A step shorter than this needs no progress of its own.
+PATIENCE_SECONDS = 10.0
+# Lines in a log file instead of a rewritten line on a terminal.
+LOG_SECONDS = 60.0
+
+
+def start_lines(config: Config, facts: Facts, world_size: int, device: torch.device) -> list[str]:
+    """Lines that are printed before the first step, folded to the width of the console."""
+    model, training = config.model, config.training
+    lines = [
+        _run_line(config, facts, world_size, device),
+        *_data_lines(facts),
+        f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
+        f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
+        _attention_line(config, facts),
+        *_context_lines(config, facts),
+        *_compute_lines(config, cuda=device.type == "cuda"),
+        f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
+        f"a step | {facts.micro_batches} micro-batches of {training.micro_batch} on each replica | "
+        f"{training.steps:,} steps = {quantity(facts.tokens_per_step * training.steps)} tokens = "
+        f"{quantity(facts.passes)} passes over the training data",
+        *_phase_lines(config, facts),
+        _flops_line(config, facts),
+        _memory_line(facts),
+        *data_warnings(config, facts.sources, facts.passes),
+    ]
+    return [fold(line) for line in lines]
+
+
+def _run_line(config: Config, facts: Facts, world_size: int, device: torch.device) -> str:
+    """Folder, process grid, device and precision."""
+    parallel = config.parallel
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
+    return (
+        f"run: {config.run_root}/{config.name} | {processes(world_size)} = tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x {context}data {facts.replicas} | {name} | {config.training.precision}"
+    )
+
+
+def processes(number: int) -> str:
+    """`1 process`, `2 processes`."""
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _data_lines(facts: Facts) -> list[str]:
+    """One line per dataset."""
+    lines = []
+    for found in facts.sources:
+        header, split = found.source.header, found.split
+        passes = f", {quantity(found.passes)} passes" if len(facts.sources) > 1 else ""
+        density = "" if found.density is None else f" | separators in use {found.density:.1%} of the tokens"
+        lines.append(
+            f"data: {found.source.prefix} | weight {found.weight:.3g}{passes} | {split.training_tokens:,} tokens to "
+            f"train on, {split.held_out_tokens:,} held out | {header.documents:,} documents{density} | tokenizer "
+            f"{header.tokenizer.file}"
+        )
+    lines += [
+        f"validation: {source.prefix} | {source.header.tokens:,} tokens in {source.header.documents:,} documents"
+        for source in facts.validation
+    ]
+    return lines
+
+
+def data_warnings(config: Config, sources: Sequence[SourceFacts], passes: float) -> list[str]:
+    """Warnings about data that was probably not meant so."""
+    fraction = config.data.validation_fraction
+    lines = [
+        f"warning: {found.split.held_out_share:.1%} of the tokens of {found.source.prefix} are held out, not "
+        f"data.validation_fraction={fraction}: the last documents are long, and held out whole. Prepare it from more, "
+        "shorter documents to train on more of it."
+        for found in sources
+        if found.split.held_out_share > 2 * fraction
+    ]
+    if config.data.source == "sample" and passes > MANY_PASSES:
+        lines.append(
+            f"warning: the run passes {quantity(passes)} times over the small sample corpus: "
+            "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
+        )
+    return lines
+
+
+def _attention_line(config: Config, facts: Facts) -> str:
+    """Pattern, attended fraction and backends."""
+    attention = config.attention
+    details = ""
+    if attention.pattern != "dense":
+        details = f" | initial {attention.initial_tokens} | window {attention.window}"
+        if attention.window_choices:
+            details += f", in training one of {', '.join(map(str, attention.window_choices))} a step"
+        if attention.placement != "natural":
+            share = "" if attention.keep_share is None else f" to {attention.keep_share:.4g}"
+            details += f" | separators {attention.placement}{share}"
+        details += f" | full layers {attention.full_layers}" if attention.full_layers != "none" else ""
+    backends = "; ".join(f"{name} ({reason})" for name, reason in facts.backends.items())
+    return (
+        f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
+        f"first {PROBED_SAMPLES} samples{_mean_words(config)} | backend {backends}"
+    )
+
+
+def _mean_words(config: Config) -> str:
+    """Clause on the averaging of figures in a run whose steps differ."""
+    over = ["windows"] * bool(config.attention.window_choices) + ["phases"] * bool(config.training.curriculum)
+    return f", mean over the {' and '.join(over)} of training" if over else ""
+
+
+def _phase_lines(config: Config, facts: Facts) -> list[str]:
+    """One line per phase of a curriculum."""
+    if len(facts.phases) == 1:
+        return []
+    lines = []
+    for found in facts.phases:
+        phase, flops = found.phase, found.flops_per_token["flops/model"]
+        pieces = config.data.sequence_length // phase.length
+        lines.append(
+            f"phase: steps {phase.first:,} to {phase.last:,} | {config.training.global_batch * pieces:,} sequences x "
+            f"{phase.length} a step, as micro-batches of {config.training.micro_batch * pieces} | "
+            f"{found.attended_share:.1%} attended | {flop_count(flops)} per token, "
+            f"{flop_count(flops * phase.steps * facts.tokens_per_step)} in all"
+        )
+    return lines
+
+
+def _flops_line(config: Config, facts: Facts) -> str:
+    """Work per token and of the whole run."""
+    flops, tokens = facts.flops_per_token, facts.tokens_per_step * config.training.steps
+    saving = 1 - flops["flops/model"] / flops["flops/dense"]
+    return (
+        f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
+        f"({saving:.1%} saved), LM head included{_mean_words(config)} | whole run "
+        f"{flop_count(flops['flops/model'] * tokens)}"
+    )
+
+
+def _memory_line(facts: Facts) -> str:
+    """Estimated peak of the busiest process, with its parts."""
+    gib = {key: f"{value / 2**30:.2f}" for key, value in facts.memory.items()}
+    parts = " + ".join(f"{key} {size}" for key, size in gib.items() if key != "total")
+    return f"memory per process, estimated: {gib['total']} GiB = {parts}"
+
+
+def _compute_lines(config: Config, *, cuda: bool) -> list[str]:
+    """Replacements of torch's own operations, if there are any."""
+    parts = []
+    if config.training.compile:
+        parts.append("operations between the matrix products of a layer are compiled in the first step")
+    elif norm := apex_norm(config.model.norm, cuda=cuda):
+        parts.append(f"norms by apex's {norm.__name__}")
+    if config.training.loss_chunk:
+        parts.append(f"loss over chunks of {config.training.loss_chunk:,} tokens")
+    return [f"compute: {' | '.join(parts)}"] if parts else []
+
+
+def _context_lines(config: Config, facts: Facts) -> list[str]:
+    """Traffic of context parallelism, a line for each reach of layers."""
+    length, chunks = config.data.sequence_length, 2 * config.parallel.context
+    lines = []
+    for found in facts.context:
+        local = found.reach < length
+        what = f"separators and {found.reach - 1:,} local keys" if local else "every earlier key (no shortcut)"
+        lines.append(
+            f"context: each process holds 2 of {chunks} chunks of a sequence and receives {what} | "
+            f"{found.sent_bytes / 2**20:.3g} MiB per layer, sequence and process forward, as much backward | "
+            f"{found.sent_bytes / found.ring_bytes:.1%} of ring attention's {found.ring_bytes / 2**20:.3g} MiB"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """Figures of one line of the console; `flops` are cumulative flops/model, `attended_share` is of this interval.
+    `sequence_length` is shown where it changes during the run, None elsewhere; `skipped` and `bad` count the steps of
+    the interval that fp16 or the judgement left out."""
+
+    step: int
+    steps: int
+    sequence_length: int | None
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    mfu: float | None
+    flops: float
+    attended_share: float
+    seconds_left: float
+    skipped: int = 0
+    bad: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"step {self.step}/{self.steps} ({self.step / self.steps:.0%})",
+            *([] if self.sequence_length is None else [f"S {self.sequence_length}"]),
+            f"loss {self.loss:.4f}",
+            f"grad {self.grad_norm:.3f}",
+            f"lr {self.learning_rate:.1e}",
+            f"{quantity(self.tokens_per_second)} tok/s",
+            *([] if self.mfu is None else [f"MFU {self.mfu:.0%}"]),
+            flop_count(self.flops),
+            f"attended {self.attended_share:.1%}",
+            f"ETA {duration(self.seconds_left)}",
+            *([f"{self.skipped} steps skipped (overflow)"] if self.skipped else []),
+            *([f"{self.bad} bad steps skipped"] if self.bad else []),
+        ]
+        # Two spaces, not a bar: the line of a long run on a GPU is 120 characters long.
+        return fold("  ".join(parts))
+
+
+class StepProgress:
+    """Prints how far a step is once it has taken ten seconds, on rank 0."""
+
+    def __init__(self, micro_batches: int, steps: int) -> None:
+        self.micro_batches = micro_batches
+        self.steps = steps
+        self.terminal = sys.stdout.isatty()
+        self.active = os.environ.get("RANK", "0") == "0" and micro_batches > 1
+        self.step = 0
+        self.began = self.reported = time.perf_counter()
+        self.shown = False
+
+    def begin(self, step: int) -> None:
+        """Start a step."""
+        self.step, self.shown = step, False
+        self.began = self.reported = time.perf_counter()
+
+    def micro_batch(self, number: int) -> None:
+        """Note that the forward pass of micro-batch `number` (from 1) starts."""
+        now = time.perf_counter()
+        wait = PATIENCE_SECONDS if self.terminal or not self.shown else LOG_SECONDS
+        if not self.active or number < 2 or now - self.reported < wait:
+            return
+        self.reported, self.shown = now, True
+        left = (now - self.began) / (number - 1) * (self.micro_batches - number + 1)
+        text = (
+            f"step {self.step}/{self.steps}: micro-batch {number}/{self.micro_batches}, step done in {duration(left)}"
+        )
+        if self.terminal:
+            print(f"\r\033[K{text}", end="", flush=True)
+        else:
+            say(text)
+
+    def end(self) -> None:
+        """Clear the rewritten line at the end of the step."""
+        if self.terminal and self.shown:
+            print("\r\033[K", end="", flush=True)

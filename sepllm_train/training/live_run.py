@@ -1,0 +1,37 @@
+"""The parts of a run in training, for its loop, its log and its validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from sepllm_train.config.schema import Config
+from sepllm_train.training.facts import Facts
+from sepllm_train.training.guards import Guards
+from sepllm_train.training.schedules import StepSchedule
+from sepllm_train.training.setup import Training
+from sepllm_train.training.state import TrainState
+from sepllm_train.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run on this rank, from the model on; `state` and what `training` holds change with each step."""
+
+    config: Config
+    folder: Path
+    facts: Facts
+    schedule: StepSchedule
+    training: Training
+    stepper: Stepper
+    state: TrainState
+    guards: Guards
+    device: torch.device
+
+    @property
+    def replica(self) -> int:
+        """Number of the data-parallel replica that this rank belongs to."""
+        return int(parallel_state.get_data_parallel_rank())

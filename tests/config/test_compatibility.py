@@ -1,0 +1,51 @@
+"""Keys of checkpoints and run.json: stored files with the old keys are read as today's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sepllm_train.base.errors import UserError
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA, TOKENIZER, VALIDATION_DATA, with_current_keys
+from sepllm_train.runs.records import read_run as read_records
+from sepllm_train.training.checkpoint import check_identity, read_state
+from sepllm_train.training.run_folder import read_run_json
+
+STORED = Path(__file__).resolve().parent.parent / "golden" / "files"
+RUN = STORED / "run"
+
+
+def test_a_stored_checkpoint_is_read_with_current_keys() -> None:
+    path = RUN / "checkpoints" / "step_00000004"
+    stored = json.loads((path / "state.json").read_text())["identity"]
+    found = read_state(path)["identity"]
+    assert list(found[DATA]) == ["guide"] and found[VALIDATION_DATA] == {} and len(found[TOKENIZER]) == 64
+    assert not [key for key in found if " " in key] and [key for key in stored if " " in key]
+    assert list(found.values()) == list(stored.values())
+
+
+@pytest.mark.parametrize(
+    "folder", [RUN, STORED / "suite" / "paper-toy" / "runs" / "sep_128_seed1"], ids=["run", "suite"]
+)
+def test_a_stored_run_is_read_with_current_keys(folder: Path) -> None:
+    for info in (read_run_json(folder), read_records(folder).info):
+        assert {DATA, TOKENIZER} <= info["identity"].keys()
+        assert not [key for key in info["identity"] if " " in key]
+
+
+def test_content_without_identity_stays() -> None:
+    assert with_current_keys({}) == {} and with_current_keys({"identity": None}) == {"identity": None}
+    old = {"identity": {"earlier data (hash of the tokens)": [{}], "seed": 1}, "name": "a"}
+    assert with_current_keys(old) == {"identity": {EARLIER_DATA: [{}], "seed": 1}, "name": "a"}
+
+
+def test_another_tokenizer_is_reported_in_words() -> None:
+    found, wanted = {TOKENIZER: "1" * 64}, {TOKENIZER: "2" * 64}
+    with pytest.raises(UserError) as refused:
+        check_identity(found, wanted, "runs/a", "choose another name=")
+    assert str(refused.value) == (
+        "runs/a was written with a tokenizer of SHA-256 111111111111..., this run has one of 222222222222...: choose "
+        "another name=."
+    )

@@ -1,0 +1,63 @@
+"""Exported studies: what they hold, the report made again from one, and a suite that continues from one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sepllm_train.base.errors import UserError
+from sepllm_train.suite.export import RUNS, SUMMARY, export, is_study, unpack
+from sepllm_train.suite.main import run_suite
+from sepllm_train.suite.plan import read_plan
+from sepllm_train.suite.report import write_suite_report
+from tests.suite.test_plan import suite as suite_config
+
+# An export of an older version, laid out as a suite.
+OLD = Path(__file__).resolve().parents[1] / "golden" / "files" / "suite" / "paper-toy"
+RUN = "sep_128_seed1"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """The old export, reported and exported again."""
+    suite = tmp_path / "suites" / OLD.name
+    shutil.copytree(OLD, suite)
+    plan = read_plan(suite)
+    write_suite_report(plan)
+    export(plan, tmp_path / "studies" / OLD.name)
+    return tmp_path / "studies" / OLD.name
+
+
+def test_a_study_holds_all_that_was_recorded(study: Path, tmp_path: Path) -> None:
+    assert {path.name for path in study.iterdir()} == {"README.md", "report.md", "summary.json", "runs.jsonl.gz", "128"}
+    unpack(study, tmp_path / "again")
+    for path in (path for path in OLD.rglob("*") if path.is_file() and "report" not in path.parts):
+        copy = tmp_path / "again" / path.relative_to(OLD)
+        assert copy.read_bytes() == path.read_bytes(), path
+    records = [json.loads(line) for line in gzip.decompress((study / RUNS).read_bytes()).splitlines()]
+    assert [record.keys() for record in records] == [{"name", "config", "environment", "run", "metrics"}] * 2
+    assert json.loads((study / SUMMARY).read_text())["report"]["128"]["reference"] == "dense"
+
+
+def test_a_report_from_a_study_changes_nothing_in_it(study: Path) -> None:
+    (study / "README.md").write_text("edited\n")
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    (study / "report.md").unlink()
+    run_suite(suite_config("+suite=paper", "suite.size=toy", f"suite.root={study.parent}", "suite.do=[report]"))
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
+def test_a_suite_continues_from_a_study(study: Path) -> None:
+    unpack(study, study)
+    assert not is_study(study) and read_plan(study).runs == read_plan(OLD).runs
+    assert (study / "runs" / RUN / "metrics.jsonl").read_bytes() == (OLD / "runs" / RUN / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_study_is_named(study: Path, tmp_path: Path) -> None:
+    (study / RUNS).write_bytes((study / RUNS).read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"runs.jsonl.gz cannot be unpacked \(.*\): restore it"):
+        unpack(study, tmp_path / "again")

@@ -65,8 +65,7 @@ def compare(
     `loss` (nats per token, or REFERENCE) defaults to the lowest validation loss that every run reached; `flops` is a
     key of CONVENTIONS; `groups` and `strict` are those of `read_variants`; `timing` names a timing file.
 
-    Raises UserError
-    when runs are missing, broken, too short or not comparable, or `output` cannot be written.
+    Raises UserError when runs are missing, broken, too short or not comparable, or `output` cannot be written.
     """
     from sepllm_train.compare.timing import read_timing
     from sepllm_train.compare.variants import read_variants

@@ -62,6 +62,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff==0.17.6",
+            "import-linter>=2.5",
             "mypy==2.4.1",
             "pre-commit",
             "setuptools>=77",
@@ -69,9 +70,11 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "sepllm-pretrain=sepllm_train.programs:pretrain",
-            "sepllm-prepare-data=sepllm_train.programs:prepare_data",
-            "sepllm-compare-runs=sepllm_train.programs:compare_runs",
+            "sepllm=sepllm_train.cli.main:run_process",
+            # For one release: these name the new command.
+            "sepllm-pretrain=sepllm_train.cli.old:run_process",
+            "sepllm-prepare-data=sepllm_train.cli.old:run_process",
+            "sepllm-compare-runs=sepllm_train.cli.old:run_process",
         ]
     },
 )

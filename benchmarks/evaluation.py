@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import check_positive, exit_with, interleaved, write_json
 from sepllm_train.base.console import say
-from sepllm_train.evaluation.cli import needing_extras
+from sepllm_train.generation.choice import AttentionChoice
 
 BAR = 1.05
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args()
-    needing_extras(lambda: _run(arguments))
+    _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures, which are printed too."""
     import torch
 
-    from sepllm_train.evaluation.attention import AttentionOptions, bind
+    from sepllm_train.evaluation.attention import bind
     from sepllm_train.evaluation.harness import SeparatorLM
     from sepllm_train.evaluation.run import EvaluationOptions, calm, evaluate_task, tokenizer_for
     from sepllm_train.evaluation.stream_model import open_model
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     options.check()
     calm()
     opened = open_model(arguments.model, arguments.tokenizer, arguments.dtype, arguments.device)
-    sides = {name: bind(opened, AttentionOptions(name)) for name in ("dense", "pattern")}
+    sides = {name: bind(opened, AttentionChoice(name)) for name in ("dense", "pattern")}
     lm = SeparatorLM(opened.model, tokenizer_for(opened, arguments.tokenizer), batch_size=options.batch_size)
     with load_tasks([arguments.task], options.data_dir, options.shots) as (task,):
 

@@ -1,4 +1,4 @@
-"""Throughput of `prepare_data.py tokenize` against the tokenizer library's own batch call, and memory at two sizes.
+"""Throughput of `sepllm prepare tokenize` against the tokenizer library's own batch call, and memory at two sizes.
 
 python -m benchmarks.tokenization                                            # the sample corpora, their tokenizer
 python -m benchmarks.tokenization books.jsonl.bz2 --tokenizer tokenizer.json --megabytes 8

@@ -1,4 +1,4 @@
-"""Refresh of the page of `compare_runs.py --serve` while many long runs grow, over HTTP and in headless Chromium.
+"""Refresh of the page of `sepllm watch` while many long runs grow, over HTTP and in headless Chromium.
 
 python -m benchmarks.watch [--runs 20] [--rows 100000] [--refreshes 30]
 
@@ -27,12 +27,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks import ROOT
 from benchmarks.chromium import Chromium, programs
 from benchmarks.common import exit_with
 
 BAR = 0.1
-_COMPARE = ROOT / "scripts" / "compare_runs.py"
 _COMPARABLE = {"data": {"corpus": "synthetic"}, "tokenizer": "none", "vocabulary": 50304, "sequence_length": 2048}
 _TOKENS_PER_STEP = 524_288
 
@@ -120,7 +118,7 @@ def main() -> None:
 @contextmanager
 def served(runs: list[Growing]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Address and process of the real server over `runs`."""
-    command = [sys.executable, str(_COMPARE), *(str(run.path.parent) for run in runs), "--serve", "--port", "0"]
+    command = [sys.executable, "-m", "sepllm_train", "watch", *(str(run.path.parent) for run in runs), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,25 +13,17 @@ from typing import TypeAlias
 from sepllm_train.base.errors import UserError
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-_PROGRAM = "prepare_data.py"
+_PROGRAM = "sepllm prepare"
 _TEXT_INPUTS = ".txt (one document each) or .jsonl (one document a line), plain or .gz, .bz2, .xz, .zst"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns 0, 2 after a user's mistake (told in one sentence), or 130 when interrupted."""
-    arguments = _parser().parse_args(argv)
+def run(words: Sequence[str]) -> None:
+    """Run one sub-command. Raises UserError, also for a full disk or a folder without permission."""
+    arguments = _parser().parse_args(words)
     try:
         arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error.filename or 'Writing failed'}: {error.strerror}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted: no unfinished output was kept.", file=sys.stderr)
-        return 130
-    return 0
+    except OSError as error:
+        raise UserError(f"{error.filename or 'Writing failed'}: {error.strerror}.") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,7 +206,3 @@ def _run_verify(arguments: argparse.Namespace) -> None:
 
     header = verify(arguments.prefix, arguments.tokenizer)
     print(f"{arguments.prefix}: {header.tokens:,} tokens in {header.documents:,} documents are as their header says")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

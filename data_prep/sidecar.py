@@ -130,7 +130,7 @@ def read_header(prefix: str | Path) -> SidecarHeader:
     path = with_suffix(prefix, HEADER_SUFFIX)
     if not path.exists():
         raise UserError(_missing_header(prefix))
-    content = read_json(path, "make it again with `prepare_data.py annotate`")
+    content = read_json(path, "make it again with `sepllm prepare annotate`")
     version = content.get("version")
     if version != VERSION:
         raise UserError(f"{path} has version {version!r}, this program reads {VERSION}: make it again.")
@@ -165,8 +165,8 @@ def _header_from(content: dict[str, Any]) -> SidecarHeader:
 def _missing_header(prefix: str | Path) -> str:
     path = with_suffix(prefix, HEADER_SUFFIX)
     if with_suffix(prefix, ".bin").exists():
-        return f"{path} is missing: make it with `prepare_data.py annotate {prefix} --tokenizer FILE`."
-    return f"There is no dataset at {prefix} ({path} is missing): make it with `prepare_data.py tokenize`."
+        return f"{path} is missing: make it with `sepllm prepare annotate {prefix} --tokenizer FILE`."
+    return f"There is no dataset at {prefix} ({path} is missing): make it with `sepllm prepare tokenize`."
 
 
 def _check_sizes(prefix: str | Path, header: SidecarHeader) -> None:

@@ -1,11 +1,8 @@
-"""Compare training runs, one or several seeds of each: loss against FLOPs, against seconds and against tokens.
-
-python scripts/compare_runs.py runs/demo_dense runs/demo_sep --output runs/comparison
-"""
+"""Old name, for one release: names the new command and runs it."""
 
 import check_environment  # noqa: F401
 
-from sepllm_train.compare_runs import main
+from sepllm_train.cli.old import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__file__))

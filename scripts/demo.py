@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
 EXPERIMENTS = ("demo_dense", "demo_sep")
 
 
@@ -25,16 +24,15 @@ def main() -> None:
     for experiment in EXPERIMENTS:
         # Earlier demonstrations are repeated, not continued.
         shutil.rmtree(output / experiment, ignore_errors=True)
-        run("pretrain.py", f"+experiment={experiment}", f"run_root={output}")
+        run("pretrain", f"+experiment={experiment}", f"run_root={output}")
     runs = [str(output / experiment) for experiment in EXPERIMENTS]
-    run("compare_runs.py", *runs, "--output", str(output / "comparison"))
+    run("compare", *runs, "--output", str(output / "comparison"))
 
 
-def run(script: str, *arguments: str) -> None:
-    """Run a script of this folder; its failure ends this program with the same code."""
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    print("\n$ " + " ".join(["python", f"scripts/{script}", *arguments]), flush=True)
-    code = subprocess.run(command).returncode
+def run(*words: str) -> None:
+    """Run a command of sepllm; its failure ends this program with the same code."""
+    print("\n$ " + " ".join(["sepllm", *words]), flush=True)
+    code = subprocess.run([sys.executable, "-m", "sepllm_train", *words]).returncode
     if code:
         raise SystemExit(code)
 

@@ -1,12 +1,8 @@
-"""Continues prompts with a run's own checkpoints, in one process or tensor parallel.
-
-python scripts/generate.py runs/NAME --prompt "Once upon a time" --tokens 200
-torchrun --nproc-per-node=2 scripts/generate.py runs/NAME --tensor 2 --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --seed 1
-"""  # noqa: E501
+"""Old name, for one release: names the new command and runs it."""
 
 import check_environment  # noqa: F401
 
-from sepllm_train.generation.cli import main
+from sepllm_train.cli.old import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(__file__))

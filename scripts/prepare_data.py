@@ -1,14 +1,8 @@
-"""Prepare data: tokenize, annotate, train-tokenizer, stats, verify.
-
-python scripts/prepare_data.py --help
-python scripts/prepare_data.py tokenize books/*.txt --tokenizer tokenizer.json --output data/books
-"""
+"""Old name, for one release: names the new command and runs it."""
 
 import check_environment  # noqa: F401
 
-import sys
-
-from data_prep.cli import main
+from sepllm_train.cli.old import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main(__file__))

@@ -1,4 +1,4 @@
-"""Pretrain a GPT with separator attention.
+"""Pretrain a GPT with separator attention: `sepllm pretrain`, as torchrun's target.
 
 torchrun --standalone scripts/pretrain.py +experiment=demo_sep
 torchrun --nproc-per-node=8 scripts/pretrain.py +experiment=pythia160m_sep
@@ -6,7 +6,9 @@ torchrun --nproc-per-node=8 scripts/pretrain.py +experiment=pythia160m_sep
 
 import check_environment  # noqa: F401
 
-from sepllm_train.pretrain import main
+import sys
+
+from sepllm_train.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -1,11 +1,8 @@
-"""The paper's tables from results of scripts/evaluate.py.
-
-python scripts/report_eval.py evaluation/dense evaluation/sep --output evaluation/table.md
-"""
+"""Old name, for one release: names the new command and runs it."""
 
 import check_environment  # noqa: F401
 
-from sepllm_train.evaluation.report import main
+from sepllm_train.cli.old import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(__file__))

@@ -74,7 +74,7 @@ def run_parts(folder: Path) -> None:
     part(folder, "resume, 3 steps more", [*pretrain, *common, *resumed])
     if len(losses(folder / "resumed")) != 3:
         raise SmokeError(f"the resumed run has {len(losses(folder / 'resumed'))} steps, not 3.")
-    export = [sys.executable, str(SCRIPTS / "export_hf.py"), str(folder / "resumed"), str(folder / "exported")]
+    export = [sys.executable, "-m", "sepllm_train", "export", str(folder / "resumed"), str(folder / "exported")]
     part(folder, "export", export)
 
 

@@ -1,14 +1,12 @@
-"""What a report of a fault needs to know about the machine, and what on it will not work, with what to do about it.
+"""Facts about a machine for the report of a fault, and what on it will not work, with what to do about it.
 
 Nothing here needs torch or any other package to be sound: it is for environments that are not.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -17,12 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_prep.sample import cache_folder
 from sepllm_train import requirements
 from sepllm_train.distributed.all_reduce import measure, measure_here
 
@@ -138,18 +134,9 @@ def self_test(mebibytes: int, gpus: int) -> dict[str, dict[str, Any]]:
     return {**tests, "nccl": measure_here("nccl", gpus, mebibytes)} if gpus else tests
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; gives the exit code 0 whatever it finds."""
-    options = _parser().parse_args(arguments)
-    found = facts(options.run_root, options.cache)
-    if not options.no_self_test and not found["torch"].get("error"):
-        found["self_test"] = self_test(options.mebibytes, found["torch"]["gpus"])
-    if os.environ.get("RANK", "0") != "0":
-        return 0
+def print_report(found: dict[str, dict[str, Any]]) -> None:
+    """Print `found` (of `facts`) and the advice on it."""
     told = advice(found)
-    if options.json:
-        print(json.dumps({**found, "advice": told}, indent=2))
-        return 0
     for section, values in found.items():
         print(section)
         for name, value in values.items():
@@ -157,17 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"advice: {'none' if not told else ''}")
     for number, sentence in enumerate(told, start=1):
         print(f"  {number}. {sentence}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Print what a report of a fault needs to know about this machine.")
-    parser.add_argument("--run-root", type=Path, default=Path("runs"), help="where runs are written (runs)")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="cache of the sample corpus and of indices")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--no-self-test", action="store_true", help="leave the all-reduce out")
-    parser.add_argument("--mebibytes", type=int, default=64, help="size of the all-reduce (64)")
-    return parser
 
 
 def _packages() -> dict[str, Any]:

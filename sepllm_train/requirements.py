@@ -162,7 +162,11 @@ def problem(root: Path | None = None) -> str | None:
         return f"{error.name} is missing: install {PROJECT} with its requirements (`make install`, or pip)."
     if not missed:
         return None
-    more = f" {len(missed) - 1} more: python scripts/env_report.py." if len(missed) > 1 and root is not None else ""
+    more = (
+        f" {len(missed) - 1} more: `python -m sepllm_train env` lists them."
+        if len(missed) > 1 and root is not None
+        else ""
+    )
     override = f" {ANY_VERSION}=1 tries it as it is." if missed[0].installed is not None else ""
     return f"{missed[0].sentence()}{override}{more}"
 

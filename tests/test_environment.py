@@ -1,4 +1,4 @@
-"""scripts/env_report.py: what it finds, and what it advises."""
+"""sepllm env: what it finds, and what it advises."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def installed(folder: Path, package: str, version: str) -> None:
 
 
 @pytest.mark.distributed
-def test_report_is_of_this_machine(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_is_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("NVIDIA_API_KEY", "secret")
-    command = [sys.executable, str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
+    command = [sys.executable, "-m", "sepllm_train", "env", "--json", "--mebibytes=1"]
     done = subprocess.run(
         [*command, f"--run-root={tmp_path}/a/b"],
         cwd=tmp_path,

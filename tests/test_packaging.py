@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.small_run import SMALL_MODEL
 
+SEPLLM = "import sys; from sepllm_train.cli.main import main; "
+
 
 @pytest.fixture(scope="module")
 def unpacked(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,7 +48,7 @@ def run_python(code: str, unpacked: Path, *arguments: str) -> subprocess.Complet
 
 
 def test_packages_come_from_the_wheel(unpacked: Path) -> None:
-    names = "sepllm_train, sepllm_train.compare_runs, sepllm_train.training, data_prep, sep_attention"
+    names = "sepllm_train, sepllm_train.cli.main, sepllm_train.training, data_prep, sep_attention"
     done = run_python(
         f"import {names}; print(sepllm_train.__file__, data_prep.__file__, sep_attention.__file__)", unpacked
     )
@@ -56,13 +58,22 @@ def test_packages_come_from_the_wheel(unpacked: Path) -> None:
 
 
 def test_configurations_travel(unpacked: Path, repository: Path) -> None:
-    done = run_python(
-        "from sepllm_train.pretrain import main; main()", unpacked, "+experiment=pythia160m_sep", "--cfg", "job"
-    )
+    done = run_python(f"{SEPLLM}sys.exit(main())", unpacked, "pretrain", "+experiment=pythia160m_sep", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert "name: pythia160m_sep" in done.stdout
     shipped = {path.relative_to(unpacked / "sepllm_train" / "configs") for path in unpacked.rglob("*.yaml")}
     assert shipped == {path.relative_to(repository / "configs") for path in (repository / "configs").rglob("*.yaml")}
+
+
+def test_every_command_travels(unpacked: Path) -> None:
+    """Away from the checkout and from its configurations."""
+    code = f"{SEPLLM}from sepllm_train.cli.main import COMMANDS\nfor name in COMMANDS:\n" + (
+        "    try:\n        assert main([name, '--help']) == 0, name\n"
+        "    except SystemExit as ended:\n        assert not ended.code, name\n"
+    )
+    done = run_python(code, unpacked)
+    assert done.returncode == 0, done.stderr
+    assert "demo_dense, demo_sep" in done.stdout
 
 
 def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
@@ -73,9 +84,9 @@ def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
 
 def test_entry_points_exist(unpacked: Path) -> None:
     (table,) = unpacked.glob("*.dist-info/entry_points.txt")
-    targets = [line.split("=")[1].strip() for line in table.read_text().splitlines() if "=" in line]
-    assert len(targets) == 3
-    for target in targets:
+    targets = dict(line.split(" = ") for line in table.read_text().splitlines() if "=" in line)
+    assert set(targets) == {"sepllm", "sepllm-pretrain", "sepllm prepare", "sepllm compare"}
+    for target in targets.values():
         module, name = target.split(":")
         done = run_python(f"from {module} import {name} as main; assert callable(main)", unpacked)
         assert done.returncode == 0, done.stderr
@@ -86,8 +97,8 @@ def test_programs_look_at_their_environment(unpacked: Path, tmp_path: Path) -> N
     place = tmp_path / "torch-2.9.1.dist-info"
     place.mkdir()
     (place / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sepllm_train.programs import pretrain; pretrain()"
-    done = run_python(code, unpacked, "+experiment=demo_sep")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {SEPLLM}sys.exit(main())"
+    done = run_python(code, unpacked, "pretrain", "+experiment=demo_sep")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "error: torch 2.9.1 is not <2.16,>=2.11: pip install" in done.stderr
 
@@ -97,8 +108,8 @@ import sys
 from pathlib import Path
 
 checkout = Path(sys.argv.pop(1))
-from sepllm_train.programs import pretrain
-pretrain()
+from sepllm_train.cli.main import main
+assert main(["pretrain", *sys.argv[1:]]) == 0
 ours = [checkout / name for name in ("sepllm_train", "data_prep", "kernels", "benchmarks", "scripts", "configs")]
 files = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
 assert not [file for file in files for folder in ours if file.is_relative_to(folder)]

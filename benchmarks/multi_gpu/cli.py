@@ -92,7 +92,7 @@ def usable(options: argparse.Namespace, facts: dict[str, Any]) -> int:
             )
             raise UserError(
                 f"two or more GPUs are needed, torch finds {text}: run this on a machine with several, see "
-                "scripts/env_report.py if there are, or rehearse with --cpu, which checks the kit and not the GPUs."
+                "`sepllm env` if there are, or rehearse with --cpu, which checks the kit and not the GPUs."
             )
         if options.gpus is not None and options.gpus > found:
             raise UserError(f"--gpus {options.gpus}: torch finds {found}; give at most that many.")

@@ -16,7 +16,7 @@ from benchmarks.multi_gpu.cases import Case
 from sepllm_train.distributed.processes import children_of, logged_process, send
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
-PROGRAM = "sepllm_train.pretrain"
+PROGRAM = "sepllm_train"
 
 
 class Stuck(Exception):
@@ -113,7 +113,7 @@ class Killing:
         """The launch, see `logged_process`."""
         run = self.case.runs[0]
         overrides = (*run.overrides, f"run_root={self.folder}", f"name={name}", "training.keep_checkpoints=1")
-        command = [*self.launcher, "-m", PROGRAM, *overrides]
+        command = [*self.launcher, "-m", PROGRAM, "pretrain", *overrides]
         return logged_process(command, log, environment=self.environment, folder=self.logs)
 
     def _log(self, name: str) -> Path:

@@ -21,7 +21,7 @@ from data_prep.density import class_names, missing_splits
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.losses import Evaluation
 from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
-from sepllm_train.analysis.report import READING, check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.analysis.output import READING, check_output, clear_of_zero, progress, shown, signed, write_report
 from sepllm_train.base.figures import COLOURS, INK, MARKERS, dressed, legend_below, picture
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.compare.tables import Table

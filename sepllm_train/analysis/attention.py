@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.separators import PAPER, class_numbers
 from sepllm_train.analysis import plots
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
-from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.analysis.output import check_output, progress, write_report
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
@@ -38,10 +38,10 @@ READING = (
 class MassOptions:
     """Kinds of keys, None for the run's own (the paper's where it has none), and layers and heads, None for all.
 
-    `separators`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
+    `classes`: a selection as `class_numbers` takes; `window` and `initial` in tokens; `layers`, `heads` from 0.
     """
 
-    separators: str | None = None
+    classes: str | None = None
     window: int | None = None
     initial: int | None = None
     layers: Sequence[int] | None = None
@@ -51,8 +51,8 @@ class MassOptions:
         """Raise UserError for what is wrong whatever the run."""
         require(self.window is None or self.window >= 1, f"--window {self.window} must be at least 1.")
         require(self.initial is None or self.initial >= 0, f"--initial {self.initial} must be 0 or more.")
-        if self.separators is not None:
-            class_numbers(self.separators)
+        if self.classes is not None:
+            class_numbers(self.classes)
 
 
 def attention_command(
@@ -78,7 +78,7 @@ def measure(run: TrainedRun, samples: int, options: MassOptions) -> dict[str, An
     initial = options.initial
     if initial is None:
         initial = 3 if run.config.attention.pattern == "dense" else run.pattern.initial_tokens
-    separators = list(class_numbers(options.separators)) if options.separators else own or list(PAPER)
+    separators = list(class_numbers(options.classes)) if options.classes else own or list(PAPER)
     layers = _chosen("layers", options.layers, model.layers)
     heads = _chosen("heads", options.heads, model.heads)
     trained, validation = run.model, run.validation

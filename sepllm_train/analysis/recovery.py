@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sepllm_train.analysis import plots
-from sepllm_train.analysis.report import check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.analysis.output import check_output, clear_of_zero, progress, shown, signed, write_report
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file

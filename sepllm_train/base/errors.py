@@ -21,6 +21,7 @@ __all__ = [
     "UserError",
     "exit_on_user_error",
     "first_line",
+    "report",
 ]
 
 EXIT_USER_ERROR = 2
@@ -76,34 +77,25 @@ class LostRank(RunStopped):
     code = EXIT_LOST_RANK
 
 
-def exit_on_user_error(program: Callable[[], None]) -> None:
-    """Run `program`; a UserError or RunStopped ends the process with its code and is printed as its sentence alone.
+def report(error: UserError | RunStopped) -> int:
+    """Print the message of `error` alone and return its exit code.
 
-    Rank 0 prints what all ranks know, the rank itself what it alone knows.
+    Rank 0 prints what all ranks know, a rank itself what it alone knows.
     """
+    rank = os.environ.get("RANK", "0")
+    alone = isinstance(error, RankError | LostRank)
+    if rank == "0" or alone:
+        sys.stdout.flush()
+        title = error.title if isinstance(error, RunStopped) else "error"
+        where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
+        print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
+    return error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR
+
+
+def exit_on_user_error(program: Callable[[], None]) -> None:
+    """Run `program`; a UserError or RunStopped ends the process with its code after its message."""
     mute()
     try:
         program()
     except (UserError, RunStopped) as error:
-        rank = os.environ.get("RANK", "0")
-        alone = isinstance(error, RankError | LostRank)
-        if rank == "0" or alone:
-            sys.stdout.flush()
-            title = error.title if isinstance(error, RunStopped) else "error"
-            where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
-            print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
-        raise SystemExit(error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR) from None
-
-
-def exit_code(program: Callable[[], None]) -> int:
-    """Run a `program` that writes nothing before its end: 0, or 2 after one sentence on a user's mistake."""
-    mute()
-    try:
-        program()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+        raise SystemExit(report(error)) from None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import re
 from collections.abc import Callable
-from importlib import resources
-from pathlib import Path
 from typing import TypeVar
 
 import hydra
@@ -20,19 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sepllm_train.base.errors import RunStopped, UserError
 from sepllm_train.config import schema
+from sepllm_train.config.folder import config_folder
 
 C = TypeVar("C")
 
 # The last two are what Hydra raises for a group that is given a number or a list of numbers.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
-
-
-def config_folder() -> Path:
-    """Folder of the YAML files: configs/ of the checkout, or the copy inside the installed package."""
-    checkout = Path(__file__).resolve().parents[2] / "configs"
-    return (
-        checkout if (checkout / "pretrain.yaml").is_file() else Path(str(resources.files("sepllm_train") / "configs"))
-    )
 
 
 def register_schema(name: str = "schema", kind: type = schema.Config) -> None:
@@ -64,20 +54,6 @@ def configuration_of(overrides: list[str]) -> schema.Config:
     except _COMPOSITION_ERRORS as error:
         raise UserError(one_sentence(error)) from None
     return to_config(composed)
-
-
-def parse_counting(description: str | None) -> tuple[schema.Config, int]:
-    """The command line of a script that counts on training samples: the run's configuration, and how many samples.
-
-    Raises UserError for a configuration that is not sound, or a number below 1.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="training samples counted (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for scripts/pretrain.py")
-    arguments = parser.parse_args()
-    if arguments.samples < 1:
-        raise UserError(f"--samples {arguments.samples} must be at least 1.")
-    return configuration_of(arguments.overrides), arguments.samples
 
 
 def run_with_hydra(task: Callable[[schema.Config], None]) -> None:

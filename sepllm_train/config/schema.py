@@ -1,82 +1,50 @@
 """The configuration of a run: one dataclass per group of `configs/`.
 
 Every value is checked where it is set (`__post_init__`); what needs two groups is checked in `validate.py`.
-Errors name the key as it is typed on the command line.
+Errors name the key as it is typed on the command line. `sepllm pretrain --keys` prints the descriptions.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from sepllm_train.base.errors import UserError
+from sepllm_train.config.keys import finite, number_or_share, one_of, positive, require, setting
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
 PLACEMENTS = ("natural", "shuffled", "preceding", "thinned")
 BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise UserError with `message` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise UserError unless `value` is one of `choices`."""
-    require(value in choices, f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
-
-
-def positive(group: str, values: Any, *keys: str) -> None:
-    """Raise UserError unless each named attribute of `values` is at least 1 (None is left to its default)."""
-    for key in keys:
-        value = getattr(values, key)
-        require(value is None or value >= 1, f"{group}.{key}={value} must be at least 1.")
-
-
-def finite(group: str, values: Any) -> None:
-    """Raise UserError for an attribute that is infinite or not a number."""
-    for entry in fields(values):
-        value = getattr(values, entry.name)
-        require(
-            not isinstance(value, float) or math.isfinite(value),
-            f"{group}.{entry.name}={value} must be a finite number.",
-        )
-
-
-def _number_or_share(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1, or lies between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value >= 1 if isinstance(value, int) else 0 < value < 1
-
-
 @dataclass
 class ModelConfig:
     """Shape and block of the transformer. Sizes are counts of features; `ffn` is the width after the gate."""
 
-    name: str = "custom"
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    # Key/value heads; None = one per query head.
-    kv_heads: int | None = None
-    ffn: int = 3072
-    parallel_residual: bool = True
-    norm: str = "layernorm"
-    norm_epsilon: float = 1e-5
-    activation: str = "gelu"
-    bias: bool = True
-    rotary_fraction: float = 0.25
-    rotary_base: int = 10000
-    tied_embeddings: bool = False
-    # Entries of the vocabulary; None takes the data's tokenizer. Padding to a multiple of 128 x TP is added to either.
-    vocabulary: int | None = None
-    # pythia: std sqrt(2 / (5 hidden)), output projections 2 / (layers sqrt(hidden)); normal: init_std everywhere,
-    # output projections divided by sqrt(2 layers).
-    init: str = "pythia"
-    init_std: float = 0.02
+    name: str = setting("custom", "Name of the shape, for logs and results.")
+    layers: int = setting(12, "Transformer layers.")
+    hidden: int = setting(768, "Features of a token between layers.")
+    heads: int = setting(12, "Query heads of a layer.")
+    kv_heads: int | None = setting(None, "Key/value heads; None = one per query head.")
+    ffn: int = setting(3072, "Features inside the feed-forward block, after the gate.")
+    parallel_residual: bool = setting(True, "Attention and feed-forward block read the same input, as in GPT-NeoX.")
+    norm: str = setting("layernorm", "layernorm | rmsnorm.")
+    norm_epsilon: float = setting(1e-5, "Added to the variance in norms.")
+    activation: str = setting("gelu", "gelu | swiglu.")
+    bias: bool = setting(True, "Biases in linear layers.")
+    rotary_fraction: float = setting(0.25, "Share of the features of a head with rotary positions.")
+    rotary_base: int = setting(10000, "Base of the rotary wavelengths.")
+    tied_embeddings: bool = setting(False, "Output layer and embedding share their weights.")
+    vocabulary: int | None = setting(
+        None,
+        "Entries of the vocabulary; None takes the data's tokenizer. Padding to a multiple of 128 x TP is added "
+        "to either.",
+    )
+    init: str = setting(
+        "pythia",
+        "pythia: std sqrt(2 / (5 hidden)), output projections 2 / (layers sqrt(hidden)); normal: init_std "
+        "everywhere, output projections divided by sqrt(2 layers).",
+    )
+    init_std: float = setting(0.02, "Standard deviation of the weights with init=normal.")
 
     def __post_init__(self) -> None:
         finite("model", self)
@@ -115,29 +83,37 @@ class ModelConfig:
 class AttentionConfig:
     """Which keys a query sees: key j is visible to query i iff 0 <= i - j < max(window, horizon of j)."""
 
-    pattern: str = "sep"
-    initial_tokens: int = 3
-    # Neighbours, the token itself included: one number, or one per layer.
-    window: Any = 64
-    # Windows that training draws from, one for each step and all layers that are not full; `window` is then that of
-    # validation, generation and export. None = every step has `window`.
-    window_choices: list[int] | None = None
-    # paper | all | auto | list of class names | list of {classes: [...], horizon: tokens or forever}
-    separators: Any = "paper"
-    # separators=auto: [least, most] share of the tokens that the chosen classes have.
-    density_budget: list[float] = field(default_factory=lambda: [0.08, 0.16])
-    # natural, or a control: shuffled (gaps permuted), preceding (the token before each), thinned (some left out).
-    placement: str = "natural"
-    # placement=thinned: the probability with which each separator stays one.
-    keep_share: float | None = None
-    # pattern=fixed: every interval-th token of the sequence stands in for a separator.
-    interval: int | None = None
-    # none | first | first_last | list of layer numbers counted from 0
-    full_layers: Any = "none"
-    separate_documents: bool = False
-    sink: str = "none"
-    qk_norm: bool = False
-    backend: str = "auto"
+    pattern: str = setting(
+        "sep", "dense | sep (separators) | streaming (window and initial tokens) | fixed (every interval-th token)."
+    )
+    initial_tokens: int = setting(3, "First tokens of a sequence, visible to all later ones.")
+    window: Any = setting(64, "Neighbours, the token itself included: one number, or one per layer.")
+    window_choices: list[int] | None = setting(
+        None,
+        "Windows that training draws from, one for each step and all layers that are not full; `window` is then "
+        "that of validation, generation and export. None = every step has `window`.",
+    )
+    separators: Any = setting(
+        "paper", "paper | all | auto | list of class names | list of {classes: [...], horizon: tokens or forever}."
+    )
+    density_budget: list[float] = setting(
+        [0.08, 0.16], "separators=auto: [least, most] share of the tokens that the chosen classes have."
+    )
+    placement: str = setting(
+        "natural",
+        "natural, or a control: shuffled (gaps permuted), preceding (the token before each), thinned (some left out).",
+    )
+    keep_share: float | None = setting(None, "placement=thinned: the probability with which each separator stays one.")
+    interval: int | None = setting(
+        None, "pattern=fixed: every interval-th token of the sequence stands in for a separator."
+    )
+    full_layers: Any = setting("none", "none | first | first_last | list of layer numbers counted from 0.")
+    separate_documents: bool = setting(False, "Tokens see nothing of earlier documents of their sequence.")
+    sink: str = setting("none", "none | learned: a logit per head that takes attention away from all keys.")
+    qk_norm: bool = setting(False, "Normalise queries and keys of each head.")
+    backend: str = setting(
+        "auto", "auto | triton | blocked | masked | reference | dense | flex: implementation of attention."
+    )
 
     def __post_init__(self) -> None:
         one_of("attention.pattern", self.pattern, PATTERNS)
@@ -218,18 +194,21 @@ VALIDATION_FRACTION = 0.02
 class DataConfig:
     """What is read. `source: sample` makes a small corpus from the installed Python's documentation."""
 
-    source: str = "sample"
-    # List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}.
-    prefixes: list[Any] = field(default_factory=list)
-    sequence_length: int = 2048
-    # Share of the tokens of each dataset that is held out for validation: its last documents.
-    validation_fraction: float = VALIDATION_FRACTION
-    # Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0.
-    validation_prefixes: list[Any] = field(default_factory=list)
-    cache: str | None = None
-    workers: int = 1
-    sample_vocabulary: int = 4096
-    sample_text: str = "docs"
+    source: str = setting("sample", "sample (a small corpus made from the installed Python) | prefixes.")
+    prefixes: list[Any] = setting(
+        [], "List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}."
+    )
+    sequence_length: int = setting(2048, "Tokens of a sequence.")
+    validation_fraction: float = setting(
+        VALIDATION_FRACTION, "Share of the tokens of each dataset that is held out for validation: its last documents."
+    )
+    validation_prefixes: list[Any] = setting(
+        [], "Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0."
+    )
+    cache: str | None = setting(None, "Folder of the sample corpus and of indices; None = the user's cache folder.")
+    workers: int = setting(1, "Processes that load data, for each rank.")
+    sample_vocabulary: int = setting(4096, "Entries of the sample corpus's tokenizer.")
+    sample_text: str = setting("docs", "docs | code | both: text of the sample corpus.")
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("sample", "prefixes"))
@@ -242,7 +221,7 @@ class DataConfig:
         )
         require(
             (self.source == "prefixes") == bool(self.prefixes),
-            "data.source=prefixes needs data.prefixes=[PREFIX,...]; prepare one with scripts/prepare_data.py tokenize."
+            "data.source=prefixes needs data.prefixes=[PREFIX,...]; prepare one with `sepllm prepare tokenize`."
             if self.source == "prefixes"
             else f"data.prefixes={list(self.prefixes)} is set but data.source={self.source}: add data=prefixes.",
         )
@@ -259,24 +238,28 @@ class DataConfig:
 class ParallelConfig:
     """Sizes of the process grid; data parallelism takes what is left of the world size."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    # Model chunks per pipeline stage (interleaved schedule); None = 1.
-    virtual_pipeline: int | None = None
-    # Layers of the first and of the last pipeline stage, which hold the embedding and the output layer besides; None =
-    # as many as the others.
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    # Processes that share each sequence, a part of its tokens each.
-    context: int = 1
-    sequence: bool = False
-    # Each data-parallel replica keeps and updates its share of Adam's state (ZeRO-1) in place of all of it.
-    sharded_optimizer: bool = False
-    # Communicate while computing: sum gradients over replicas, a bucket at a time, as the backward pass goes on, and
-    # let the stages of an interleaved pipeline exchange activations while they compute.
-    overlap: bool = False
-    # Seconds that a process waits for another one, at the start and in every exchange.
-    timeout_seconds: float = 1800.0
+    tensor: int = setting(1, "Processes that share each layer (tensor parallelism).")
+    pipeline: int = setting(1, "Stages of layers (pipeline parallelism).")
+    virtual_pipeline: int | None = setting(None, "Model chunks per pipeline stage (interleaved schedule); None = 1.")
+    first_stage_layers: int | None = setting(
+        None, "Layers of the first pipeline stage, which holds the embedding besides; None = as many as the others."
+    )
+    last_stage_layers: int | None = setting(None, "Layers of the last pipeline stage; None = as many as the others.")
+    context: int = setting(1, "Processes that share each sequence, a part of its tokens each.")
+    sequence: bool = setting(
+        False, "Tensor-parallel processes share the tokens between layers too (sequence parallelism)."
+    )
+    sharded_optimizer: bool = setting(
+        False, "Each data-parallel replica keeps and updates its share of Adam's state (ZeRO-1) in place of all of it."
+    )
+    overlap: bool = setting(
+        False,
+        "Communicate while computing: sum gradients over replicas, a bucket at a time, as the backward pass goes "
+        "on, and let the stages of an interleaved pipeline exchange activations while they compute.",
+    )
+    timeout_seconds: float = setting(
+        1800.0, "Seconds that a process waits for another one, at the start and in every exchange."
+    )
 
     def __post_init__(self) -> None:
         finite("parallel", self)
@@ -322,23 +305,23 @@ class ParallelConfig:
 class OptimConfig:
     """Adam and its schedule. Step counts are optimizer steps."""
 
-    lr: float = 6e-4
-    min_lr: float = 6e-5
-    schedule: str = "cosine"
-    # Share of training.steps, unless warmup_steps is given.
-    warmup_fraction: float = 0.01
-    warmup_steps: int | None = None
-    # schedule=wsd: the share of training.steps that decays at the end.
-    decay_fraction: float = 0.1
-    # The rate of a longer run, continued: step 1 has that of step schedule_start + 1 of schedule_steps (None:
-    # training.steps). Pythia's at step 93,000: schedule_steps=143000 schedule_start=93000.
-    schedule_steps: int | None = None
-    schedule_start: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
+    lr: float = setting(6e-4, "Learning rate after warm-up.")
+    min_lr: float = setting(6e-5, "Learning rate at the end of the schedule.")
+    schedule: str = setting("cosine", "cosine | wsd | linear | constant.")
+    warmup_fraction: float = setting(0.01, "Share of training.steps, unless warmup_steps is given.")
+    warmup_steps: int | None = setting(None, "Steps over which the learning rate rises; None = warmup_fraction.")
+    decay_fraction: float = setting(0.1, "schedule=wsd: the share of training.steps that decays at the end.")
+    schedule_steps: int | None = setting(
+        None,
+        "The rate of a longer run, continued: step 1 has that of step schedule_start + 1 of schedule_steps (None: "
+        "training.steps). Pythia's at step 93,000: schedule_steps=143000 schedule_start=93000.",
+    )
+    schedule_start: int = setting(0, "Steps of schedule_steps that another run has done before this one.")
+    beta1: float = setting(0.9, "Decay of Adam's mean.")
+    beta2: float = setting(0.95, "Decay of Adam's mean of squares.")
+    epsilon: float = setting(1e-8, "Added to Adam's denominator.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay.")
+    clip_grad: float = setting(1.0, "Largest norm of the gradient; 0 = not clipped.")
 
     def __post_init__(self) -> None:
         finite("optim", self)
@@ -369,38 +352,51 @@ class OptimConfig:
 class TrainingConfig:
     """Length, batch and numerics of the run. Batches are counted in sequences."""
 
-    steps: int = 143000
-    global_batch: int = 1024
-    micro_batch: int = 8
-    precision: str = "bf16"
-    recompute: str = "none"
-    # torch.compile what layers and loss compute between matrix products. The first step takes some ten seconds longer.
-    compile: bool = False
-    # Tokens of a micro-batch whose logits exist at once; the output layer is then computed once more in the backward
-    # pass. 0 = all of them, once.
-    loss_chunk: int = 0
-    # Sequence lengths to begin with, rising: a list of {length: TOKENS, steps: N}, of which both may be shares of
-    # data.sequence_length and of `steps` instead, numbers below 1. The rest of the steps have data.sequence_length.
-    curriculum: list[Any] = field(default_factory=list)
-    # Steps between validations and between checkpoints; 0 = only after the last step.
-    validation_interval: int = 1000
-    # Sequences per dataset in one validation; 0 = no validation.
-    validation_samples: int = 256
-    checkpoint_interval: int = 1000
-    # Newest checkpoints that stay on the disk, and with keep_every=N those of every N-th step besides (0 = none).
-    keep_checkpoints: int = 2
-    keep_every: int = 0
-    # Write checkpoints while training goes on, from a copy in host memory.
-    async_checkpoint: bool = True
-    deterministic: bool = False
-    # Steps in a row that may be skipped for a loss or gradient that is not finite, or for a spike; then the run stops.
-    # 0 = any number.
-    max_bad_steps: int = 10
-    # A gradient norm above this many times the median of recent ones is a spike, and the step is skipped; 0 = never.
-    spike_factor: float = 0.0
-    # Seconds without progress after which a process shows where it hangs and ends; 0 = never. Longer than the longest
-    # of a micro-batch, the compilation in the first one, and the writing of a checkpoint.
-    hang_seconds: float = 1200.0
+    steps: int = setting(143000, "Optimizer steps of the run.")
+    global_batch: int = setting(1024, "Sequences of a step, over all processes.")
+    micro_batch: int = setting(8, "Sequences that a process computes at once.")
+    precision: str = setting("bf16", "fp32 | bf16 | fp16.")
+    recompute: str = setting(
+        "none", "none | selective (attention) | full: activations computed again in the backward pass."
+    )
+    compile: bool = setting(
+        False,
+        "torch.compile what layers and loss compute between matrix products. The first step takes some ten "
+        "seconds longer.",
+    )
+    loss_chunk: int = setting(
+        0,
+        "Tokens of a micro-batch whose logits exist at once; the output layer is then computed once more in the "
+        "backward pass. 0 = all of them, once.",
+    )
+    curriculum: list[Any] = setting(
+        [],
+        "Sequence lengths to begin with, rising: a list of {length: TOKENS, steps: N}, of which both may be "
+        "shares of data.sequence_length and of `steps` instead, numbers below 1. The rest of the steps have "
+        "data.sequence_length.",
+    )
+    validation_interval: int = setting(1000, "Steps between validations; 0 = only after the last step.")
+    validation_samples: int = setting(256, "Sequences per dataset in one validation; 0 = no validation.")
+    checkpoint_interval: int = setting(1000, "Steps between checkpoints; 0 = only after the last step.")
+    keep_checkpoints: int = setting(2, "Newest checkpoints that stay on the disk.")
+    keep_every: int = setting(0, "Keep the checkpoint of every N-th step besides; 0 = none.")
+    async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy in host memory.")
+    deterministic: bool = setting(False, "Deterministic algorithms where torch has them.")
+    max_bad_steps: int = setting(
+        10,
+        "Steps in a row that may be skipped for a loss or gradient that is not finite, or for a spike; then the "
+        "run stops. 0 = any number.",
+    )
+    spike_factor: float = setting(
+        0.0,
+        "A gradient norm above this many times the median of recent ones is a spike, and the step is skipped; 0 = "
+        "never.",
+    )
+    hang_seconds: float = setting(
+        1200.0,
+        "Seconds without progress after which a process shows where it hangs and ends; 0 = never. Longer than the "
+        "longest of a micro-batch, the compilation in the first one, and the writing of a checkpoint.",
+    )
 
     def __post_init__(self) -> None:
         finite("training", self)
@@ -426,7 +422,7 @@ class TrainingConfig:
             require(
                 isinstance(entry, dict)
                 and set(entry) == {"length", "steps"}
-                and all(_number_or_share(value) for value in entry.values()),
+                and all(number_or_share(value) for value in entry.values()),
                 f"training.curriculum entry {entry} must be {{length: TOKENS, steps: N}}, each a whole number of at "
                 "least 1 or a share between 0 and 1.",
             )
@@ -436,21 +432,21 @@ class TrainingConfig:
 class LoggingConfig:
     """What is written while training."""
 
-    # Steps between lines of the console and of metrics.jsonl.
-    interval: int = 10
-    # Dense bf16 peak of one device in TFLOP/s for MFU; None looks the device up and leaves MFU out when unknown.
-    peak_tflops: float | None = None
-    # [first, last] step of a trace by torch's profiler, written to RUN/profile by each of profile_ranks.
-    profile: list[int] | None = None
-    profile_ranks: list[int] = field(default_factory=lambda: [0])
-    # What mirrors metrics.jsonl: none | wandb | tensorboard.
-    tracker: str = "none"
-    # tracker=wandb: where the run belongs. mode auto: online with an API key, offline without one.
-    project: str = "sepllm-train"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    mode: str = "auto"
+    interval: int = setting(10, "Steps between lines of the console and of metrics.jsonl.")
+    peak_tflops: float | None = setting(
+        None,
+        "Dense bf16 peak of one device in TFLOP/s for MFU; None looks the device up and leaves MFU out when unknown.",
+    )
+    profile: list[int] | None = setting(
+        None, "[first, last] step of a trace by torch's profiler, written to RUN/profile by each of profile_ranks."
+    )
+    profile_ranks: list[int] = setting([0], "Ranks that are profiled.")
+    tracker: str = setting("none", "What mirrors metrics.jsonl: none | wandb | tensorboard.")
+    project: str = setting("sepllm-train", "tracker=wandb: project of the run.")
+    entity: str | None = setting(None, "tracker=wandb: user or team; None = the default of the account.")
+    group: str | None = setting(None, "tracker=wandb: group of the run.")
+    tags: list[str] = setting([], "tracker=wandb: tags of the run.")
+    mode: str = setting("auto", "tracker=wandb: auto (online with an API key, offline without one) | online | offline.")
 
     def __post_init__(self) -> None:
         finite("logging", self)
@@ -483,19 +479,25 @@ class LoggingConfig:
 class Config:
     """A whole run. `name` is its folder under runs/."""
 
-    name: str = "run"
-    seed: int = 1234
-    run_root: str = "runs"
-    # auto: continue from the newest checkpoint of this run if there is one; never: refuse a folder that is in use;
-    # PATH: start from the checkpoint of that folder.
-    resume: str = "auto"
-    # With resume=PATH: the data may be other than the checkpoint's, as for the last steps of a run on a choice of it.
-    resume_other_data: bool = False
-    # Folder of a run (or of a checkpoint) whose weights this one starts from, with a step count, an optimizer and data
-    # of its own: post-training, also with another attention pattern.
-    init_from: str | None = None
-    # Check everything, print the derived numbers, train nothing.
-    dry_run: bool = False
+    name: str = setting("run", "Name of the run: its folder is run_root/name.")
+    seed: int = setting(1234, "Seed of weights and data order.")
+    run_root: str = setting("runs", "Folder of the runs.")
+    resume: str = setting(
+        "auto",
+        "auto: continue from the newest checkpoint of this run if there is one; never: refuse a folder that is in "
+        "use; PATH: start from the checkpoint of that folder.",
+    )
+    resume_other_data: bool = setting(
+        False,
+        "With resume=PATH: the data may be other than the checkpoint's, as for the last steps of a run on a "
+        "choice of it.",
+    )
+    init_from: str | None = setting(
+        None,
+        "Folder of a run (or of a checkpoint) whose weights this one starts from, with a step count, an optimizer "
+        "and data of its own: post-training, also with another attention pattern.",
+    )
+    dry_run: bool = setting(False, "Check everything, print the derived numbers, train nothing.")
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)

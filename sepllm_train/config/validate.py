@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import torch
-
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import phases_of
 from sepllm_train.config.schema import Config, ParallelConfig, require
@@ -45,8 +43,20 @@ def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     yield from _batch(config, world_size)
     yield from _schedule(config)
     yield from _profile(config, world_size)
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    yield gpus == 0 or local <= gpus, f"{local} processes were started on a node of {gpus} GPUs: one each is needed."
+    yield from _node()
+
+
+def _node() -> Iterator[tuple[bool, str]]:
+    """Processes and GPUs of this node. One process is never too many, and needs no torch to know."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        yield (
+            gpus == 0 or local <= gpus,
+            f"{local} processes were started on a node of {gpus} GPUs: one each is needed.",
+        )
 
 
 def _grid(config: Config) -> Iterator[tuple[bool, str]]:

@@ -80,5 +80,5 @@ def _check_side_cars(config: Config, corpus: Corpus) -> None:
                 raise UserError(
                     f"attention.separators tells {names[older]} from {names[number]}, which the side-car of "
                     f"{source.prefix} counts as one class, clause_mixed: name that, or make the side-car again with "
-                    f"prepare_data.py annotate {source.prefix} --tokenizer FILE --overwrite."
+                    f"`sepllm prepare annotate {source.prefix} --tokenizer FILE --overwrite`."
                 )

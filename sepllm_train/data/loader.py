@@ -199,7 +199,7 @@ def _check_tokens(batch: Batch, vocabulary: int, dataset: Any, sampler: Any, del
         raise RankError(
             f"{prefix}.bin holds token {wrong} in document {documents[begun - 1]}, but the vocabulary has "
             f"{vocabulary:,} entries: the file is damaged or was made with another tokenizer; check it with "
-            f"prepare_data.py verify {prefix}."
+            f"`sepllm prepare verify {prefix}`."
         )
 
 

@@ -1,19 +1,22 @@
-"""torchrun for batch systems: its own exit code is the workers', and signals are left to the workers.
+"""torchrun whose exit code is the workers' own: for batch systems, and for `sepllm pretrain --nproc N`.
 
     python -m sepllm_train.distributed.torchrun --nproc-per-node=8 scripts/pretrain.py +experiment=pythia160m_sep
 
-torchrun ends with 1 whatever ended its workers, and kills them 30 seconds after a SIGTERM. But a batch script has to
-tell an interrupted run from a mistake, and a large checkpoint takes longer than that. Options and everything else are
-torchrun's own.
+torchrun itself ends with 1 whatever ended its workers, kills them 30 seconds after a SIGTERM, and prints a traceback
+and a block of its own below the worker's message. But a batch script has to tell an interrupted run from a mistake, and
+a large checkpoint takes longer than that. Options and everything else are torchrun's own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_USER_ERROR
 
@@ -22,24 +25,71 @@ if TYPE_CHECKING:
 
 # A worker that ends with one of these has printed the reason.
 TOLD_BY_WORKERS = (EXIT_USER_ERROR, EXIT_BAD_STEPS, EXIT_LOST_RANK, EXIT_INTERRUPTED)
+# After these a restart would end the same, or is not wanted.
+FINAL = (EXIT_USER_ERROR, EXIT_BAD_STEPS, EXIT_INTERRUPTED)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun with `arguments` (default: the command line) and give the exit code of the worker that failed first.
 
-    0 when all workers succeeded, 128 + N for a worker killed by signal N, 1 when the nodes lose or never had contact.
+    Signals are left to the workers: a batch system sends them to every process. 0 when all workers succeeded, 128 + N
+    for a worker killed by signal N, 1 when the nodes lose or never had contact.
     """
-    _leave_signals_to_workers()
+    # Workers inherit that SIGUSR1 is ignored until they handle it: asking them to stop while they start must not kill
+    # them. They do not inherit a handler of SIGTERM: a worker that has nothing to save ends at once.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        return _run(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words], [])
+    finally:
+        # Python's own end takes the handler away before the process is gone.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run torchrun with `words`, with nothing printed but what the workers print, and give an exit code as `main` does.
+
+    SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) are forwarded to the workers, which save and end; EXIT_INTERRUPTED also when
+    they had nothing to save.
+    """
+    asked: list[str] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number).name)
+        # Python's own answer to SIGINT would be a traceback of a worker that is still starting.
+        _signal_workers(signal.SIGTERM if number == signal.SIGINT else number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # The agent logs at length what the workers print or `_exit_code` does.
+    logging.disable(logging.CRITICAL)
+    try:
+        return _run(["--signals-to-handle=SIGHUP,SIGQUIT", *words], asked)
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            # As in training.signals: signals may come again until the process is gone.
+            signal.signal(number, signal.SIG_IGN if asked else handler)
+
+
+def _run(words: Sequence[str], asked: list[str]) -> int:
+    """Run torchrun; `asked`: names of the signals that asked this process to stop, which the caller adds to."""
     # Imported after the signals are taken care of: it takes seconds.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args, run
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    _restart_only_after_crashes(asked)
+    if asked:
+        return _interrupted(asked)
     try:
-        torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words])
+        run(parse_args(list(words)))
     except ChildFailedError as error:
-        return _exit_code(error.failures)
+        return _interrupted(asked) if asked and _killed(error.failures) else _exit_code(error.failures)
+    except SignalException as error:
+        return 128 + error.sigval
     except RendezvousError as error:
         print(
             f"error: {socket.gethostname()} has no contact with the other nodes of the run: one of them has ended, or "
@@ -48,24 +98,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
         return 1
-    finally:
-        # Python's own end takes the handler away before the process is gone.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 
-def _leave_signals_to_workers() -> None:
-    """Survive SIGUSR1 and SIGTERM, which a batch system sends to every process of a job.
+def _signal_workers(number: int) -> None:
+    """Send a signal to the workers: those children of this process that have a rank."""
+    import psutil
 
-    SIGUSR1 is ignored, which workers inherit until they handle it: asking them to stop while they start must not kill
-    them. SIGTERM gets a handler, which they do not inherit: a worker that has nothing to save ends at once.
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in child.environ():
+                child.send_signal(number)
+
+
+def _restart_only_after_crashes(asked: list[str]) -> None:
+    """Let --max-restarts restart workers that crashed, and none that said why they ended or were asked to.
+
+    The agent has no hook for that: the class that launchers use is replaced by one that sets its count of restarts.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.launcher import api
+
+    class Agent(LocalElasticAgent):
+        _remaining_restarts: int
+
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            codes = [failure.exitcode for failure in (result.failures or {}).values()]
+            if asked or any(code in FINAL for code in codes):
+                self._remaining_restarts = 0
+            elif codes and self._remaining_restarts > 0:
+                left = self._remaining_restarts - 1
+                print(
+                    f"warning: a rank crashed: starting all again, {left} restarts left.", file=sys.stderr, flush=True
+                )
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
 
 
-def _exit_code(failures: dict[int, ProcessFailure]) -> int:
-    """Exit code of the first failure, which is also reported where the worker cannot have done so."""
+def _killed(failures: Mapping[int, ProcessFailure]) -> bool:
+    """True when the signal that was forwarded ended all workers, before they listened for it."""
+    return all(failure.exitcode in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures.values())
+
+
+def _interrupted(asked: list[str]) -> int:
+    print(f"interrupted: {asked[0]} came before there was a step to save.", file=sys.stderr, flush=True)
+    return EXIT_INTERRUPTED
+
+
+def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+    """Exit code of the first failure, which is also told in a sentence where the worker cannot have told it."""
     # Once a worker has failed, torchrun ends the others with SIGTERM: those are no causes.
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     code = failure.exitcode

@@ -11,10 +11,10 @@ from typing import Any
 from sep_attention import FOREVER
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.options import AttentionOptions
 from sepllm_train.evaluation.stream_model import Opened
+from sepllm_train.generation.choice import CLASSES, AttentionChoice, finite_windows
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.hf import (
     PatternCache,
     SepCache,
@@ -25,9 +25,6 @@ from sepllm_train.hf import (
     trained_pattern,
 )
 from sepllm_train.hf.caches import differences
-
-# The paper's numbers for training-free use, where a model was trained with full attention.
-DEFAULT_WINDOW, DEFAULT_INITIAL = 256, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +39,7 @@ class Attention:
         differences: what is otherwise than in training, in words.
     """
 
-    options: AttentionOptions
+    options: AttentionChoice
     pattern: TokenPattern | None
     policies: tuple[CachePolicy, ...] | None
     generation_cache: Callable[[], Any] | None
@@ -70,7 +67,7 @@ class Attention:
     def __str__(self) -> str:
         if self.pattern is None:
             return f"{self.label}: every token sees all before it"
-        windows = _finite(self.pattern)
+        windows = finite_windows(self.pattern)
         full = sum(window >= FOREVER for window in self.pattern.windows)
         parts = [f"initial {self.pattern.initial}", f"window {'/'.join(map(str, windows))}"]
         if self.pattern.interval is not None:
@@ -84,15 +81,12 @@ class Attention:
         return f"{self.label}: {', '.join(parts)}"
 
 
-def bind(opened: Opened, options: AttentionOptions) -> Attention:
+def bind(opened: Opened, options: AttentionChoice) -> Attention:
     """The attention for a model, which attends fully until that is installed.
 
     Raises UserError for numbers that do not fit together or do not suit the model.
     """
-    for key in ("initial", "window", "separators", "capacity", "interval"):
-        value, least = getattr(options, key), 0 if key == "initial" else 1
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} must be at least {least}.")
+    options.check()
     try:
         return _bind(opened, options)
     except UserError:
@@ -101,13 +95,13 @@ def bind(opened: Opened, options: AttentionOptions) -> Attention:
         raise UserError(str(error)) from None
 
 
-def _bind(opened: Opened, options: AttentionOptions) -> Attention:
+def _bind(opened: Opened, options: AttentionChoice) -> Attention:
     model, trained = opened.model, trained_pattern(opened.model.config)
     if options.name == "dense":
         told = () if trained is None or trained.dense else ("full attention where training had a pattern",)
         return Attention(options, None, None, None, told)
     # Where no layer had a window, documents may have been apart: a separator pattern it was not.
-    windowed = trained if trained is not None and _finite(trained) else None
+    windowed = trained if finite_windows(trained) else None
     if options.name == "cache":
         return _with_cache(opened, options, windowed)
     pattern = _pattern(opened, options, windowed)
@@ -119,13 +113,12 @@ def _bind(opened: Opened, options: AttentionOptions) -> Attention:
     return Attention(options, pattern, None, made, differences(trained, pattern, policies))
 
 
-def _pattern(opened: Opened, options: AttentionOptions, trained: TokenPattern | None) -> TokenPattern:
+def _pattern(opened: Opened, options: AttentionChoice, trained: TokenPattern | None) -> TokenPattern:
     """The pattern of `pattern`, `streaming` and `fixed`. Layers have the windows of training unless another is asked
     for, and those that training had full stay full."""
-    model, initial = opened.model, _initial(options, trained)
-    window = DEFAULT_WINDOW if options.window is None else options.window
-    if options.name == "fixed" and options.interval is None:
-        raise UserError("fixed needs --interval D: every D-th token stands for a separator.")
+    model, chosen = opened.model, options.settled(trained)
+    assert chosen.initial is not None and chosen.window is not None
+    window, initial = chosen.window, chosen.initial
     if options.name in ("streaming", "fixed"):
         interval = options.interval if options.name == "fixed" else None
         pattern = no_separators(model, window=window, initial=initial, interval=interval)
@@ -133,7 +126,7 @@ def _pattern(opened: Opened, options: AttentionOptions, trained: TokenPattern | 
         pattern = replace(trained, initial=initial)
     else:
         pattern = make_pattern(
-            model, window=window, initial=initial, tokenizer=opened.tokenizer, selection=options.classes or "paper"
+            model, window=window, initial=initial, tokenizer=opened.tokenizer, selection=options.classes or CLASSES
         )
     if trained is None:
         return pattern
@@ -141,26 +134,27 @@ def _pattern(opened: Opened, options: AttentionOptions, trained: TokenPattern | 
     return replace(pattern, windows=tuple(was if own is None or was >= FOREVER else own for was in trained.windows))
 
 
-def _with_cache(opened: Opened, options: AttentionOptions, trained: TokenPattern | None) -> Attention:
+def _with_cache(opened: Opened, options: AttentionChoice, trained: TokenPattern | None) -> Attention:
     """SepCache, for prompts and generation alike."""
-    if options.capacity is None:
-        raise UserError(
-            "cache needs --capacity, the keys it holds at most: above initial, separators and window together."
-        )
-    windows = [DEFAULT_WINDOW] if trained is None else _finite(trained)
-    window = min(windows) if options.window is None else options.window
+    chosen, windows = options.settled(trained), finite_windows(trained)
     own = trained is not None and trained.separators and options.classes is None
-    separators = {} if own else {"tokenizer": opened.tokenizer, "selection": options.classes or "paper"}
-    numbers = (_initial(options, trained), options.separators, window, options.capacity)
-    settings: dict[str, Any] = {"positions": options.positions, "full_layers": _full_layers(trained), **separators}
+    separators = {} if own else {"tokenizer": opened.tokenizer, "selection": options.classes or CLASSES}
+    settings: dict[str, Any] = {
+        **{key: getattr(chosen, key) for key in ("initial", "separators", "window", "capacity")},
+        "positions": options.positions,
+        "full_layers": _full_layers(trained),
+        **separators,
+    }
 
-    made = partial(_quietly, lambda: SepCache(opened.model, *numbers, **settings))
+    made = partial(_quietly, lambda: SepCache(opened.model, **settings))
     cache = made()
     policies = tuple(cache.policies[group] for group in cache.group_of_layer)
-    settled = replace(options, positions=cache.positions)
+    settled = replace(chosen, positions=cache.positions)
     told: tuple[str, ...] = cache.differences
     if options.window is None and len(windows) > 1:
-        told += (f"the cache has one window for all layers, {window}, the least of {'/'.join(map(str, windows))}",)
+        told += (
+            f"the cache has one window for all layers, {chosen.window}, the largest of {'/'.join(map(str, windows))}",
+        )
     return Attention(settled, cache.pattern, policies, made, told)
 
 
@@ -169,17 +163,6 @@ def _quietly(make: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="training-free use", category=UserWarning)
         return make()
-
-
-def _initial(options: AttentionOptions, trained: TokenPattern | None) -> int:
-    if options.initial is not None:
-        return options.initial
-    return DEFAULT_INITIAL if trained is None else trained.initial
-
-
-def _finite(trained: TokenPattern) -> list[int]:
-    """The windows that layers have, ascending, without those of full layers."""
-    return sorted({window for window in trained.windows if window < FOREVER})
 
 
 def _full_layers(trained: TokenPattern | None) -> list[int]:

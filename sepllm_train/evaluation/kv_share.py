@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer, load_tokenizer
-from sepllm_train.base.errors import UserError, exit_on_user_error
-
-_COUNTED = """Counted: a prompt is eight examples, `Q: question`, newline, `A: answer`, blank line each (those of
-chain-of-thought prompting, gsm8k/cot_8shot.jsonl), then `Q: question`, newline, `A:` for a test question. Its last
-token keeps the --initial first tokens, the --window last ones, itself among them, and all separators between. The
-share is the sum of the tokens kept over the sum of all, over all test prompts; the mean over the prompts of each one's
-own share is told beside it. Separators are the tokenizer's entries of --classes (paper: those that are exactly one of
-. , ? ! ; : space, tab, newline). No token is put before the prompt."""
+from data_prep.tokenizers import Tokenizer
+from sepllm_train.base.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,43 +21,6 @@ class KeptShare:
     mean: float
     prompts: int
     tokens: float
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the shares; ends the process with code 2 and one sentence on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="kv_share.py", description=__doc__, epilog=_COUNTED, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", choices=("gsm8k_cot",), default="gsm8k_cot")
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="with gsm8k/cot_8shot.jsonl and"
-                        " gsm8k/test.jsonl")  # fmt: skip
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json or .model")
-    parser.add_argument("--window", type=int, default=256, metavar="N", help="last tokens, the newest included (256)")
-    parser.add_argument("--initial", type=int, default=3, metavar="A", help="first tokens (3)")
-    parser.add_argument("--classes", default="paper", metavar="NAMES", help="separator classes, or none (paper)")
-    parser.add_argument("--interval", type=int, metavar="D", help="every D-th token in the place of separators")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    arguments = parser.parse_args(argv)
-    exit_on_user_error(lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    for name, least in (("window", 1), ("initial", 0), ("interval", 1), ("limit", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}.")
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    prompts = gsm8k_prompts(arguments.data_dir)[: arguments.limit]
-    separators = _separators(tokenizer, arguments.classes)
-    found = kept_share(
-        tokenizer.encode_batch(prompts), separators, arguments.window, arguments.initial, arguments.interval
-    )
-    what = f"every {arguments.interval}th token" if arguments.interval else f"{len(separators)} separator tokens"
-    print(
-        f"{found.share:.4f} of the keys kept at the last token of {found.prompts:,} prompts of {found.tokens:,.1f} "
-        f"tokens (mean of the prompts' shares {found.mean:.4f}): initial {arguments.initial}, window "
-        f"{arguments.window}, {what}"
-    )
 
 
 def gsm8k_prompts(data_dir: Path) -> list[str]:
@@ -95,7 +50,8 @@ def kept_share(
     return KeptShare(kept.sum() / lengths.sum(), float(np.mean(kept / lengths)), len(prompts), float(lengths.mean()))
 
 
-def _separators(tokenizer: Tokenizer, classes: str) -> list[int]:
+def separators_of(tokenizer: Tokenizer, classes: str) -> list[int]:
+    """Ids of the separators of the `classes`, or of none. Raises UserError."""
     from sepllm_train.generation.pattern import separator_ids
 
     if classes == "none":

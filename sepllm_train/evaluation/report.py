@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sepllm_train.base.errors import UserError, exit_on_user_error
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.results import attention_of, conditions, model_of, read_result
 
 # Heading, task, metric, factor: those of the paper's table for models trained from scratch.
@@ -31,30 +29,11 @@ _TASKS = tuple(dict.fromkeys(task for _, task, *_ in _COLUMNS))
 _ORDER = ("dense", "streaming", "fixed", "pattern", "cache")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print or write the table; ends the process with code 2 and one sentence on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="report_eval.py", description="The paper's tables from results of evaluate.py"
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="outputs of evaluate.py; a model each")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there (default: print it)")
-    arguments = parser.parse_args(argv)
-    exit_on_user_error(lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    made = table([result for folder in arguments.folders for result in read_results(folder)])
-    if arguments.output is None:
-        print(made, end="")
-    else:
-        write_whole(arguments.output, made.encode())
-
-
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results in a folder. Raises UserError when there is none, or a file is not a whole result."""
     results = [read_result(path) for path in sorted(folder.glob("*.json"))]
     if not results:
-        raise UserError(f"{folder} holds no results: make them with evaluate.py ... --output {folder}.")
+        raise UserError(f"{folder} holds no results: make them with `sepllm evaluate ... --output {folder}`.")
     return results
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.options import USES
 from sepllm_train.evaluation.tasks import TASKS
+from sepllm_train.generation.choice import ATTENTIONS
 
 FORMAT = 1
 # What the report reads of a result, and of what type it is.
@@ -42,13 +42,15 @@ def read_result(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf8"))
         form = result["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a result of evaluate.py.") from None
+        raise UserError(f"{path} is not a result of `sepllm evaluate`.") from None
     if form != FORMAT:
         raise UserError(f"{path} is in format {form!r} and this version reads format {FORMAT}: evaluate again.")
     wrong = _wrong(result, _CONTENT)
     if wrong is not None:
-        raise UserError(f"{path} is not a whole result of evaluate.py: its {wrong} is missing or of another type.")
-    if result["task"] not in TASKS or result["attention"]["name"] not in USES:
+        raise UserError(
+            f"{path} is not a whole result of `sepllm evaluate`: its {wrong} is missing or of another type."
+        )
+    if result["task"] not in TASKS or result["attention"]["name"] not in ATTENTIONS:
         raise UserError(f"{path} is of a task or an attention that this version does not know.")
     if not result["metrics"]:
         raise UserError(f"{path} holds no metrics: evaluate {result['task']} again.")

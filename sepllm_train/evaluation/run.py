@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from importlib import metadata
 from io import StringIO
 from itertools import product
@@ -26,6 +25,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.options import EvaluationOptions
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
 from sepllm_train.evaluation.stream_model import Opened
 from sepllm_train.evaluation.tasks import TASKS, Loaded, load_tasks
@@ -37,31 +37,6 @@ SEED, EXAMPLES_SEED = 1234, 1234
 # Resamples behind the standard errors that have no formula.
 RESAMPLES = 1000
 _PACKAGES = ("lm_eval", "transformers", "datasets", "tokenizers")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """tasks: names of TASKS. data_dir: None for the hub. limit: the first documents of each task only. shots: examples
-    in a prompt, None for each task's own number. batch_size: sequences in a forward, which changes no result."""
-
-    tasks: tuple[str, ...]
-    data_dir: Path | None = None
-    limit: int | None = None
-    shots: int | None = None
-    batch_size: int = 8
-    truncate: bool = False
-
-    def check(self) -> None:
-        """Raise UserError for numbers that make no sense."""
-        for name, value, least in (
-            ("--limit", self.limit, 1),
-            ("--num-fewshot", self.shots, 0),
-            ("--batch-size", self.batch_size, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name} {value} must be at least {least}.")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise UserError("--tasks names a task twice.")
 
 
 def tokenizer_for(opened: Opened, given: str | None) -> Any:

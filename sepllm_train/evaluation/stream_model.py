@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ import torch
 
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.generation.choice import CLASSES, AttentionChoice
 from sepllm_train.runs.open import open_run
 
-CACHES = ("sep", "streaming", "fixed", "pattern", "full")
-POSITIONS = ("cache", "training", "absolute")
 # What a configuration says of the computation that the weights' shapes do not.
 _FACTS = (
     "model_type",
@@ -27,31 +26,6 @@ _FACTS = (
     "sliding_window",
     "sepllm_attention",
 )
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """A cache by name and its sizes in tokens; None takes what suits the cache."""
-
-    cache: str = "sep"
-    initial: int = 4
-    separators: int = 64
-    window: int = 224
-    capacity: int | None = None
-    interval: int | None = None
-    positions: str | None = None
-    classes: str = "paper"
-    strict: bool = False
-    block: int = 1024
-
-    def describe(self) -> dict[str, Any]:
-        """The options that say something about this cache, for results."""
-        used = {
-            "sep": ("initial", "separators", "window", "capacity", "positions", "classes"),
-            "streaming": ("initial", "window", "capacity", "positions"),
-            "fixed": ("initial", "separators", "window", "capacity", "interval", "positions"),
-        }.get(self.cache, ())
-        return {"cache": self.cache, **{key: value for key, value in asdict(self).items() if key in used}}
 
 
 @dataclass(frozen=True)
@@ -135,35 +109,46 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         ) from None
 
 
-def make_cache(opened: Opened, options: CacheOptions) -> Any:
-    """The cache. Raises UserError for options that do not fit together or do not suit the model."""
+def make_cache(opened: Opened, choice: AttentionChoice, *, strict: bool = False, block: int = 1024) -> Any:
+    """The cache of a choice that is settled by `settled_for`.
+
+    Raises UserError for numbers that do not fit together or do not suit the model.
+    """
     from sepllm_train import hf
 
     model = opened.model
-    common: dict[str, Any] = {"strict": options.strict, "block": options.block}
-    moving: dict[str, Any] = {**common, "positions": options.positions}
+    common: dict[str, Any] = {"strict": strict, "block": block}
+    moving: dict[str, Any] = {**common, "positions": choice.positions}
     trained = hf.trained_pattern(model.config)
     # An exported model's own separators, unless others are asked for.
-    own = trained is not None and trained.separators and options.classes == "paper"
-    separators: dict[str, Any] = {} if own else {"tokenizer": opened.tokenizer, "selection": options.classes}
-    initial, count, window, capacity = options.initial, options.separators, options.window, options.capacity
+    own = trained is not None and trained.separators and choice.classes is None
+    separators: dict[str, Any] = {} if own else {"tokenizer": opened.tokenizer, "selection": choice.classes or CLASSES}
+    chosen = settled_for(opened, choice)
+    ends: dict[str, Any] = {"initial": chosen.initial, "window": chosen.window, "capacity": chosen.capacity}
+    sizes = {**ends, "separators": chosen.separators}
     try:
-        if options.cache == "sep":
-            return hf.SepCache(model, initial, count, window, _needed(capacity, "sep"), **separators, **moving)
-        if options.cache == "streaming":
-            return hf.StreamingCache(model, initial, window, capacity, **moving)
-        if options.cache == "fixed":
-            if options.interval is None:
-                raise UserError("--cache fixed needs --interval D: every D-th token stands for a separator.")
-            size = _needed(capacity, "fixed")
-            return hf.FixedCache(model, initial, count, window, size, interval=options.interval, **moving)
-        if options.cache == "pattern":
+        if choice.name == "sep":
+            return hf.SepCache(model, **sizes, **separators, **moving)
+        if choice.name == "streaming":
+            return hf.StreamingCache(model, **ends, **moving)
+        if choice.name == "fixed":
+            assert choice.interval is not None
+            return hf.FixedCache(model, interval=choice.interval, **sizes, **moving)
+        if choice.name == "pattern":
             return hf.PatternCache(model, **common)
-        return hf.FullCache(model, positions=options.positions or "training", **common)
+        return hf.FullCache(model, positions=choice.positions or "training", **common)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def settled_for(opened: Opened, choice: AttentionChoice) -> AttentionChoice:
+    """The choice with the defaults for a model. Raises UserError for numbers that are too small or missing."""
+    from sepllm_train.hf import trained_pattern
+
+    choice.check()
+    return choice.settled(trained_pattern(opened.model.config))
 
 
 def check_context(cache: Any, name: str, tokens: float, shorter: str) -> None:
@@ -182,13 +167,6 @@ def check_context(cache: Any, name: str, tokens: float, shorter: str) -> None:
     text = f"{tokens:,} tokens pass" if math.isfinite(tokens) else "a text without end passes"
     advice = shorter.format(context=context)
     raise UserError(f"{text} the model's context of {context:,}, which --cache {name} has here: {advice}, or {other}.")
-
-
-def _needed(capacity: int | None, cache: str) -> int:
-    if capacity is None:
-        raise UserError(f"--cache {cache} needs --capacity, the keys it holds at most: above initial, separators and "
-                        "window together.")  # fmt: skip
-    return capacity
 
 
 def _tokenizer_file(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A table of streams."""
+"""Results of streams: reading one, and a table of several."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 from sepllm_train.base.console import quantity
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.stream_score import read_result
+from sepllm_train.base.files import read_json
+from sepllm_train.generation.choice import CACHES
 
+RESULT = "result.json"
+_SCORE_AGAIN = "remove it and score the text again"
 _SHORT = {"streaming": "StreamingLLM", "sep": "SepLLM", "fixed": "fixed interval", "pattern": "pattern", "full": "full"}
 
 
@@ -18,7 +21,7 @@ def report(folders: Sequence[Path], at: Sequence[int]) -> str:
 
     Raises UserError when a folder has no finished stream, or the streams are of different texts or models.
     """
-    results = [read_result(folder) for folder in folders]
+    results = [read_stream(folder) for folder in folders]
     for result in results[1:]:
         for key in ("fingerprint", "text"):
             if result[key] != results[0][key]:
@@ -38,3 +41,25 @@ def _row(result: dict[str, Any], at: Sequence[int]) -> list[str]:
     name = _SHORT[result["cache"]] + (f" D = {result['interval']}" if result.get("interval") else "")
     rate = f"{result['tokens'] / result['seconds']:,.0f}"
     return [name, *sizes, result["positions_used"], *found, f"{result['mean_length']:.1f}", rate]
+
+
+def read_stream(folder: Path) -> dict[str, Any]:
+    """Read `folder`/result.json. Raises UserError when it is not there or not what `sepllm stream score` writes."""
+    path = folder / RESULT
+    if not path.exists():
+        raise UserError(f"{path} is not there: finish the stream with `sepllm stream score`.")
+    result = read_json(path, _SCORE_AGAIN, nan=True)
+    if not _is_result(result):
+        raise UserError(f"{path} is not what `sepllm stream score` writes: {_SCORE_AGAIN}.")
+    return result
+
+
+def _is_result(content: Any) -> bool:
+    """True for a result with all that is read of it."""
+    try:
+        numbers = [content[key] for key in ("perplexity", "seconds", "mean_length", "tokens")]
+        numbers += [point[key] for point in content["points"] for key in ("tokens", "perplexity")]
+        known = content["cache"] in CACHES and all(key in content for key in ("fingerprint", "text", "positions_used"))
+    except (KeyError, TypeError):
+        return False
+    return known and all(isinstance(number, int | float) for number in numbers) and content["seconds"] > 0

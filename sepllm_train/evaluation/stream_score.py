@@ -21,37 +21,16 @@ import torch.nn.functional as F
 
 from sepllm_train.base.console import duration, quantity, say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import read_json, write_json
-from sepllm_train.evaluation.stream_model import CACHES, CacheOptions, Opened, check_context
+from sepllm_train.base.files import write_json
+from sepllm_train.evaluation.options import ScoreOptions
+from sepllm_train.evaluation.stream_model import Opened, check_context
+from sepllm_train.evaluation.stream_report import RESULT, read_stream
 from sepllm_train.evaluation.stream_state import FOLDER, load_state, save_state
 from sepllm_train.evaluation.stream_text import WORKING_FILES, TokenStream
+from sepllm_train.generation.choice import AttentionChoice
 from sepllm_train.hf.hooks import cache_argument
 
-RESULT = "result.json"
 SAY_EVERY = 10.0
-_SCORE_AGAIN = "remove it and score the text again"
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """tokens: at most so many, None for all of the text. chunk: tokens given to the model in a call, which changes
-    nothing but the speed: 1 is how text is generated. every: tokens between points of the result. save_every: seconds
-    between saved states."""
-
-    tokens: int | None = None
-    chunk: int = 1024
-    every: int = 65536
-    save_every: float = 60.0
-
-    def check(self) -> None:
-        """Raise UserError for numbers that make no sense."""
-        for name in ("chunk", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)} must be at least 1.")
-        if self.tokens is not None and self.tokens < 2:
-            raise UserError(f"--tokens={self.tokens} must be at least 2: the first token predicts the second.")
-        if self.every % self.chunk:
-            raise UserError(f"--every={self.every} must be a multiple of --chunk={self.chunk}.")
 
 
 @dataclass
@@ -95,37 +74,8 @@ def perplexity(nats: float, tokens: int) -> float:
     return math.inf if mean > 700 else math.exp(mean)
 
 
-def check_output(output: Path) -> None:
-    """Raise UserError when `output` is, or lies under, what is not a folder."""
-    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
-    if there is not None and not os.path.isdir(there):
-        raise UserError(f"--output {output}: {there} is not a folder; choose another --output.")
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """`folder`/result.json. Raises UserError when it is not there or not what `score` writes."""
-    path = folder / RESULT
-    if not path.exists():
-        raise UserError(f"{path} is not there: finish the stream with stream.py score.")
-    result = read_json(path, _SCORE_AGAIN, nan=True)
-    if not _is_result(result):
-        raise UserError(f"{path} is not what stream.py score writes: {_SCORE_AGAIN}.")
-    return result
-
-
-def _is_result(content: Any) -> bool:
-    """Whether a result has all that is read of it."""
-    try:
-        numbers = [content[key] for key in ("perplexity", "seconds", "mean_length", "tokens")]
-        numbers += [point[key] for point in content["points"] for key in ("tokens", "perplexity")]
-        known = content["cache"] in CACHES and all(key in content for key in ("fingerprint", "text", "positions_used"))
-    except (KeyError, TypeError):
-        return False
-    return known and all(isinstance(number, int | float) for number in numbers) and content["seconds"] > 0
-
-
 def score(
-    opened: Opened, cache: Any, options: CacheOptions, text: TokenStream, how: ScoreOptions, output: Path
+    opened: Opened, cache: Any, choice: AttentionChoice, text: TokenStream, how: ScoreOptions, output: Path
 ) -> dict[str, Any]:
     """Score a text and write `output`/result.json; the same call continues a stream that was stopped.
 
@@ -137,7 +87,7 @@ def score(
     identity = {
         "model": opened.name,
         "fingerprint": opened.fingerprint(),
-        **options.describe(),
+        **choice.describe(),
         "text": text.identity(),
         "tokens_asked": how.tokens,
         "chunk": how.chunk,
@@ -151,7 +101,7 @@ def score(
     tokens = text.prepare(output, how.tokens)
     total = text.length(tokens)
     asked = total if how.tokens is None else min(total, how.tokens)
-    check_context(cache, options.cache, asked, "give --tokens N of at most {context}")
+    check_context(cache, choice.name, asked, "give --tokens N of at most {context}")
     device = next(opened.model.parameters()).device
     left = None if how.tokens is None else how.tokens - progress.tokens
     run = _Run(cache, how, output, identity, progress)
@@ -286,7 +236,7 @@ def _clean(output: Path) -> None:
 def _finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not os.path.lexists(output / RESULT):
         return None
-    result = read_result(output)
+    result = read_stream(output)
     _same(output, result, identity)
     return result
 

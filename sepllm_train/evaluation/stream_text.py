@@ -28,6 +28,13 @@ def check_text(paths: Iterable[Path | str]) -> None:
     Corpus([Path(path) for path in paths])
 
 
+def check_output(output: Path) -> None:
+    """Raise UserError when `output` is, or lies under, what is not a folder."""
+    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
+    if there is not None and not os.path.isdir(there):
+        raise UserError(f"--output {output}: {there} is not a folder; choose another --output.")
+
+
 class TokenStream:
     """Documents of .txt and .jsonl files as tokens, each document followed by the end-of-document token.
 

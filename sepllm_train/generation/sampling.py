@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,20 @@ class Sampling:
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One generator for each row."""
+        # Imported late, so that mistakes in numbers are answered at once.
+        import torch
+
         return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, i64 [B], from logits fp32 [B, V]. Raises UserError for logits not finite."""
-        if not bool(logits.isfinite().all()):
+        # The least and the largest are finite only where all are: NaN takes the place of both.
+        if not all(math.isfinite(bound) for bound in logits.aminmax()):
             raise UserError(
                 "the model's logits are not finite: the weights of this checkpoint, or its precision, are bad."
             )
+        import torch
+
         if self.temperature == 0:
             return logits.argmax(-1)
         # On the CPU, where a seed gives the same numbers on every machine.

@@ -9,7 +9,7 @@ from typing import Any
 from sep_attention import FOREVER
 
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.hf.cache import SlotCache
 from sepllm_train.hf.hooks import base_of
 from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern
@@ -25,7 +25,7 @@ class SepCache(SlotCache):
     tokens of the text, the newest `separators` separators and the last `window` tokens (the one to come included).
 
     model: a transformers model; or its config, after `attach(model)`. Separators are those of `tokenizer` (among the
-    classes `selection`), or `separator_ids`; a model that scripts/export_hf.py wrote knows its own. full_layers:
+    classes `selection`), or `separator_ids`; a model that sepllm export wrote knows its own. full_layers:
     numbers of layers that keep all keys; those the model was trained with unless given. positions, block: see
     SlotCache; the default is `training` where a layer is full, otherwise `cache`.
 

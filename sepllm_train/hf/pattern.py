@@ -20,7 +20,7 @@ from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
 from sepllm_train.hf.separators import trained_pattern
 
-# Name of our attention among transformers' attention implementations. scripts/export_hf.py writes it to config.json, so
+# Name of our attention among transformers' attention implementations. sepllm export writes it to config.json, so
 # that an exported model does not load, and attend fully, where this module was not imported.
 ATTENTION = "sepllm"
 IMPLEMENTATIONS = ("auto", "kernel", "mask")

@@ -17,7 +17,7 @@ import yaml
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import FILE, Plan, finished, read_json
 from sepllm_train.suite.report import SHARES
@@ -43,7 +43,7 @@ def export(plan: Plan, target: Path) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_whole(target / RUNS, packed(runs))
-        write_whole(target / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        write_json(target / SUMMARY, summary)
         for path in sorted(report.rglob("*")):
             if path.suffix in (".md", ".svg"):
                 copy = target / path.relative_to(report)
@@ -75,12 +75,12 @@ def unpack(study: Path, folder: Path) -> None:
             place = folder / "runs" / Path(run["name"]).name
             place.mkdir(parents=True, exist_ok=True)
             write_whole(place / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False).encode())
-            write_whole(place / "environment.json", (json.dumps(run["environment"], indent=1) + "\n").encode())
-            write_whole(place / "run.json", (json.dumps(run["run"], indent=2) + "\n").encode())
+            write_json(place / "environment.json", run["environment"])
+            write_json(place / "run.json", run["run"], indent=2)
             write_whole(place / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in run["metrics"]).encode())
         # The plan last: with it, the folder is a suite.
         for name, held in reversed(summary.items()):
-            write_whole(folder / name, (json.dumps(held, indent=1) + "\n").encode())
+            write_json(folder / name, held)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{study / RUNS} cannot be unpacked ({error}): restore it.") from None
 
@@ -113,7 +113,7 @@ def _readme(plan: Plan, runs: list[dict[str, Any]]) -> str:
     commits = sorted({(one.get("git") or {}).get("commit", "none")[:7] for one in environments})
     machines = sorted({f"{one['gpu'] or one['processor']}, torch {one['packages']['torch']}" for one in environments})
     lengths, seeds = (",".join(map(str, values)) for values in (plan.lengths, plan.seeds))
-    command = f"python scripts/suite.py +suite={plan.suite} suite.size={plan.size}"
+    command = f"sepllm suite +suite={plan.suite} suite.size={plan.size}"
     return f"""# Suite {plan.suite}, size {plan.size}
 
 Question: {plan.question}

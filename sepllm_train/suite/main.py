@@ -1,4 +1,4 @@
-"""Suites from the command line: prepare the data, fix the plan, train its runs, time its variants, write the report."""
+"""Run of a suite: prepare the data, fix the plan, train its runs, time its variants, write the report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 
 from sepllm_train.base.console import say
-from sepllm_train.base.errors import UserError, exit_on_user_error
-from sepllm_train.config.load import compose_and_run
+from sepllm_train.base.errors import UserError
 from sepllm_train.suite.config import SuiteSettings
 from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export, is_study, unpack
@@ -19,11 +18,6 @@ from sepllm_train.suite.report import write_suite_report
 from sepllm_train.suite.runner import command_of, environment, interruptible, launcher, train_runs
 from sepllm_train.suite.timing import timing_file
 from sepllm_train.training.run_folder import claim
-
-
-def main() -> None:
-    """Entry point of scripts/suite.py."""
-    exit_on_user_error(lambda: compose_and_run(run_suite, "suite", "suite_schema", SuiteSettings))
 
 
 def run_suite(config: SuiteSettings) -> None:

@@ -188,7 +188,7 @@ def read_plan(folder: Path) -> Plan:
         return Plan(folder=folder, prefix=None, variants=content.pop("rows"), runs=runs, **content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the plan of a suite ({first_line(error)}): start the suite with scripts/suite.py."
+            f"{path} is not the plan of a suite ({first_line(error)}): start it with `sepllm suite`."
         ) from None
 
 

@@ -74,7 +74,8 @@ def command_of(plan: Plan, run: PlannedRun) -> list[str]:
     return [
         *launcher(plan.processes),
         "-m",
-        "sepllm_train.pretrain",
+        "sepllm_train",
+        "pretrain",
         *run.overrides,
         *data_overrides(plan.prefix),
         f"run_root={quoted(plan.run_root)}",

@@ -28,8 +28,8 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
     folder = Path(config.init_from).expanduser()
     if (folder / "config.json").is_file():
         raise UserError(
-            f"init_from={config.init_from} is a transformers model: make a run of it with python "
-            f"scripts/import_hf.py {config.init_from} OUTPUT, and give init_from=OUTPUT."
+            f"init_from={config.init_from} is a transformers model: make a run of it with "
+            f"`sepllm import {config.init_from} OUTPUT`, and give init_from=OUTPUT."
         )
     damaged: dict[Path, str] = {}
     found = checkpoint.find(config.init_from, damaged, key="init_from")

@@ -88,8 +88,7 @@ def _train(
         return _interrupted(guards.stop.name, step, loop.first_step, steps, live.folder)
     say(
         fold(
-            f"finished: {live.folder}/metrics.jsonl | compare runs with scripts/compare_runs.py {live.folder} OTHER "
-            "--output DIR"
+            f"finished: {live.folder}/metrics.jsonl | compare runs with sepllm compare {live.folder} OTHER --output DIR"
         )
     )
     return None

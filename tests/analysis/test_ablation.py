@@ -13,7 +13,6 @@ from sep_attention import visible_mask
 
 from data_prep.separators import class_numbers
 from sepllm_train.analysis.ablation import SUBSETS, Ablation, AblationOptions, RandomTokens
-from sepllm_train.analysis.cli import main
 from sepllm_train.analysis.match import kept_keys
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.config.schema import AttentionConfig
@@ -23,6 +22,9 @@ from sepllm_train.runs.held_out import text_of
 from sepllm_train.runs.open import TrainedRun
 from tests.analysis.conftest import Trained, with_attention
 from tests.analysis.test_cli import refused
+from tests.support.command import command
+
+main = command("analyze")
 
 SAMPLES = 3
 

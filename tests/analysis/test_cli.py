@@ -1,4 +1,4 @@
-"""scripts/analyze_separators.py on a trained run: what it writes, and one sentence for a mistake."""
+"""sepllm analyze on a trained run: what it writes, and one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from data_prep.cli import main as prepare
-from sepllm_train.analysis.cli import main
 from sepllm_train.distributed.launch import alone
 from tests.analysis.conftest import Trained
+from tests.support.command import command
+
+prepare = command("prepare")
+
+main = command("analyze")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_attention_command(trained: Trained, tmp_path: Path) -> None:
         ("loss", ["--drop-classes", "--attention", "pattern=streaming"], "the pattern keeps no separator that occurs"),
         ("attention", ["--layers", "2"], "--layers 2: this model has layers 0 to 1"),
         ("attention", ["--heads", "0,-1"], "--heads -1: this model has heads 0 to 3"),
-        ("attention", ["--separators", "period,stop"], "Unknown separator class 'stop'"),
+        ("attention", ["--classes", "period,stop"], "Unknown separator class 'stop'"),
         ("attention", ["--window", "0"], "--window 0 must be at least 1"),
     ],
 )

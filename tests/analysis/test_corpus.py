@@ -13,8 +13,10 @@ from data_prep.separators import ALL, CLASSES, classify
 from data_prep.sidecar import open_classes, read_header
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.analysis import corpus
-from sepllm_train.analysis.cli import main
 from sepllm_train.analysis.corpus import LEVELS, selections
+from tests.support.command import command
+
+main = command("analyze")
 
 
 @pytest.fixture(scope="module")

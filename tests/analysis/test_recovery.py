@@ -17,12 +17,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sepllm_train.analysis.cli import recovery_main
 from sepllm_train.analysis.recovery import recovery
+from sepllm_train.cli.pretrain import pretrain
 from sepllm_train.config.load import config_folder, register_schema, to_config
-from sepllm_train.pretrain import pretrain
 from sepllm_train.runs.evaluate import evaluate_run
 from sepllm_train.runs.open import open_run
+from tests.support.command import command
+
+recovery_main = command("analyze recovery")
 
 # The three runs take half a minute of a core.
 pytestmark = pytest.mark.slow

@@ -31,8 +31,9 @@ def test_a_step_a_save_a_resume_and_an_export(repository: Path, sample_cache: Pa
     run_strictly(program, *common, "name=first", sample_cache=sample_cache)
     first = tmp_path / "first" / "checkpoints" / "step_00000002"
     run_strictly(program, *common, "name=second", f"resume={first}", "training.steps=4", sample_cache=sample_cache)
-    export = str(repository / "scripts" / "export_hf.py")
-    run_strictly(export, str(tmp_path / "second"), str(tmp_path / "model"), sample_cache=sample_cache)
+    run_strictly(
+        "-m", "sepllm_train", "export", str(tmp_path / "second"), str(tmp_path / "model"), sample_cache=sample_cache
+    )
 
 
 @pytest.mark.slow

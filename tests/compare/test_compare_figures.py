@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from sepllm_train.compare.results import at_tokens, common_loss, first_reach
-from sepllm_train.compare_runs import main
 from sepllm_train.runs.records import Run, read_run, read_runs
 from tests.compare.run_records import training, unwrapped, validation
+from tests.support.command import command
+
+main = command("compare")
 
 
 def cells(text: str, title: str) -> dict[str, list[str]]:

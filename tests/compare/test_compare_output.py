@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.compare_runs import main
 from sepllm_train.metrics.flops import CONVENTIONS
 from tests.compare.run_records import validation
+from tests.support.command import command
+
+main = command("compare")
 
 FIGURES = ("loss_vs_flops", "loss_vs_seconds", "loss_vs_tokens")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.compare_runs import main
 from tests.compare.run_records import training, unwrapped, validation
+from tests.support.command import command
+
+main = command("compare")
 
 GOOD = [validation(0, 6), validation(10, 5), validation(20, 4)]
 

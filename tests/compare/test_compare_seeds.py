@@ -15,8 +15,10 @@ from sepllm_train.compare.plots import mean_curve
 from sepllm_train.compare.report import CONSOLE, REFERENCE, Report, build_report
 from sepllm_train.compare.timing import read_timing
 from sepllm_train.compare.variants import read_variants
-from sepllm_train.compare_runs import main
 from tests.compare.run_records import unwrapped, validation
+from tests.support.command import command
+
+main = command("compare")
 
 Seeds = Callable[..., list[Path]]
 

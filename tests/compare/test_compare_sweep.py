@@ -14,8 +14,10 @@ import yaml
 from sepllm_train.compare.report import REFERENCE, Report, build_report
 from sepllm_train.compare.results import find_sweep
 from sepllm_train.compare.variants import read_variants
-from sepllm_train.compare_runs import main
 from tests.compare.run_records import unwrapped, validation
+from tests.support.command import command
+
+main = command("compare")
 
 Seeds = Callable[..., list[Path]]
 LOSSES = {0.001: 4.0, 0.002: 3.0, 0.004: 3.5}

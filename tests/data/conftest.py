@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_prep.cli import main
 from data_prep.sidecar import read_header
 from data_prep.tokenizers import load_tokenizer
+from tests.support.command import command
+
+main = command("prepare")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
-"""scripts/match_interval.py prints overrides of runs that keep as many keys; counts are those of the exact mask."""
+"""sepllm match interval prints overrides of runs that keep as many keys; counts are those of the exact mask."""
 
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
+from tests.support.command import program
 
 LAYERS, LENGTH = 2, 150
 
@@ -76,18 +76,12 @@ def test_only_separators_are_matched(text: dict[str, torch.Tensor]) -> None:
             match(AttentionConfig("streaming"), LAYERS, text)
 
 
-def run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """The script with `words` on its command line."""
-    monkeypatch.setattr("sys.argv", ["match_interval.py", *words])
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
-    runpy.run_path(str(repository / "scripts" / "match_interval.py"), run_name="__main__")
+run = program("match interval")
 
 
-def test_overrides_are_of_runs_that_keep_as_many(
-    repository: Path, sample_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overrides_are_of_runs_that_keep_as_many(sample_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["+experiment=demo_sep", "data.sequence_length=512", f"data.cache={sample_cache}"]
-    run(repository, monkeypatch, "--samples", "24", *words, "attention.separators=[period,comma]")
+    run(["--samples", "24", *words, "attention.separators=[period,comma]"])
     *_, counted, found, fixed, streaming = capsys.readouterr().out.splitlines()
     separators, without = (float(share) for share in re.findall(r"([\d.]+)%", counted))
     interval, kept, before, kept_before, after, kept_after, window, kept_window = map(
@@ -111,14 +105,12 @@ def test_overrides_are_of_runs_that_keep_as_many(
     ],
 )
 def test_mistake(
-    repository: Path,
     sample_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
     words: list[str],
     sentence: str,
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run(repository, monkeypatch, f"data.cache={sample_cache}", *words)
+        run([f"data.cache={sample_cache}", *words])
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.startswith("error: ") and sentence in told and told.count("\n") == 1

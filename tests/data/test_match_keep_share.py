@@ -1,9 +1,8 @@
-"""scripts/match_keep_share.py prints overrides of a thinned run that shows as many keys."""
+"""sepllm match keep-share prints overrides of a thinned run that shows as many keys."""
 
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sepllm_train.config.load import config_folder, register_schema, to_config
+from tests.support.command import program
+
+run = program("match keep-share")
 
 
-def run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """The script with `words` on its command line."""
-    monkeypatch.setattr("sys.argv", ["match_keep_share.py", *words])
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
-    runpy.run_path(str(repository / "scripts" / "match_keep_share.py"), run_name="__main__")
-
-
-def test_overrides_are_of_a_run_with_as_many_keys(
-    repository: Path, sample_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overrides_are_of_a_run_with_as_many_keys(sample_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiers = "attention.separators=[{classes: [comma, period], horizon: 128}, {classes: newline, horizon: forever}]"
     data = ["data.sequence_length=512", f"data.cache={sample_cache}"]
-    run(repository, monkeypatch, "--samples", "24", "+experiment=demo_sep", *data, tiers)
+    run(["--samples", "24", "+experiment=demo_sep", *data, tiers])
     *_, counted, found, overrides = capsys.readouterr().out.splitlines()
     configured, without, forever = (float(number) for number in re.findall(r"\d+\.\d+", counted))
     assert without < configured < forever
@@ -55,6 +48,6 @@ def test_mistake(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], sentence: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run(repository, monkeypatch, *words)
+        run([*words])
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.startswith("error: ") and sentence in told and told.count("\n") == 1

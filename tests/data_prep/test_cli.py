@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import main
 from data_prep.tokenizers import load_tokenizer
+from tests.support.command import command
+
+main = command("prepare")
 
 COMMANDS = ["tokenize", "annotate", "train-tokenizer", "stats", "verify"]
 
@@ -20,7 +22,7 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert f"example:\n  prepare_data.py {command} " in capsys.readouterr().out
+    assert f"example:\n  sepllm prepare {command} " in capsys.readouterr().out
 
 
 def test_from_text_to_statistics(tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +102,8 @@ def test_mistakes(
     assert not list(tmp_path.glob("new*"))
 
 
-def test_the_script_itself(dataset: Path, repository: Path) -> None:
-    command = [sys.executable, str(repository / "scripts" / "prepare_data.py"), "verify"]
+def test_the_command_itself(dataset: Path) -> None:
+    command = [sys.executable, "-m", "sepllm_train", "prepare", "verify"]
     fine = subprocess.run([*command, str(dataset)], capture_output=True, text=True)
     assert (fine.returncode, fine.stderr) == (0, "")
     Path(f"{dataset}.idx").unlink()

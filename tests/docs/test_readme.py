@@ -21,6 +21,9 @@ from torch.distributed.run import get_args_parser
 
 from data_prep.separators import CLASSES
 from sepllm_train.base import errors
+from sepllm_train.cli.main import main
+from sepllm_train.cli.old import NEW
+from sepllm_train.cli.pretrain import _parser as pretrain_parser
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate
@@ -31,12 +34,11 @@ from sepllm_train.suite.plan import make_plan
 from sepllm_train.training.clock import PARTS
 from tests.docs.markdown import PAGES, REPOSITORY, Command, commands, links, prose, spans, table
 
+# How the environment is made and entered.
+ACTIVATION = (("python3", "-m", "venv", ".venv"), ("source", ".venv/bin/activate"))
+CONFIGURATION = REPOSITORY / "docs" / "configuration.md"
 GROUPS = {name: set(keys) for name, keys in dataclasses.asdict(Config()).items() if isinstance(keys, dict)}
-ENTRY_POINTS = {
-    entry.name: entry.value
-    for entry in metadata.distribution("sepllm-train").entry_points
-    if entry.group == "console_scripts"
-}
+ENTRY_POINTS = set(re.findall(r'"([\w-]+)=sepllm_train', (REPOSITORY / "setup.py").read_text()))
 
 
 class Parsed(Exception):
@@ -75,18 +77,16 @@ def check_torchrun(words: list[str]) -> None:
     check_pretraining(launch.training_script_args, world_size)
 
 
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of sepllm up to the point where its parser has accepted the words."""
+    stop_after_parsing(monkeypatch)
+    with pytest.raises(Parsed):
+        main(words)
+
+
 def check_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script, or a module after -m, up to the point where its own parser has accepted the words."""
-
-    def stopping_after(parse: Callable[..., Any]) -> Callable[..., None]:
-        def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
-            parse(parser, *arguments, **options)
-            raise Parsed
-
-        return stop
-
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
+    stop_after_parsing(monkeypatch)
     if words[0] == "-m":
         monkeypatch.setattr(sys, "argv", words[1:])
         with pytest.raises(Parsed):
@@ -99,6 +99,20 @@ def check_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(path.parent))
     with pytest.raises(Parsed):
         runpy.run_path(str(path), run_name="__main__")
+
+
+def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let argparse raise Parsed for what it accepts."""
+
+    def stopping_after(parse: Callable[..., Any]) -> Callable[..., None]:
+        def stop(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+            parse(parser, *arguments, **options)
+            raise Parsed
+
+        return stop
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
 
 
 def check_sbatch(words: list[str]) -> None:
@@ -147,20 +161,26 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
         check_sbatch(words)
     elif program == "python" and words[0] == "scripts/pretrain.py":
         check_pretraining(words[1:], world_size=None)
-    elif program == "python" and words[0] == "scripts/suite.py":
+    elif program == "sepllm" and words[0] == "pretrain":
+        options, overrides = pretrain_parser().parse_known_args(words[1:])
+        if options.keys is None and not options.help:
+            check_pretraining(overrides, options.nproc * options.nnodes if options.nproc > 1 else None)
+    elif program == "sepllm" and words[0] == "suite":
         check_suite(words[1:])
+    elif program == "sepllm":
+        check_command(words, monkeypatch)
     elif program == "python":
         check_program(words, monkeypatch)
     elif program == ".venv/bin/python" and words[:2] == ["-m", "pip"]:
         check_pip(words[2:])
     else:
-        assert command.words == ("python3", "-m", "venv", ".venv"), f"no check for {command}"
+        assert command.words in ACTIVATION, f"no check for {command}"
 
 
 def test_the_commands_that_must_be_there() -> None:
-    shown = {" ".join(command.words) for command in commands() if command.page == "README.md"}
+    shown = {" ".join(command.words) for command in commands() if command.page in ("README.md", "data.md")}
     assert {"make demo", "make test"} <= shown
-    assert {word.split()[2] for word in shown if word.startswith("python scripts/prepare_data.py")} == {
+    assert {word.split()[2] for word in shown if word.startswith("sepllm prepare")} == {
         "train-tokenizer", "tokenize", "annotate", "stats", "verify",
     }  # fmt: skip
 
@@ -180,7 +200,7 @@ def ignored_folders() -> set[str]:
 def test_what_commands_write_is_ignored_by_git() -> None:
     """Otherwise a checkout in use never looks clean."""
     written = {value for one in commands() for flag, value in pairwise(one.words) if flag == "--output"}
-    written |= {one.words[-1] for one in commands() if one.words[:2] == ("python", "scripts/export_hf.py")}
+    written |= {one.words[-1] for one in commands() if one.words[:2] == ("sepllm", "export")}
     folders = {path.split("/")[0] for path in written if "/" in path}
     assert {"models", "data", "runs"} <= folders <= ignored_folders()
 
@@ -212,12 +232,12 @@ def test_keys_and_choices_exist(page: Path) -> None:
             assert span in experiments, f"{page.name}: there is no experiment {span}"
 
 
-def test_every_experiment_is_in_the_readme() -> None:
-    assert {path.stem for path in (config_folder() / "experiment").glob("*.yaml")} <= set(spans(PAGES[0]))
+def test_every_experiment_is_documented() -> None:
+    assert {path.stem for path in (config_folder() / "experiment").glob("*.yaml")} <= set(spans(CONFIGURATION))
 
 
 def test_attention_table_holds_every_key() -> None:
-    rows = table("README.md", "key")
+    rows = table("docs/configuration.md", "key")
     keys = [f"`attention.{field.name}`" for field in dataclasses.fields(AttentionConfig)]
     assert [row[0] for row in rows] == keys
     for row in rows:
@@ -252,7 +272,7 @@ def test_metrics_table_is_what_the_loop_writes() -> None:
     )
     written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
     written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
-    told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
+    told = {key for row in table("docs/running.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
     assert told == written | {"val/NAME/loss", "val/NAME/bits_per_byte", "train/layer_NN/attended_share"}
 
 
@@ -286,17 +306,17 @@ def test_flops_floor_is_what_the_counter_gives() -> None:
 
 def test_exit_codes_are_those_of_the_code() -> None:
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
-    assert {int(row[0]) for row in table("docs/operations.md", "code")} == codes | {0}
+    assert {int(row[0]) for row in table("docs/faults.md", "code")} == codes | {0}
 
 
 def test_variables_of_the_slurm_scripts_are_told() -> None:
     used = set(re.findall(r"SEPLLM_\w+", (REPOSITORY / "scripts" / "slurm" / "pretrain.sbatch").read_text()))
-    rows = table("docs/operations.md", "variable of `scripts/slurm/pretrain.sbatch`")
+    rows = table("docs/running.md", "variable of `scripts/slurm/pretrain.sbatch`")
     assert {row[0].strip("`") for row in rows} == used
 
 
 def test_console_entry_points_are_named() -> None:
-    assert set(ENTRY_POINTS) <= set(spans(PAGES[0]))
+    assert ENTRY_POINTS - set(NEW) == {"sepllm"} <= set(spans(PAGES[0]))
 
 
 def test_limits_and_bars_are_those_of_the_code() -> None:

@@ -75,7 +75,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) ->
 
 @pytest.fixture(scope="session")
 def exported_run(trained_run: Path) -> Path:
-    """The trained run as scripts/export_hf.py writes it."""
+    """The trained run as sepllm export writes it."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from sepllm_train.hf.export import export_run
     from sepllm_train.runs.open import open_run

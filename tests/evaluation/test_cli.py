@@ -1,4 +1,4 @@
-"""evaluate.py from the command line: results, table, several ranks, mistakes."""
+"""sepllm evaluate from the command line: results, table, several ranks, mistakes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from sepllm_train.evaluation import cli, kv_share
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import choice, words, write_lines
+from tests.support.command import command, program
 from tests.support.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
@@ -27,7 +27,7 @@ def needs_harness() -> None:
 
 
 def run(*words: object) -> None:
-    cli.main([str(word) for word in words])
+    program("evaluate")(words)
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -77,13 +77,13 @@ def test_a_dense_model_takes_the_paper_s_numbers(needs_harness: None, models: di
 def test_the_kept_share_is_the_one_counted_without_a_model(
     needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """kv_share.py and the evaluation agree on prompts, separators and counts."""
+    """`evaluate kv` and the evaluation agree on prompts, separators and counts."""
     run(models["sep"], "--tasks", "gsm8k_cot", "--data-dir", data_dir, "--output", tmp_path, "--window", 20,
         "--batch-size", 2)  # fmt: skip
     (result,) = results(tmp_path).values()
     capsys.readouterr()
-    kv_share.main(["--data-dir", str(with_examples(data_dir)), "--tokenizer", str(models["sep"] / "tokenizer.json"),
-                   "--window", "20"])  # fmt: skip
+    tokenizer = models["sep"] / "tokenizer.json"
+    command("evaluate kv")(["--data-dir", with_examples(data_dir), "--tokenizer", tokenizer, "--window", 20])
     assert capsys.readouterr().out.startswith(f"{result['kv_share_prompt']:.4f} of the keys kept")
 
 
@@ -102,15 +102,15 @@ def test_two_ranks_give_the_results_of_one(
     needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path
 ) -> None:
     """Five documents, so that one rank has a document more."""
-    command = ["scripts/evaluate.py", str(models["sep"]), "--tasks", "logiqa,gsm8k_cot", "--data-dir", str(data_dir),
-               "--limit", "5", "--batch-size", "2", "--threads", "1"]  # fmt: skip
+    asked = [str(models["sep"]), "--tasks", "logiqa,gsm8k_cot", "--data-dir", str(data_dir)]
+    asked += ["--limit", "5", "--batch-size", "2", "--threads", "1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, *command, "--output", str(tmp_path / "two")],
+        [sys.executable, *torchrun, "-m", "sepllm_train", "evaluate", *asked, "--output", str(tmp_path / "two")],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    run(*command[1:], "--output", tmp_path / "one")
+    run(*asked, "--output", tmp_path / "one")
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 2
     for name, result in one.items():
@@ -130,16 +130,15 @@ MISTAKES = {
     "--tasks piqa --batch-size 0": "--batch-size 0 must be at least 1",
     "--tasks piqa --num-fewshot -1": "--num-fewshot -1 must be at least 0",
     "--tasks piqa --num-fewshot 6": "piqa has 5 examples to show and --num-fewshot asks for 6",
-    "--tasks piqa --window 0": "window=0 must be at least 1",
+    "--tasks piqa --window 0": "--window 0 must be at least 1",
     "--tasks piqa --baselines h2o": "the baseline 'h2o' is unknown: choose from pattern, dense, streaming",
     "--tasks piqa --baselines fixed": "fixed needs --interval D",
     "--tasks piqa --baselines streaming:window=x": "'window=x' in the baseline streaming:window=x is not KEY=VALUE",
-    "--tasks piqa --baselines dense:window=5": "'window=5' in the baseline dense:window=5 says nothing to dense",
-    "--tasks piqa --interval 4": "--interval says nothing to pattern: it is for fixed",
-    "--tasks piqa --separators 64 --baselines dense": "--separators says nothing to pattern, dense: it is for cache",
+    "--tasks piqa --baselines dense:window=5": "'window=5' in the baseline dense:window=5 does not apply to dense",
+    "--tasks piqa --interval 4": "--interval does not apply to pattern: it is for fixed",
+    "--tasks piqa --separators 64 --baselines dense": "--separators does not apply to pattern, dense: it is for cache",
     "--tasks piqa --baselines pattern:classes=comma,period": "classes of a baseline are joined by +, not by commas",
     "--tasks piqa --baselines dense,dense": "the attentions pattern, dense, dense name one twice",
-    "--tasks piqa --attention cache": "cache needs --capacity",
     "--tasks piqa --attention cache --capacity 60": "capacity=60 must be larger: at least 74",
     "--tasks piqa --attention cache --capacity 99999": "capacity=99999 is above the model's context of 4096",
     "--tasks piqa --classes vowels": "Unknown separator class 'vowels'",

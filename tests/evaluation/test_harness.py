@@ -16,25 +16,26 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.attention import Attention, AttentionOptions, bind
+from sepllm_train.evaluation.attention import Attention, bind
 from sepllm_train.evaluation.harness import SeparatorLM
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, line, tokenizer_for
 from sepllm_train.evaluation.stream_model import Opened, open_model
 from sepllm_train.evaluation.tasks import load_tasks
+from sepllm_train.generation.choice import AttentionChoice
 from sepllm_train.hf import apply_pattern, load_model
 from tests.evaluation.conftest import CONTEXT, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
 ALL = ("arc_easy", "lambada", "logiqa", "piqa", "wikitext")
-CACHE = AttentionOptions("cache", separators=4, capacity=17)
+CACHE = AttentionChoice("cache", separators=4, capacity=17)
 
 
 def opened(folder: Path) -> Opened:
     return open_model(str(folder), None, "fp32", "cpu")
 
 
-def attending(model: Opened, options: AttentionOptions, batch_size: int = 3) -> tuple[SeparatorLM, Attention]:
+def attending(model: Opened, options: AttentionChoice, batch_size: int = 3) -> tuple[SeparatorLM, Attention]:
     lm = SeparatorLM(model.model, tokenizer_for(model, None), batch_size=batch_size)
     attention = bind(model, options)
     lm.attend(attention)
@@ -61,7 +62,7 @@ def test_dense_results_are_those_of_plain_hflm(exported_run: Path, data_dir: Pat
     """An exported run, loaded with full attention by the harness itself from its folder."""
     model = opened(exported_run)
     results = evaluate(
-        model, tokenizer_for(model, None), [bind(model, AttentionOptions("dense"))], EvaluationOptions(ALL, data_dir)
+        model, tokenizer_for(model, None), [bind(model, AttentionChoice("dense"))], EvaluationOptions(ALL, data_dir)
     )
     plain = HFLM(pretrained=str(exported_run), device="cpu", dtype="float32", batch_size=3, attn_implementation="sdpa")
     with load_tasks(list(ALL), data_dir, None) as loaded:
@@ -72,7 +73,7 @@ def test_dense_results_are_those_of_plain_hflm(exported_run: Path, data_dir: Pat
             for name, entry in result["metrics"].items():
                 assert entry["value"] == pytest.approx(theirs[name], rel=1e-6), (task.name, name)
             assert result["attended_share"] == result["kv_share"] == result["kv_share_prompt"] == 1
-    lm, _ = attending(model, AttentionOptions("dense"))
+    lm, _ = attending(model, AttentionChoice("dense"))
     for own, other in zip(scored(lm, PAIRS), scored(plain, PAIRS), strict=True):
         assert own[0] == pytest.approx(other[0], abs=1e-6) and own[1] == other[1]
     prompts = [words(n, 5 + 9 * n) for n in range(4)]
@@ -94,14 +95,14 @@ def loglikelihoods(lm: SeparatorLM, forward: Any) -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        AttentionOptions(),
-        AttentionOptions(window=4, initial=1),
-        AttentionOptions("streaming"),
-        AttentionOptions("fixed", interval=5),
+        AttentionChoice(),
+        AttentionChoice(window=4, initial=1),
+        AttentionChoice("streaming"),
+        AttentionChoice("fixed", interval=5),
     ],
     ids=["trained", "narrower", "streaming", "fixed"],
 )
-def test_patterns_are_the_mask_s_whatever_the_batch(models: dict[str, Path], options: AttentionOptions) -> None:
+def test_patterns_are_the_mask_s_whatever_the_batch(models: dict[str, Path], options: AttentionChoice) -> None:
     lm, attention = attending(opened(models["sep"]), options)
     masked = load_model(str(models["sep"]), dense=True)
     apply_pattern(masked, attention.pattern, implementation="mask")
@@ -131,9 +132,9 @@ def lm_tokenizer(models: dict[str, Path]) -> Any:
     return opened(models["sep"]).tokenizer
 
 
-@pytest.mark.parametrize("options", [AttentionOptions(), AttentionOptions("streaming"), CACHE], ids=lambda o: o.name)
+@pytest.mark.parametrize("options", [AttentionChoice(), AttentionChoice("streaming"), CACHE], ids=lambda o: o.name)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_generation(models: dict[str, Path], options: AttentionOptions, batch_size: int) -> None:
+def test_generation(models: dict[str, Path], options: AttentionChoice, batch_size: int) -> None:
     """Prompts of different lengths; answers and counts are those of plain generation of each alone."""
     lm, attention = attending(opened(models["sep"]), options, batch_size)
     prompts = [words(n, 4 + 13 * n) for n in range(4)]
@@ -176,7 +177,7 @@ def stopped(text: str) -> bool:
 
 def test_prompts_that_do_not_fit(models: dict[str, Path]) -> None:
     model = opened(models["sep"])
-    lm, _ = attending(model, AttentionOptions())
+    lm, _ = attending(model, AttentionChoice())
     pairs = [(words(0, 2 * CONTEXT), " they")]
     with pytest.raises(UserError, match=r"a prompt has [\d,]+ tokens and the model's context 4,096: give fewer ex"):
         scored(lm, pairs)

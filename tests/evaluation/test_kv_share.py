@@ -1,4 +1,4 @@
-"""kv_share.py: the share of the paper's prompts, and mistakes."""
+"""sepllm evaluate kv: the share of the paper's prompts, and mistakes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sepllm_train.evaluation.kv_share import kept_share, main
+from sepllm_train.evaluation.kv_share import kept_share
 from tests.evaluation.conftest import write_lines
+from tests.support.command import program
+
+main = program("evaluate kv")
 
 
 def test_the_share_of_gsm8k_with_the_nine_separators(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

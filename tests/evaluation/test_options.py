@@ -1,17 +1,18 @@
-"""Attentions as they are typed: baselines, and settings that say nothing."""
+"""Attentions as they are typed: baselines, and settings that do not apply."""
 
 from __future__ import annotations
 
 import pytest
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.options import AttentionOptions, check_used, with_baselines
+from sepllm_train.evaluation.options import baseline, with_baselines
+from sepllm_train.generation.choice import ATTENTIONS, AttentionChoice, check_used
 
-ASKED = AttentionOptions(window=9)
+ASKED = AttentionChoice(window=9)
 
 
 def test_a_baseline_takes_the_numbers_of_the_call_and_its_own() -> None:
-    made = ASKED.baseline("cache:capacity=40:classes=comma+period:positions=training")
+    made = baseline(ASKED, "cache:capacity=40:classes=comma+period:positions=training")
     assert (made.name, made.window, made.capacity, made.classes) == ("cache", 9, 40, "comma,period")
     assert made.positions == "training" and made.label == "cache:capacity=40:classes=comma+period:positions=training"
 
@@ -20,13 +21,13 @@ def test_a_baseline_takes_the_numbers_of_the_call_and_its_own() -> None:
     "asked, labels",
     [
         (ASKED, ["dense", "streaming", "fixed:interval=5"]),
-        (AttentionOptions(interval=4), ["dense", "streaming", "fixed"]),
-        (AttentionOptions("dense"), ["streaming", "fixed:interval=5"]),
-        (AttentionOptions("fixed", interval=4), ["dense", "streaming"]),
+        (AttentionChoice(interval=4), ["dense", "streaming", "fixed"]),
+        (AttentionChoice("dense"), ["streaming", "fixed:interval=5"]),
+        (AttentionChoice("fixed", interval=4), ["dense", "streaming"]),
     ],
     ids=["pattern", "interval", "dense", "fixed"],
 )
-def test_the_paper_s_baselines(asked: AttentionOptions, labels: list[str]) -> None:
+def test_the_paper_s_baselines(asked: AttentionChoice, labels: list[str]) -> None:
     found = with_baselines(asked, ["paper", "cache:capacity=400"])
     assert found[0] == asked and [one.label for one in found[1:]] == [*labels, "cache:capacity=400"]
     assert {one.interval for one in found if one.name == "fixed"} == {asked.interval or 5}
@@ -39,10 +40,13 @@ def test_the_paper_s_baselines(asked: AttentionOptions, labels: list[str]) -> No
             "period",
             "the baseline 'period' is unknown: choose from .* or paper .* classes of a baseline are joined by +",
         ),
-        ("dense:window=5", "'window=5' in the baseline dense:window=5 says nothing to dense, which takes no settings"),
-        ("pattern:interval=4", "says nothing to pattern, which takes initial, window, classes"),
-        ("streaming:classes=comma", "says nothing to streaming, which takes initial, window"),
-        ("streaming:width=4", "'width=4' in the baseline streaming:width=4 says nothing to streaming"),
+        (
+            "dense:window=5",
+            "'window=5' in the baseline dense:window=5 does not apply to dense, which takes no settings",
+        ),
+        ("pattern:interval=4", "does not apply to pattern, which takes initial, window, classes"),
+        ("streaming:classes=comma", "does not apply to streaming, which takes initial, window"),
+        ("streaming:width=4", "'width=4' in the baseline streaming:width=4 does not apply to streaming"),
         ("streaming:window=-4", "is not KEY=VALUE with a whole number"),
         ("streaming:window=\u00b2", "is not KEY=VALUE with a whole number"),
         ("pattern:classes=", "is not KEY=VALUE with a text"),
@@ -50,12 +54,12 @@ def test_the_paper_s_baselines(asked: AttentionOptions, labels: list[str]) -> No
 )
 def test_baselines_that_are_not_understood(text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        ASKED.baseline(text)
+        baseline(ASKED, text)
 
 
-def test_settings_that_say_nothing() -> None:
-    check_used(with_baselines(ASKED, ["fixed"]), ["window", "interval"])
-    with pytest.raises(UserError, match="--interval says nothing to pattern, dense: it is for fixed"):
-        check_used(with_baselines(ASKED, ["dense"]), ["window", "interval"])
-    with pytest.raises(UserError, match="--window says nothing to dense: it is for pattern, streaming, fixed, cache"):
-        check_used([AttentionOptions("dense")], ["window"])
+def test_settings_that_do_not_apply() -> None:
+    check_used(with_baselines(ASKED, ["fixed"]), ["window", "interval"], ATTENTIONS)
+    with pytest.raises(UserError, match="--interval does not apply to pattern, dense: it is for fixed"):
+        check_used(with_baselines(ASKED, ["dense"]), ["window", "interval"], ATTENTIONS)
+    with pytest.raises(UserError, match="--window does not apply to dense: it is for pattern, streaming, fixed, cache"):
+        check_used([AttentionChoice("dense")], ["window"], ATTENTIONS)

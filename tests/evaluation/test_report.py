@@ -1,4 +1,4 @@
-"""report_eval.py: rows and columns of the paper's table, and what cannot be compared."""
+"""sepllm evaluate report: rows and columns of the paper's table, and what cannot be compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.evaluation.report import main
+from tests.support.command import program
+
+main = program("evaluate report")
 
 
 def result(task: str, label: str, metrics: dict[str, float], **others: Any) -> dict[str, Any]:
@@ -138,7 +140,7 @@ WHOLE = result("piqa", "dense", {"acc": 0.5})
 NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
     "no attention": (
         {key: value for key, value in WHOLE.items() if key != "attention"},
-        "x.json is not a whole result of evaluate.py: its attention is missing or of another type",
+        "x.json is not a whole result of `sepllm evaluate`: its attention is missing or of another type",
     ),
     "no fingerprint": ({**WHOLE, "model": {"name": "m"}}, "its model.fingerprint is missing or of another type"),
     "documents": ({**WHOLE, "documents": "ten"}, "its documents is missing or of another type"),
@@ -161,8 +163,8 @@ def test_files_that_are_not_whole_results(tmp_path: Path, case: str, capsys: pyt
 def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
-    assert f"{tmp_path} holds no results: make them with evaluate.py" in capsys.readouterr().err
+    assert f"{tmp_path} holds no results: make them with `sepllm evaluate" in capsys.readouterr().err
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
-    assert "x.json is not a result of evaluate.py" in capsys.readouterr().err
+    assert "x.json is not a result of `sepllm evaluate`" in capsys.readouterr().err

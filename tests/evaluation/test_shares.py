@@ -15,9 +15,9 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from sep_attention import FOREVER, visible_mask
 
 from sepllm_train.evaluation.attention import Attention, bind
-from sepllm_train.evaluation.options import AttentionOptions
 from sepllm_train.evaluation.shares import Scored, Shares, keys_seen
 from sepllm_train.evaluation.stream_model import Opened, open_model
+from sepllm_train.generation.choice import AttentionChoice
 from sepllm_train.hf.separators import CONFIG_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
@@ -32,17 +32,17 @@ def opened(models: dict[str, Path]) -> Opened:
 
 
 PATTERNS = {
-    "trained": AttentionOptions(),
-    "wider": AttentionOptions(window=9, initial=0),
-    "other-classes": AttentionOptions(classes="all"),
-    "streaming": AttentionOptions("streaming"),
-    "fixed": AttentionOptions("fixed", interval=4),
+    "trained": AttentionChoice(),
+    "wider": AttentionChoice(window=9, initial=0),
+    "other-classes": AttentionChoice(classes="all"),
+    "streaming": AttentionChoice("streaming"),
+    "fixed": AttentionChoice("fixed", interval=4),
 }
 
 
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("first_full", [False, True])
-def test_patterns_count_what_the_mask_shows(opened: Opened, options: AttentionOptions, first_full: bool) -> None:
+def test_patterns_count_what_the_mask_shows(opened: Opened, options: AttentionChoice, first_full: bool) -> None:
     attention = bind(opened, options)
     assert attention.pattern is not None
     if first_full:
@@ -65,7 +65,7 @@ CACHES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("numbers", CACHES, ids=str)
 def test_caches_count_what_a_running_one_holds(opened: Opened, numbers: dict[str, Any]) -> None:
-    attention = bind(opened, AttentionOptions("cache", **numbers))
+    attention = bind(opened, AttentionChoice("cache", **numbers))
     assert attention.generation_cache is not None
     kept = keys_seen(attention, ROWS)
     for row, counted in zip(ROWS, kept, strict=True):
@@ -79,7 +79,7 @@ def test_caches_count_what_a_running_one_holds(opened: Opened, numbers: dict[str
 def test_sums_are_over_distinct_sequences(opened: Opened) -> None:
     """Twelve tokens, the prompt's last the eighth: with a window of six and no separators, by hand."""
     shares = Shares()
-    attention = bind(opened, AttentionOptions("streaming", initial=0))
+    attention = bind(opened, AttentionChoice("streaming", initial=0))
     one = Scored(list(range(270, 282)), prompt_end=7, first=7)
     shares.note(attention, [one, one])
     shares.note(attention, [one])
@@ -93,10 +93,10 @@ def test_sums_are_over_distinct_sequences(opened: Opened) -> None:
 
 
 def test_full_attention_sees_all(opened: Opened) -> None:
-    assert np.array_equal(keys_seen(bind(opened, AttentionOptions("dense")), ROWS)[1], np.arange(1, 62))
+    assert np.array_equal(keys_seen(bind(opened, AttentionChoice("dense")), ROWS)[1], np.arange(1, 62))
 
 
-EVERY = (*PATTERNS.values(), AttentionOptions("cache", capacity=400))
+EVERY = (*PATTERNS.values(), AttentionChoice("cache", capacity=400))
 
 
 def windows_of(attention: Attention) -> list[int]:
@@ -117,9 +117,9 @@ def test_layers_keep_their_windows(opened: Opened, monkeypatch: pytest.MonkeyPat
     trained_with(opened, monkeypatch, windows=[9, 6])
     for options in EVERY:
         attention = bind(opened, options)
-        one = 6 if options.name == "cache" else options.window
+        one = 9 if options.name == "cache" else options.window
         assert windows_of(attention) == ([9, 6] if one is None else [one] * 2)
-        told = "the cache has one window for all layers, 6, the least of 6/9" in attention.differences
+        told = "the cache has one window for all layers, 9, the largest of 6/9" in attention.differences
         assert told == (options.name == "cache")
 
 

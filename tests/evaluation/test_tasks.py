@@ -16,10 +16,11 @@ import yaml
 from lm_eval.api.task import ConfigurableTask
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.evaluation.attention import AttentionOptions, bind
+from sepllm_train.evaluation.attention import bind
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
 from sepllm_train.evaluation.stream_model import open_model
 from sepllm_train.evaluation.tasks import EVALUATED, TASKS, Loaded, articles, load_tasks
+from sepllm_train.generation.choice import AttentionChoice
 from tests.evaluation.conftest import choice, words
 
 LOCAL = [name for name, task in TASKS.items() if task.convert is not None]
@@ -146,7 +147,7 @@ def test_a_group_is_one_result(hub: None, models: dict[str, Path], capsys: pytes
     """MMLU: 57 subtasks of two documents each; the accuracy is over all of them."""
     model = open_model(str(models["sep"]), None, "fp32", "cpu")
     options = EvaluationOptions(("mmlu",), shots=1)
-    (result,) = evaluate(model, tokenizer_for(model, None), [bind(model, AttentionOptions())], options)
+    (result,) = evaluate(model, tokenizer_for(model, None), [bind(model, AttentionChoice())], options)
     # The subtasks and the four groups between them and the whole.
     assert result["documents"] == 114 and len(result["subtasks"]) == 57 + 4
     assert 0 <= result["metrics"]["acc"]["value"] <= 1 and result["num_fewshot"] == 1

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
-from sepllm_train.generation.choice import CacheChoice
+from sepllm_train.generation.choice import CACHES, AttentionChoice, check_used
 from sepllm_train.generation.generate import generate, left_padded
 from sepllm_train.generation.native import NativeCache
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
 from sepllm_train.generation.sampling import Sampling
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.generation.text import TextStream
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import resolve_pattern
@@ -133,7 +133,7 @@ def test_bounded_caches_equal_plain_lists(name: str, separators: int, positions:
     torch.testing.assert_close(step_by_step(cache, ids, 20), expected[19:], rtol=1e-5, atol=1e-5)
     lengths = [len(keys) for keys in shown.keys]
     assert cache.mean_lengths() == [pytest.approx(sum(lengths) / len(lengths))]
-    assert cache.lengths == [[lengths[-1]]] * 4
+    assert cache.lengths_of_layers() == [[lengths[-1]]] * 4
 
     # The same in a batch, padded on the left.
     cache = NativeCache(model, pattern, [policy] * 4, 2, positions=positions)
@@ -146,7 +146,7 @@ def test_bounded_caches_equal_plain_lists(name: str, separators: int, positions:
 def test_bounded_cache_with_full_layers_equals_plain_lists() -> None:
     config = run_config("first and last layer full")
     model, pattern = trained(config), token_pattern(config)
-    choice = CacheChoice("sep", separators=3, window=4, capacity=12).resolve(pattern, None)  # type: ignore[arg-type]
+    choice = AttentionChoice("sep", separators=3, window=4, capacity=12).resolve(pattern, None)  # type: ignore[arg-type]
     assert choice.positions == "training"
     assert "initial 2, separators 3, window 4, capacity 12, 2 layers full" in choice.line
     ids = random_ids(45, seed=2)
@@ -155,8 +155,8 @@ def test_bounded_cache_with_full_layers_equals_plain_lists() -> None:
     expected = oracle_logits(model, config, shown, ids, pattern, "training")
     cache = NativeCache(model, choice.pattern, choice.policies, 1)
     torch.testing.assert_close(step_by_step(cache, ids, 20), expected[19:], rtol=1e-5, atol=1e-5)
-    assert cache.lengths[0] == [45]
-    assert cache.lengths[1][0] <= 12
+    assert cache.lengths_of_layers()[0] == [45]
+    assert cache.lengths_of_layers()[1][0] <= 12
 
 
 @pytest.mark.usefixtures("grid")
@@ -280,22 +280,20 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_sizes_that_a_cache_does_not_have_are_refused() -> None:
-    with pytest.raises(UserError, match="--cache=other is unknown: choose one of pattern, sep, streaming, full"):
-        CacheChoice("other")
-    with pytest.raises(UserError, match="--window 3 is not a size of --cache pattern: use --cache sep or streaming"):
-        CacheChoice(window=3)
-    with pytest.raises(UserError, match="--separators 3 is not a size of --cache streaming: use --cache sep"):
-        CacheChoice("streaming", separators=3)
+    with pytest.raises(UserError, match="--window does not apply to pattern: it is for sep, streaming, fixed"):
+        check_used([AttentionChoice(window=3)], ["window"], CACHES)
+    with pytest.raises(UserError, match="--separators does not apply to streaming: it is for sep, fixed"):
+        check_used([AttentionChoice("streaming", separators=3)], ["separators"], CACHES)
 
 
 def test_sizes_default_to_those_of_training() -> None:
     pattern = token_pattern(run_config("windows"))
-    sep = CacheChoice("sep").resolve(pattern, None)  # type: ignore[arg-type]
+    sep = AttentionChoice("sep").resolve(pattern, None)  # type: ignore[arg-type]
     assert sep.policies == [CachePolicy(window=27, initial=2, separators=64, capacity=186)] * 4
     assert sep.positions == "cache"
     assert sep.line == "cache: sep | initial 2, separators 64, window 27, capacity 186 | positions cache"
-    streaming = CacheChoice("streaming", window=9).resolve(pattern, None)  # type: ignore[arg-type]
+    streaming = AttentionChoice("streaming", window=9).resolve(pattern, None)  # type: ignore[arg-type]
     assert streaming.policies[0] == CachePolicy(window=9, initial=2, separators=0, capacity=11)
-    assert CacheChoice("full").resolve(pattern, None).positions == "training"  # type: ignore[arg-type]
+    assert AttentionChoice("full").resolve(pattern, None).positions == "training"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="capacity=20 must be larger: at least 94"):
-        CacheChoice("sep", capacity=20).resolve(pattern, None)  # type: ignore[arg-type]
+        AttentionChoice("sep", capacity=20).resolve(pattern, None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""scripts/generate.py on a real run: what it prints, in which layouts, and what it says of mistakes."""
+"""sepllm generate on a real run: what it prints, in which layouts, and what it says of mistakes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import tokenizers
 
 from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
 from sepllm_train.distributed.launch import alone
-from sepllm_train.generation.cli import main
 from sepllm_train.runs.open import config_for, open_run, read_config
 from tests.generation.native_models import full_logits
+from tests.support.command import program
 from tests.support.waiting import HANG_SECONDS
+
+main = program("generate")
 
 PROMPTS = ["The quick brown fox, ", "A", "Return a string. The file, which\tis open,"]
 Records = Callable[..., list[dict[str, Any]]]
@@ -90,13 +92,13 @@ def test_checkpoint_seed_and_cache_are_what_was_asked_for(records: Records) -> N
     assert text(*few, "--cache", "full") == text(*few, "--cache", "streaming")
 
 
-def test_a_single_text_is_printed_as_it_comes(trained_run: Path, repository: Path, records: Records) -> None:
-    command = [sys.executable, str(repository / "scripts" / "generate.py"), str(trained_run)]
+def test_a_single_text_is_printed_as_it_comes(trained_run: Path, records: Records) -> None:
+    command = [sys.executable, "-m", "sepllm_train", "generate", str(trained_run)]
     done = _run([*command, "--prompt", PROMPTS[0], "--tokens", "70"])
     assert done.returncode == 0, done.stderr
     assert done.stdout == PROMPTS[0] + records("--prompt", PROMPTS[0], "--tokens", "70")[0]["text"] + "\n"
     cache, warning, end = done.stderr.splitlines()
-    assert cache == "cache: pattern | what training showed | positions training"
+    assert cache == "cache: pattern | as in training | positions training"
     assert warning.startswith("warning: prompt and new tokens are up to ")
     assert warning.endswith("tokens, beyond the 64 that the model was trained on.")
     assert end.startswith("70 tokens in ")
@@ -104,12 +106,10 @@ def test_a_single_text_is_printed_as_it_comes(trained_run: Path, repository: Pat
 
 
 @pytest.mark.distributed
-def test_two_processes_share_a_model_that_one_has_trained(
-    trained_run: Path, repository: Path, records: Records
-) -> None:
+def test_two_processes_share_a_model_that_one_has_trained(trained_run: Path, records: Records) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [*asked(PROMPTS), "--tokens", "25", "--temperature", "0.8", "--seed", "5"]
-    script = [str(repository / "scripts" / "generate.py"), str(trained_run), "--tensor", "2", "--json"]
+    script = ["-m", "sepllm_train", "generate", str(trained_run), "--tensor", "2", "--json"]
     done = _run([*torchrun, *script, *arguments])
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -186,9 +186,9 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--prompt-file none.txt", "the prompts none.txt cannot be read: No such file or directory."),
         ("--prompt x --tokens 0", "--tokens 0 must be at least 1."),
         ("--prompt x --checkpoint 9", "has no checkpoint of step 9: there are 1, 2."),
-        ("--prompt x --cache lru", "--cache=lru is unknown: choose one of pattern, sep, streaming, full."),
+        ("--prompt x --cache lru", "argument --cache: invalid choice: 'lru' (choose from "),
         ("--prompt x --cache sep --capacity 60", "initial=3 + separators=64 + window=8 is 75, and capacity=60 must be"),
-        ("--prompt x --window 4", "--window 4 is not a size of --cache pattern: use --cache sep or streaming."),
+        ("--prompt x --window 4", "--window does not apply to pattern: it is for sep, streaming, fixed."),
         ("--prompt x --positions cache", "positions='cache' needs the same capacity in all layers"),
         ("--prompt x --top-p 1.5", "--top-p 1.5 must be above 0 and at most 1."),
         ("--prompt x --greedy --top-k 5", "--top-k and --top-p need a --temperature above 0"),

@@ -35,7 +35,7 @@ class Generation:
 
     Attributes:
         mark: a file that these trees have and older ones do not.
-        programs: for each command the words that start it: a script below the tree, or `-m` and a module.
+        programs: for each command the words that start it: a script below the tree, or `-m`, a module and words.
         names: for each name that the cases use, `module:attribute`, where the attribute may be of a class.
         packages: what must be imported from the tree.
         token_pattern: attribute of an opened run with its pattern in terms of token ids.
@@ -51,21 +51,21 @@ class Generation:
 # The newest first.
 GENERATIONS = (
     Generation(
-        mark="sepllm_train/base/errors.py",
+        mark="sepllm_train/cli/main.py",
         programs={
-            "prepare_data": ("scripts/prepare_data.py",),
-            "pretrain": ("scripts/pretrain.py",),
-            "export": ("scripts/export_hf.py",),
-            "generate": ("scripts/generate.py",),
-            "compare": ("scripts/compare_runs.py",),
-            "evaluate": ("scripts/evaluate.py",),
-            "suite": ("scripts/suite.py",),
+            "prepare_data": ("-m", "sepllm_train", "prepare"),
+            "pretrain": ("-m", "sepllm_train", "pretrain"),
+            "export": ("-m", "sepllm_train", "export"),
+            "generate": ("-m", "sepllm_train", "generate"),
+            "compare": ("-m", "sepllm_train", "compare"),
+            "evaluate": ("-m", "sepllm_train", "evaluate"),
+            "suite": ("-m", "sepllm_train", "suite"),
         },
         names={
             "NativeCache": "sepllm_train.generation.native:NativeCache",
             "PatternCache": "sepllm_train.hf:PatternCache",
             "SepCache": "sepllm_train.hf:SepCache",
-            "CacheChoice": "sepllm_train.generation.choice:CacheChoice",
+            "CacheChoice": "sepllm_train.generation.choice:AttentionChoice",
             "alone": "sepllm_train.distributed.launch:alone",
             "build_datasets": "sepllm_train.data.splits:build_datasets",
             "cache_argument": "sepllm_train.hf:cache_argument",
@@ -158,18 +158,19 @@ class Tree:
 
         Raises RuntimeError when it ends with another code than 0.
         """
-        *module, last = self.generation.programs[program]
-        path = last if module else str(self.folder / last)
+        first, *rest = self.generation.programs[program]
+        module = rest[0] if first == "-m" else None
+        path = module or str(self.folder / first)
         printed = io.StringIO()
-        sys.argv = [path, *arguments]
+        sys.argv = [path, *rest[1:], *arguments]
         before = sys.path[:]
-        if not module:
+        if module is None:
             # As the interpreter does for a script: its folder comes first.
             sys.path.insert(0, str(Path(path).parent))
         try:
             with contextlib.redirect_stdout(printed):
-                if module:
-                    runpy.run_module(last, run_name="__main__")
+                if module is not None:
+                    runpy.run_module(module, run_name="__main__")
                 else:
                     runpy.run_path(path, run_name="__main__")
         except SystemExit as end:

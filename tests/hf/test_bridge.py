@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from sepllm_train.hf.importing import import_model  # noqa: E402
 from sepllm_train.hf.verify import logits_of  # noqa: E402
 from tests.hf.bridge_models import LLAMA_BLOCK, MODELS, VOCABULARY  # noqa: E402
 from tests.hf.bridge_worker import split_logits  # noqa: E402
+from tests.support.command import program  # noqa: E402
 from tests.support.waiting import HANG_SECONDS  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------- mapping
@@ -369,32 +369,30 @@ def test_weights_that_were_exchanged_are_noticed(
     assert not list(tmp_path.iterdir())
 
 
-def test_scripts_export_and_import(
-    repository: Path, exported: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    def run(script: str, *arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(repository / "scripts"))
-        runpy.run_path(str(repository / "scripts" / script), run_name="__main__")
+def test_export_and_import(exported: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, *arguments: object) -> str:
+        program(name)(arguments)
         return capsys.readouterr().out
 
-    out = run("export_hf.py", trained, tmp_path / "out", "--checkpoint", 2, "--dtype", "fp16")
+    out = run("export", trained, tmp_path / "out", "--checkpoint", 2, "--dtype", "fp16")
     assert "GPTNeoXForCausalLM of" in out and "in fp16, from step 2; largest difference of logits" in out
-    out = run("import_hf.py", exported, tmp_path / "ours", "--attention", "window=12", "full_layers=none")
+    out = run("import", exported, tmp_path / "ours", "--attention", "window=12", "full_layers=none")
     assert "as step 0 in bf16, attention sep" in out
     attention = read_config(tmp_path / "ours").attention
     assert (attention.window, attention.full_layers, attention.separate_documents) == (12, "none", True)
     with pytest.raises(SystemExit) as ended:
-        run("import_hf.py", exported, tmp_path / "ours")
+        run("import", exported, tmp_path / "ours")
     assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
-def test_scripts_end_with_one_sentence_without_transformers(repository: Path, tmp_path: Path) -> None:
-    for script in ("export_hf.py", "import_hf.py"):
+def test_one_sentence_without_transformers(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    for name in ("export", "import"):
         program = (
-            "import runpy, sys; sys.modules['transformers'] = None; sys.argv = ['x', 'run', 'out']; "
-            f"sys.path.insert(0, {str(repository / 'scripts')!r}); "
-            f"runpy.run_path({str(repository / 'scripts' / script)!r}, run_name='__main__')"
+            "import sys; sys.modules['transformers'] = None; from sepllm_train.cli.main import main; "
+            f"sys.exit(main(['{name}', 'run', 'out']))"
         )
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -404,5 +402,5 @@ def test_scripts_end_with_one_sentence_without_transformers(repository: Path, tm
             timeout=HANG_SECONDS,
             check=False,
         )
-        assert done.returncode == 2 and done.stderr.startswith("error: transformers is missing"), done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error: transformers is not installed"), done.stderr
         assert "pip install -e '.[hf]' in the checkout" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The launcher of the batch scripts: exit codes of workers, signals, and env_report.py under it."""
+"""The launcher of the batch scripts: exit codes of workers, signals, and `sepllm env` under it."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def test_nodes_that_do_not_meet(tmp_path: Path) -> None:
     assert "has no contact with the other nodes of the run" in done.stderr.splitlines()[-1]
 
 
-def test_env_report_measures_the_launch(repository: Path, tmp_path: Path) -> None:
+def test_the_report_measures_the_launch(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "sepllm_train.distributed.torchrun", "--standalone", "--nproc-per-node=2"]
-    script = [str(repository / "scripts" / "env_report.py"), "--json", "--mebibytes=1"]
+    script = ["-m", "sepllm_train", "env", "--json", "--mebibytes=1"]
     done = subprocess.run(
         [*launcher, *script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS, check=True
     )

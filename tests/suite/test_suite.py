@@ -18,8 +18,8 @@ import pytest
 
 from data_prep.sidecar import read_header
 from sepllm_train.base.errors import UserError
+from sepllm_train.cli.main import main
 from sepllm_train.suite.export import unpack
-from sepllm_train.suite.main import main
 from sepllm_train.suite.prepare import prepare_data
 from sepllm_train.training.run_folder import claim
 from tests.suite.test_plan import suite as suite_config
@@ -30,7 +30,7 @@ TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", 
 
 @dataclass(frozen=True)
 class Suite:
-    """Starts scripts/suite.py at its toy size, on the sample corpus as a prepared dataset."""
+    """Starts sepllm suite at its toy size, on the sample corpus as a prepared dataset."""
 
     repository: Path
     cache: Path
@@ -40,7 +40,7 @@ class Suite:
     def command(self, *overrides: str) -> list[str]:
         """The command line."""
         places = [f"suite.root={self.root}", f"suite.prefix={self.prefix}"]
-        return [sys.executable, str(self.repository / "scripts" / "suite.py"), *TOY, *places, *overrides]
+        return [sys.executable, "-m", "sepllm_train", "suite", *TOY, *places, *overrides]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -66,13 +66,8 @@ class Suite:
             contextlib.redirect_stdout(io.StringIO()) as output,
             contextlib.redirect_stderr(io.StringIO()) as errors,
         ):
-            patch.setattr(sys, "argv", command[1:])
             patch.setenv("SEPLLM_CACHE", str(self.cache))
-            try:
-                main()
-                code = 0
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
+            code = main(command[3:])
         return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
 
     @property

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sepllm_train.cli.pretrain import pretrain
 from sepllm_train.config.load import configuration_of
-from sepllm_train.pretrain import pretrain
 
 SMALL_MODEL = (
     "model.layers=2",

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from sepllm_train.pretrain import main
+from sepllm_train.cli.main import main
 from tests.support.small_run import SMALL_RUN
 from tests.support.waiting import HANG_SECONDS
 
@@ -29,6 +30,11 @@ class Outcome:
     code: int
     output: str
     errors: str
+
+    @property
+    def unfolded(self) -> str:
+        """The output with the lines that were folded to the width of the console whole again."""
+        return re.sub(r"\n +", " ", self.output)
 
     @property
     def sentence(self) -> str:
@@ -65,14 +71,10 @@ class Trainer:
             contextlib.redirect_stdout(io.StringIO()) as output,
             contextlib.redirect_stderr(io.StringIO()) as errors,
         ):
-            patch.setattr(sys, "argv", ["pretrain.py", *SMALL_RUN, *self._folders, *overrides])
             patch.chdir(self.root)
             torch.set_num_threads(1)
             try:
-                main()
-                code = 0
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
+                code = main(["pretrain", *SMALL_RUN, *self._folders, *overrides])
             finally:
                 # After a refusal megatron-core's groups are left to the end of the process.
                 parallel_state.destroy_model_parallel()

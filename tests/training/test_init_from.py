@@ -131,4 +131,4 @@ def test_a_transformers_model_is_to_be_imported(trainer: Any) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     done = trainer.here("name=init_wrong", f"init_from={folder}")
-    assert done.code == 2 and "scripts/import_hf.py" in done.sentence
+    assert done.code == 2 and "`sepllm import " in done.sentence

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.pretrain import main
+from sepllm_train.cli.main import main
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,8 @@ from sepllm_train.pretrain import main
         (["training.micro_batch=3"], "training.global_batch=1024"),
     ],
 )
-def test_mistake_in_the_configuration(overrides: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["pretrain.py", *overrides])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
+def test_mistake_in_the_configuration(overrides: list[str], words: str, capsys: Any) -> None:
+    assert main(["pretrain", *overrides]) == 2
     sentence = capsys.readouterr().err
     assert sentence.startswith("error: ") and sentence.count("\n") == 1 and words in sentence
 

@@ -167,8 +167,8 @@ from sepllm_train.training import run
 room = int(sys.argv.pop(1))
 limit = psutil.Process().memory_info().vms + room
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-from sepllm_train.pretrain import main
-main()
+from sepllm_train.cli.main import main
+sys.exit(main(["pretrain", *sys.argv[1:]]))
 """
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from data_prep.cli import main
 from data_prep.sidecar import read_header
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA
 from sepllm_train.runs.records import read_run
 from sepllm_train.training.checkpoint import digests, earlier_data, read_state, trained_on
+from tests.support.command import command
+
+main = command("prepare")
 
 
 @pytest.fixture(scope="module")

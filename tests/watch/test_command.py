@@ -1,4 +1,4 @@
-"""compare_runs.py --serve from the command line."""
+"""sepllm watch from the command line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.compare_runs import main
 from sepllm_train.watch.server import Server
 from sepllm_train.watch.watch import Watch
+from tests.support.command import command
 from tests.support.waiting import HANG_SECONDS
 from tests.watch.conftest import GrowingRun
+
+main = command("watch")
 
 NewRun = Callable[..., GrowingRun]
 
@@ -27,10 +29,10 @@ NewRun = Callable[..., GrowingRun]
 @contextmanager
 def started(repository: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """The program, started as a user does."""
-    command = [sys.executable, str(repository / "scripts" / "compare_runs.py"), *map(str, arguments)]
+    words = [sys.executable, "-m", "sepllm_train", "watch", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with subprocess.Popen(words, env=environment, **pipes) as process:
         try:
             yield process
         finally:
@@ -40,7 +42,7 @@ def started(repository: Path, *arguments: object) -> Iterator[subprocess.Popen[s
 def test_it_serves_until_ctrl_c(new_run: NewRun, repository: Path) -> None:
     run = new_run("one")
     run.train(1, 5)
-    with started(repository, run.folder, "--serve", "--port", 0, "--flops", "paper") as process:
+    with started(repository, run.folder, "--port", 0, "--flops", "paper") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         url = re.fullmatch(r"Watching 1 run at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
@@ -54,7 +56,7 @@ def test_it_serves_until_ctrl_c(new_run: NewRun, repository: Path) -> None:
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the program refuses `arguments`."""
-    assert main([*arguments, "--serve"]) == 2
+    assert main(arguments) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1
     return told.err
@@ -86,16 +88,17 @@ def test_folders_that_are_none_or_twice(new_run: NewRun, tmp_path: Path, capsys:
 
 def test_output_and_serve_exclude_one_another(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(new_run("one").folder)
-    for arguments in ([run], [run, "--serve", "--output", "x"]):
+    for command_of_runs, arguments in ((command("compare"), [run]), (main, [run, "--output", "x"])):
         with pytest.raises(SystemExit) as ended:
-            main(arguments)
+            command_of_runs(arguments)
         assert ended.value.code == 2
-    assert "not allowed with argument" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "are required: --output" in told and "unrecognized arguments: --output x" in told
 
 
 def test_an_open_address_is_warned_of(new_run: NewRun, repository: Path) -> None:
     run = new_run("one")
-    with started(repository, run.folder, "--serve", "--host", "0.0.0.0", "--port", 0) as process:
+    with started(repository, run.folder, "--host", "0.0.0.0", "--port", 0) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("warning: with --host 0.0.0.0 everyone who reaches this machine")
         url = process.stdout.readline().split()[4]

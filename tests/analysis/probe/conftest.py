@@ -10,8 +10,10 @@ import pytest
 
 from data_prep.tokenize import tokenize_files
 from data_prep.train_tokenizer import train_tokenizer
-from sepllm_train.analysis.probe.cli import main
+from tests.support.command import command
 from tests.support.small_run import SMALL_MODEL, train_here
+
+main = command("probe")
 
 TRAINING = [
     "+experiment=demo_sep",

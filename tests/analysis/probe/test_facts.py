@@ -12,11 +12,13 @@ import torch
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
-from sepllm_train.analysis.probe.cli import main
 from sepllm_train.analysis.probe.facts import KEYS, VALUES, FactVocabulary, documents, sentences, vocabulary_of
 from sepllm_train.analysis.probe.recall import fact_tokens, mentions, needles
 from sepllm_train.base.errors import UserError
 from tests.analysis.probe.conftest import Probed
+from tests.support.command import command
+
+main = command("probe")
 
 
 @pytest.fixture(scope="module")

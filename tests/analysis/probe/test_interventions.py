@@ -11,7 +11,6 @@ import pytest
 import torch
 from sep_attention import visible_mask
 
-from sepllm_train.analysis.probe.cli import main
 from sepllm_train.analysis.probe.interventions import (
     CONDITIONS,
     DECIDING,
@@ -34,6 +33,9 @@ from sepllm_train.runs.evaluate import core_attentions, evaluate
 from sepllm_train.runs.open import TrainedRun, open_run
 from sepllm_train.runs.variations import classes_of, without_classes
 from tests.analysis.probe.conftest import Probed
+from tests.support.command import command
+
+main = command("probe")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""stream.py: kills, damaged files, foreign models, ends of contexts: one sentence each, and nothing lost."""
+"""sepllm stream: kills, damaged files, foreign models, ends of contexts: one sentence each, and nothing lost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+
 from sepllm_train.evaluation import stream_score as score_module
-from sepllm_train.evaluation.stream_cli import main
-from sepllm_train.evaluation.stream_model import CacheOptions, make_cache, open_model
+from sepllm_train.evaluation.stream_model import make_cache, open_model
 from sepllm_train.evaluation.stream_score import perplexity
 from sepllm_train.evaluation.stream_state import load_state, save_state
+from sepllm_train.generation.choice import AttentionChoice
+from tests.support import command as commands
+
+main = commands.command("stream")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -46,7 +50,7 @@ def test_two_kills_leave_a_state(model_folder: Path, tmp_path: Path, monkeypatch
     opened = open_model(str(model_folder), None, "fp32", "cpu")
 
     def cache() -> Any:
-        return make_cache(opened, CacheOptions(cache="streaming", initial=3, window=6))
+        return make_cache(opened, AttentionChoice("streaming", initial=3, window=6))
 
     filled = cache()
     with torch.inference_mode():
@@ -202,7 +206,17 @@ def test_logits_that_are_not_finite(
 
 
 def test_chat_with_foreign_bytes_and_nobody_listening(repository: Path, model_folder: Path) -> None:
-    arguments = [sys.executable, "scripts/stream.py", "chat", str(model_folder), *OPTIONS[:8], "--tokens", "5"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "sepllm_train",
+        "stream",
+        "chat",
+        str(model_folder),
+        *OPTIONS[:8],
+        "--tokens",
+        "5",
+    ]
     options: dict[str, Any] = {"cwd": repository, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     done = subprocess.run(arguments, input=b"caf\xe9 and \xff\n", capture_output=True, **options)
     assert done.returncode == 0 and b"in the cache]" in done.stderr

@@ -1,4 +1,4 @@
-"""stream.py: perplexity against a plain computation, stops and continuations, tables, mistakes."""
+"""sepllm stream: perplexity against a plain computation, stops and continuations, tables, mistakes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+
 from data_prep.tokenizers import load_tokenizer
-from sepllm_train.evaluation.stream_cli import main
 from sepllm_train.hf import load_model
 from tests.hf.tiny_models import Oracle
+from tests.support.command import command
 from tests.support.waiting import HANG_SECONDS, wait_until
+
+main = command("stream")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -86,8 +89,8 @@ def test_a_killed_stream_continues_to_the_same_result(
 
 
 def test_sigterm_saves(repository: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/stream.py", "score", str(model_folder), "--text", str(text_file), "--repeat",
-               "--output", str(tmp_path), *SIZES, "--chunk", "64", "--every", "64", "--save-every", "0.2"]  # fmt: skip
+    command = [sys.executable, "-m", "sepllm_train", "stream", "score", str(model_folder), "--text", str(text_file)]
+    command += ["--repeat", "--output", str(tmp_path), *SIZES, "--chunk", "64", "--every", "64", "--save-every", "0.2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True)
     wait_until((tmp_path / "state").is_dir, "a saved state", process)
@@ -142,7 +145,7 @@ def test_chat_remembers(
     ("options", "message"),
     [
         (["--capacity", "14"], "initial=3 + separators=5 + window=6 is 14, and capacity=14 must be larger"),
-        (["--cache", "fixed"], "--cache fixed needs --interval D"),
+        (["--cache", "fixed"], "fixed needs --interval D"),
         (["--tokens", "1"], "--tokens=1 must be at least 2"),
         (["--chunk", "48"], "--every=64 must be a multiple of --chunk=48"),
         (["--window", "7", "--strict"], "strict=True, and the cache is not what the model was trained with"),
@@ -152,7 +155,7 @@ def test_chat_remembers(
         (["--device", "cuda"], "there is no GPU here"),
         (["--capacity", "9000"], "capacity=9000 is above the model's context of 4096 positions"),
         (["--device", "foo"], "--device foo is unknown: use cpu, cuda or cuda:N"),
-        (["--threads", "0"], "--threads=0 must be at least 1"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
     ],
 )
 def test_mistakes(

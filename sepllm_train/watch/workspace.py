@@ -1,8 +1,7 @@
-"""The dashboard of a project on W&B, as code: which panels, over which axes, for which runs."""
+"""The workspace of a project on W&B, as code: panels, their axes and runs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import write_json
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.metrics.wandb_tracker import AXES, has_key, host
-from sepllm_train.training.clock import PARTS
 
 _UNITS = {"seconds": "seconds in steps", "tokens": "tokens", "step": "step"}
 _UNITS |= {f"flops/{name}": f"flops/{name}: {convention.label}" for name, convention in CONVENTIONS.items()}
@@ -26,7 +24,11 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("peak memory, bytes", ("train/memory_bytes",)),
     ),
     "Step breakdown": (
-        ("seconds per step of each part", tuple(f"train/{part}_seconds" for part in PARTS)),
+        (
+            "seconds per step of each part",
+            # The parts of training.clock, which imports torch.
+            tuple(f"train/{part}_seconds" for part in ("data_wait", "plan", "forward", "backward", "optimizer")),
+        ),
         ("slowest rank over the mean", ("train/straggler_ratio",)),
         ("bytes sent to context-parallel ranks per step", ("train/context_bytes",)),
         ("checkpoints: seconds that steps waited", ("checkpoint/stall_seconds",)),
@@ -98,42 +100,15 @@ def view_of(workspace: Any) -> dict[str, Any]:
     return {"entity": view.entity, "project": view.project, "displayName": view.display_name, "spec": spec}
 
 
-def main() -> None:
-    """Entry point of scripts/dashboard.py. Raises UserError."""
-    parser = argparse.ArgumentParser(description="Make a W&B workspace for runs of sepllm-train.")
-    parser.add_argument("--entity", required=True, help="user or team")
-    parser.add_argument("--project", default="sepllm-train", help="default: %(default)s")
-    parser.add_argument(
-        "--group",
-        nargs="+",
-        default=[],
-        help="logging.group of the runs; of one group every run is drawn, of several (default: all) each group's mean",
-    )
-    parser.add_argument("--name", help="title of the workspace; default: made from the groups")
-    parser.add_argument("--dry-run", type=Path, metavar="FILE.json", help="write the workspace here; needs no account")
-    arguments = parser.parse_args()
-    name = arguments.name or " and ".join(arguments.group) or "sepllm-train"
-    try:
-        workspace = build_workspace(arguments.entity, arguments.project, arguments.group, name)
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: python -m pip install -e '.[wandb]'.") from None
-    except ValueError as error:
-        raise UserError(f"W&B takes no such workspace: {first_line(error)}.") from None
-    if arguments.dry_run is not None:
-        _write(arguments.dry_run, view_of(workspace))
-    else:
-        _save(workspace)
-
-
-def _write(path: Path, view: dict[str, Any]) -> None:
-    """Write the view as JSON. Raises UserError."""
+def write(path: Path, view: dict[str, Any]) -> None:
+    """Write the `view` as JSON and print the number of its panels. Raises UserError."""
     write_json(path, view, indent=2)
     panels = sum(len(section["panels"]) for section in view["spec"]["section"]["panelBankConfig"]["sections"])
     print(f"{path}: {panels} panels, nothing was sent")
 
 
-def _save(workspace: Any) -> None:
-    """Send the workspace to W&B and print where it is."""
+def save(workspace: Any) -> None:
+    """Send the workspace to W&B and print its address. Raises UserError."""
     if not has_key():
         raise UserError(
             f"there is no API key for {host()}: run `wandb login` or set WANDB_API_KEY; --dry-run FILE.json needs none."

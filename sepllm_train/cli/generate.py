@@ -1,4 +1,4 @@
-"""The command line of generation."""
+"""sepllm generate: continue prompts with a run's own checkpoints, in one process or tensor parallel."""
 
 from __future__ import annotations
 
@@ -9,38 +9,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepllm_train.base.console import note
-from sepllm_train.base.errors import UserError, exit_on_user_error
+from sepllm_train.base.errors import UserError
+from sepllm_train.cli import flags
+from sepllm_train.config.schema import require
+from sepllm_train.generation.choice import CACHES, check_used
+from sepllm_train.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from sepllm_train.distributed.launch import Launch
     from sepllm_train.generation.choice import ResolvedCache
     from sepllm_train.generation.generate import Continuation
 
-_EXAMPLES = """examples:
-  generate.py runs/NAME --prompt "Once upon a time" --tokens 200
-  torchrun --nproc-per-node=2 generate.py runs/NAME --tensor 2 --prompt-file prompts.txt --temperature 0.8 --seed 1
-"""
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of scripts/generate.py. Ends the process with 2 after one sentence on a user's mistake."""
-    arguments = _parser().parse_args(argv)
-    try:
-        exit_on_user_error(lambda: _run(arguments))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+def main(words: Sequence[str]) -> None:
+    """Check what is asked for, then generate. Raises UserError for whatever a user can mend."""
+    _generate_with(_parser().parse_args(words))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Continues prompts with a run's model.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = flags.parser(
+        "generate",
+        "Continue prompts with a run's model.",
+        'runs/NAME --prompt "Once upon a time" --tokens 200\n'
+        "runs/NAME --prompt-file prompts.txt --cache sep --temperature 0.8 --top-p 0.95 --seed 1",
     )
+    parser.epilog = f"{parser.epilog}\n  torchrun --nproc-per-node=2 -m sepllm_train generate runs/NAME --tensor 2 ..."
+    flags.add_run(parser)
     add = parser.add_argument
-    add("run_folder", type=Path, metavar="RUN", help="folder of a trained run, such as runs/NAME")
-    add("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, if it is not beside its data")
     add("--prompt", action="append", default=[], metavar="TEXT",
         help="text to continue; several make a batch; an empty one starts a document")  # fmt: skip
@@ -48,60 +43,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=100, metavar="N", help="at most so many per prompt (100)")
     add("--no-stop-at-end-of-document", action="store_false", dest="stop", help="go on behind the end of a document")
     add("--json", action="store_true", help="one line of JSON per prompt")
-    _add_sampling(parser.add_argument_group("sampling"))
-    _add_cache(parser.add_argument_group("cache, sizes in tokens"))
+    flags.add_sampling(parser.add_argument_group("sampling"))
+    flags.add_attention(parser.add_argument_group("cache, sizes in tokens"), "cache", "pattern")
     add("--tensor", type=int, default=1, metavar="N", help="processes that share the model, started by torchrun (1)")
     # Told apart from a mistyped option, since training has it.
     add("--pipeline", type=int, default=1, help=argparse.SUPPRESS)
     return parser
 
 
-def _add_sampling(group: Any) -> None:
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--greedy", action="store_true", help="take the likeliest token (the default)")
-    either.add_argument("--temperature", type=float, metavar="T", help="draw at random, the more the higher")
-    group.add_argument("--top-k", type=int, metavar="K", help="only from the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="only from the likeliest ones of this probability")
-    group.add_argument("--seed", type=int, default=0, help="the same seed draws the same (0)")
+def _generate_with(arguments: argparse.Namespace) -> None:
+    texts = _prompts(arguments)
+    flags.at_least(arguments, 1, "tokens")
+    require(arguments.pipeline == 1, "generation has no pipeline parallelism: --tensor takes any run's checkpoints.")
+    sampling = Sampling(flags.temperature(arguments), arguments.top_k, arguments.top_p, arguments.seed)
+    choice = flags.choice(arguments, "cache")
+    check_used([choice], flags.settings(arguments), CACHES)
+    flags.require_run(arguments.run_folder)
+    flags.require_tokenizer(arguments.tokenizer)
 
-
-def _add_cache(group: Any) -> None:
-    group.add_argument(
-        "--cache",
-        default="pattern",
-        metavar="NAME",
-        help="pattern: sees what training showed (default); sep, streaming: of bounded size; full: all keys",
-    )
-    group.add_argument("--initial", type=int, metavar="A", help="first tokens that stay (default: the run's)")
-    group.add_argument("--separators", type=int, metavar="S", help="separators that stay (sep: 64)")
-    group.add_argument("--window", type=int, metavar="W", help="last tokens that stay (default: the run's)")
-    group.add_argument("--capacity", type=int, metavar="C", help="most keys (sep: 2(A + S + W), streaming: A + W)")
-    group.add_argument(
-        "--positions", choices=("training", "cache"), help="of keys: in the text, or in the cache (where bounded)"
-    )
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    """Check what is asked for, then generate. Raises UserError for whatever a user can mend."""
-    # Imported late: torch and megatron-core take seconds, which --help should not cost.
-    from sepllm_train.config.schema import require
+    # Imported late: torch and megatron-core take seconds, which a mistake should not cost.
     from sepllm_train.distributed.collectives import lost_rank
     from sepllm_train.distributed.launch import alone, launch_from_environment, process_grid
-    from sepllm_train.generation.choice import CacheChoice
-    from sepllm_train.generation.sampling import Sampling
     from sepllm_train.runs.open import config_for, read_config
 
     launch = launch_from_environment()
-    texts = _prompts(arguments)
-    require(arguments.tokens >= 1, f"--tokens {arguments.tokens} must be at least 1.")
-    require(arguments.pipeline == 1, "generation has no pipeline parallelism: --tensor takes any run's checkpoints.")
-    temperature = arguments.temperature
-    if temperature is None:
-        drawn = not arguments.greedy and (arguments.top_k is not None or arguments.top_p is not None)
-        temperature = 1.0 if drawn else 0.0
-    sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    sizes = {name: getattr(arguments, name) for name in ("initial", "separators", "window", "capacity", "positions")}
-    choice = CacheChoice(arguments.cache, **sizes)
     config = config_for(read_config(arguments.run_folder), arguments.tensor, launch.world_size)
     # A process alone takes its grid down also after a mistake; of several, one that failed must end at once.
     grid = alone(config) if launch.world_size == 1 else process_grid(config, launch)

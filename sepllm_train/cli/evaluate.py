@@ -1,0 +1,158 @@
+"""sepllm evaluate: the paper's tasks, the share of keys that prompts keep, tables of results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sepllm_train.base.errors import UserError
+from sepllm_train.cli import flags
+from sepllm_train.evaluation.options import PAPER_INTERVAL, EvaluationOptions, with_baselines
+from sepllm_train.generation.choice import ATTENTIONS, CLASSES, INITIAL, WINDOW, check_used
+
+_KEPT = """Counted: a prompt is eight examples, `Q: question`, newline, `A: answer`, blank line each (those of
+chain-of-thought prompting, gsm8k/cot_8shot.jsonl), then `Q: question`, newline, `A:` for a test question. Its last
+token keeps the --initial first tokens, the --window last ones, itself among them, and all separators between. The
+share is the sum of the tokens kept over the sum of all, over all test prompts; the mean over the prompts of each one's
+own share is told beside it. Separators are the tokenizer's entries of --classes (paper: those that are exactly one of
+. , ? ! ; : space, tab, newline). No token is put before the prompt."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Evaluate a model, or run the sub-command `kv` or `report`. Raises UserError."""
+    other = {"kv": _kv, "report": _report}.get(words[0]) if words else None
+    if other is not None:
+        other(words[1:])
+    else:
+        _evaluate(words)
+
+
+def _evaluate(words: Sequence[str]) -> None:
+    parser = flags.parser(
+        "evaluate",
+        "The paper's tasks through lm-evaluation-harness, under separator attention and baselines.\n"
+        "`sepllm evaluate kv` counts the keys that prompts keep, without a model; `sepllm evaluate report` makes a\n"
+        "table of results.",
+        "runs/pythia160m_sep --tasks lambada,piqa --data-dir data/eval --baselines paper\n"
+        "models/pythia-160m --tasks gsm8k_cot --attention cache --window 256 --capacity 800",
+    )
+    flags.add_model(parser)
+    add = parser.add_argument
+    add("--tasks", type=flags.names, required=True, metavar="LIST", help="arc_challenge,arc_easy,lambada,"
+        "logiqa,piqa,sciq,wikitext,gsm8k_cot,mmlu or some of them")  # fmt: skip
+    add("--data-dir", type=Path, metavar="DIR", help="local files (default: the Hugging Face hub)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    add(
+        "--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's own number, 5 for mmlu)"
+    )
+    add("--truncate", action="store_true", help="cut prompts that do not fit the model on the left")
+    add("--output", type=Path, metavar="DIR", help="write a result for each task and attention")
+    add("--overwrite", action="store_true", help="replace results in --output that are of another model,"
+        " attention or other conditions")  # fmt: skip
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences in a forward (8)")
+    group = parser.add_argument_group("attention")
+    flags.add_attention(group, "attention", "pattern")
+    group.add_argument("--baselines", type=flags.names, default=[], metavar="LIST", help="others to evaluate, each at"
+                       " the same cost: paper (dense, streaming, and fixed of --interval or of"
+                       f" {PAPER_INTERVAL}), or such as dense,streaming:window=380,fixed:interval=4,"
+                       "pattern:classes=comma+period")  # fmt: skip
+    arguments = parser.parse_args(words)
+
+    from sepllm_train.evaluation.tasks import check_names, local_files
+
+    check_names(arguments.tasks)
+    if not arguments.tasks:
+        raise UserError("--tasks names no task.")
+    choices = with_baselines(flags.choice(arguments, "attention"), arguments.baselines)
+    check_used(choices, flags.settings(arguments), ATTENTIONS)
+    for one in choices:
+        one.check()
+    options = EvaluationOptions(
+        tuple(arguments.tasks),
+        arguments.data_dir,
+        arguments.limit,
+        arguments.num_fewshot,
+        arguments.batch_size,
+        arguments.truncate,
+    )
+    options.check()
+    if arguments.data_dir is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        for name in arguments.tasks:
+            local_files(name, arguments.data_dir)
+    flags.require_model(arguments)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    device = flags.prepare_device(arguments)
+
+    from sepllm_train.evaluation.attention import bind
+    from sepllm_train.evaluation.report import table
+    from sepllm_train.evaluation.run import evaluate, tokenizer_for
+    from sepllm_train.evaluation.stream_model import open_model
+
+    opened = open_model(arguments.model, arguments.tokenizer, arguments.dtype, device)
+    attentions = [bind(opened, one) for one in choices]
+    tokenizer = tokenizer_for(opened, arguments.tokenizer)
+    results = evaluate(opened, tokenizer, attentions, options, arguments.output, arguments.overwrite)
+    if results:
+        print("\n" + table(results), end="")
+
+
+def _kv(words: Sequence[str]) -> None:
+    """Print the share of keys that the last tokens of GSM8K's prompts keep."""
+    parser = flags.parser(
+        "evaluate kv",
+        "Keys that the last token of a GSM8K prompt keeps, over all keys: the paper's runtime KV, without a model.",
+    )
+    parser.epilog = _KEPT
+    parser.add_argument("--task", choices=("gsm8k_cot",), default="gsm8k_cot")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="with gsm8k/cot_8shot.jsonl and"
+                        " gsm8k/test.jsonl")  # fmt: skip
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json or .model")
+    flags.add_settings(parser, ("initial", "window", "classes", "interval"))
+    parser.set_defaults(initial=INITIAL, window=WINDOW, classes=CLASSES)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    arguments = parser.parse_args(words)
+    flags.at_least(arguments, 1, "window", "interval", "limit")
+    flags.at_least(arguments, 0, "initial")
+
+    from data_prep.tokenizers import load_tokenizer
+    from sepllm_train.evaluation.kv_share import gsm8k_prompts, kept_share, separators_of
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    prompts = gsm8k_prompts(arguments.data_dir)[: arguments.limit]
+    separators = separators_of(tokenizer, arguments.classes)
+    found = kept_share(
+        tokenizer.encode_batch(prompts), separators, arguments.window, arguments.initial, arguments.interval
+    )
+    what = f"every {arguments.interval}th token" if arguments.interval else f"{len(separators)} separator tokens"
+    print(
+        f"{found.share:.4f} of the keys kept at the last token of {found.prompts:,} prompts of {found.tokens:,.1f} "
+        f"tokens (mean of the prompts' shares {found.mean:.4f}): initial {arguments.initial}, window "
+        f"{arguments.window}, {what}"
+    )
+
+
+def _report(words: Sequence[str]) -> None:
+    """Print the paper's tables from results."""
+    parser = flags.parser(
+        "evaluate report",
+        "The paper's tables from results of `sepllm evaluate`.",
+        "evaluation/dense evaluation/sep --output evaluation/table.md",
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="outputs of `sepllm evaluate`; a model each"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there (default: print it)")
+    arguments = parser.parse_args(words)
+
+    from sepllm_train.base.files import write_whole
+    from sepllm_train.evaluation.report import read_results, table
+
+    made = table([result for folder in arguments.folders for result in read_results(folder)])
+    if arguments.output is None:
+        print(made, end="")
+    else:
+        write_whole(arguments.output, made.encode())

@@ -126,7 +126,7 @@ def draw_curves(
     size, label = axis.unit(spent)
     low, high = _loss_range(runs, axis.key, spent, loss)
 
-    def panel(plot: Axes, shown: Sequence[int], *, first: bool) -> None:
+    def panel(plot: Axes, shown: Sequence[int]) -> None:
         for number in shown:
             _draw_variant(plot, variants[number], number, axis.key, size, marked=not apart)
             cost = reaches[number].costs[axis.key] if reaches else None
@@ -134,7 +134,7 @@ def draw_curves(
                 plot.vlines(cost / size, 0, loss, color=_colour(number), linewidth=1, linestyle=DASHES)
         if loss is not None:
             plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
-            if first:
+            if not apart:
                 # At the left, where every curve is still far above.
                 at = ("axes fraction", "data")
                 plot.annotate(
@@ -145,7 +145,7 @@ def draw_curves(
 
     def draw_together(figure: Figure) -> None:
         plot = dressed(figure.add_subplot(), axis.title, label, "loss (nats per token)")
-        panel(plot, range(len(variants)), first=True)
+        panel(plot, range(len(variants)))
         legend_below(figure, title=_legend_title(variants))
 
     def draw_apart(figure: Figure) -> None:
@@ -156,7 +156,7 @@ def draw_curves(
             dressed(plot, "", "", "").set_title(_name(variants[number]), loc="left", fontsize=10)
             for other in range(1, len(variants)):
                 _draw_mean(plot, variants[other], axis.key, size, color=FAINT, linewidth=0.8, zorder=1)
-            panel(plot, (0, number), first=number == 1)
+            panel(plot, (0, number))
         for place in range(len(variants) - 1, len(plots)):
             plots[place].set_visible(False)
             plots[place - columns].tick_params(labelbottom=True)
@@ -165,6 +165,9 @@ def draw_curves(
         upper.supylabel("loss (nats per token)", fontsize=10)
         handles = [Line2D([], [], color=colour) for colour in (_colour(0), FAINT)]
         names = [_name(variants[0]), "the variants of the other panels"]
+        if loss is not None:
+            handles.append(Line2D([], [], color=INK, linewidth=0.8, linestyle=DASHES))
+            names.append(f"loss to reach, {loss:.4f}")
         legend_below(lower, title=_legend_title(variants), handles=handles, labels=names)
 
     apart = len(variants) > (_BANDS if any(variant.seeds > 1 for variant in variants) else _LINES)

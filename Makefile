@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # More for pytest: make test-slow ARGS=--collect-only lists the slow tests.
 ARGS ?=
 
-test: install lint types sm90  ## Lint, types, compiled kernels and all tests but the slow ones
+test: install lint sm90  ## Lint, types, compiled kernels and all tests but the slow ones
 	$(PYTEST) $(PYTEST_ARGS) -m 'not slow' $(ARGS)
 
 test-slow: install  ## The slow tests
@@ -30,9 +30,10 @@ test-slow: install  ## The slow tests
 
 test-all: test test-slow  ## All checks and tests
 
-lint: install  ## ruff: rules and format
+lint: install types  ## ruff (rules and format), mypy, and the layers between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=kernels $(BIN)/lint-imports --no-cache
 
 types: install  ## mypy
 	$(BIN)/mypy

@@ -62,6 +62,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff==0.17.6",
+            "import-linter>=2.5",
             "mypy==2.4.1",
             "pre-commit",
             "setuptools>=77",

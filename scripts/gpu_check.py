@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sepllm_train.base.errors import UserError  # noqa: E402 - needs the path above where nothing is installed
+from sepllm_train.base.files import write_json  # noqa: E402
 from sepllm_train.distributed.processes import logged_process  # noqa: E402
 
 STAGE_SECONDS = 480
@@ -150,9 +151,9 @@ def training(options: argparse.Namespace) -> bool:
         row = _throughput(stage, options, length)
         good &= row is not None
         throughput.append(row or {"length": length})
-        _write(stage.output / "training.json", results)
+        write_json(stage.output / "training.json", results)
     results["loss"], finished = _loss_pair(stage, options, throughput)
-    _write(stage.output / "training.json", results)
+    write_json(stage.output / "training.json", results)
     return good and finished
 
 
@@ -261,12 +262,6 @@ def _records(run: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
-
-
-def _write(path: Path, content: object) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
-    aside.replace(path)
 
 
 STAGES = {1: correctness, 2: kernels, 3: training}

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import ROOT
 from benchmarks.common import RESULTS, exit_with, read_json, write_text
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.figures import COLOURS, DASHES, INK, MARKERS, WIDTH, dressed, legend_below, picture, svg
 
 BEGIN, END = "<!-- kernel results -->", "<!-- end kernel results -->"
 NOT_MEASURED = "The kernels have not been measured on a GPU yet: `make bench-kernels` does it where there is one.\n"
@@ -149,34 +152,31 @@ def is_heart(row: Row) -> bool:
     return (row["window"], row["groups"]) == (128, 1) and row["source"] in ("text", "12%")
 
 
-def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draws the speed-up over the best dense kernel against the length, a curve per head size and source, as SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "kernels"  # the same figures give the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+def speed_up(rows: Sequence[Row]) -> Figure:
+    """Draw the speed-up over the best dense kernel against the length, a curve per head size and source."""
     curves: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for row in rows:
         best = best_dense(row)
         if is_heart(row) and best is not None:
             curves.setdefault((row["head_size"], row["source"]), []).append((row["length"], best[0]))
-    for (head_size, source), points in sorted(curves.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"D = {head_size}, separators: {source}")
-    axes.plot(list(DENSE_BARS), list(DENSE_BARS.values()), "k--", linewidth=1, label="bar")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("sequence length")
-    axes.set_ylabel("times as fast as the best dense kernel")
-    axes.set_title("Forward and backward, n = 128")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    figure.savefig(aside, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    aside.replace(path)
+
+    def draw(figure: Figure) -> None:
+        title, up = "Forward and backward, n = 128", "times as fast as the best dense kernel"
+        plot = dressed(figure.add_subplot(), title, "sequence length", up)
+        for number, ((head_size, source), points) in enumerate(sorted(curves.items())):
+            x, y = [length for length, _ in points], [ratio for _, ratio in points]
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            label = f"D = {head_size}, separators: {source}"
+            plot.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
+        goal = list(DENSE_BARS.values())
+        plot.plot(list(DENSE_BARS), goal, color=INK, linestyle=DASHES, linewidth=1, label="goal of the project")
+        plot.axhline(1, color=INK, linewidth=0.8)
+        plot.set_xscale("log", base=2)
+        plot.set_xticks(list(DENSE_BARS), [f"{length:,}" for length in DENSE_BARS])
+        plot.set_ylim(bottom=0)
+        legend_below(figure, columns=2)
+
+    return picture((WIDTH, 4.9), draw)
 
 
 def document(content: str, section: str, path: Path) -> str:
@@ -199,7 +199,7 @@ def main() -> int:
     text = document(options.document.read_text(encoding="utf8"), section(files), options.document)
     rows = merged_rows(files)
     if rows:
-        picture(rows, options.document.parent / "images" / PICTURE)
+        write_text(options.document.parent / "images" / PICTURE, svg(speed_up(rows)))
     write_text(options.document, text)
     print(f"{len(rows)} cells of {len(files)} result files drawn into {options.document}")
     return 0

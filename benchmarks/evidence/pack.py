@@ -29,7 +29,7 @@ HELD_OUT = 1_300_000  # bytes of each validation set: a little more than 131,072
 
 def documents(path: Path, unwrap: bool) -> Iterator[str]:
     """Texts of a .jsonl.bz2 file; the hard-wrapped lines of books are joined."""
-    from data_prep.unwrap import unwrap_lines
+    from data_prep.readers import unwrap_lines
 
     with bz2.open(path, "rt", encoding="utf8") as stream:
         for line in stream:

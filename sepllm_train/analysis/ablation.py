@@ -19,12 +19,11 @@ from torch.utils.data import Dataset
 
 from data_prep.density import class_names, missing_splits
 from data_prep.separators import class_numbers
-from sepllm_train.analysis import plots
 from sepllm_train.analysis.losses import Evaluation
 from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
-from sepllm_train.analysis.report import READING, check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.analysis.output import READING, check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.base.figures import COLOURS, INK, MARKERS, dressed, legend_below, picture
 from sepllm_train.base.statistics import token_mean
-from sepllm_train.compare.plots import COLOURS, INK, MARKERS
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import AttentionConfig, require
 from sepllm_train.data.choice import settle_separators
@@ -397,7 +396,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
 
 def _change_figure(result: dict[str, Any], key: str, title: str) -> Figure:
     def draw(figure: Figure) -> None:
-        plot = plots.dressed(
+        plot = dressed(
             figure.add_subplot(), title, "KV kept at the last token (percent)", "change in loss (nats per token)"
         )
         for number, (series, label) in enumerate(SERIES.items()):
@@ -419,9 +418,9 @@ def _change_figure(result: dict[str, Any], key: str, title: str) -> Figure:
             )
         plot.axhline(0, color=INK, linewidth=0.8)
         _name_subsets(plot, [row for row in result["rows"] if row["series"] == "subset"], key)
-        plot.legend(frameon=False, fontsize=9)
+        legend_below(figure)
 
-    return plots.picture((7.6, 5.2), draw)
+    return picture((7.6, 5.2), draw)
 
 
 def _name_subsets(plot: Axes, rows: list[dict[str, Any]], key: str) -> None:

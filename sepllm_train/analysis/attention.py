@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.separators import PAPER, class_numbers
 from sepllm_train.analysis import plots
 from sepllm_train.analysis.mass import INITIAL, KINDS, Mass, attention_mass
-from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.analysis.output import check_output, progress, write_report
 from sepllm_train.base.statistics import token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require

@@ -20,7 +20,7 @@ from data_prep.sidecar import open_classes, read_header
 from data_prep.stats import Gaps
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.analysis import plots
-from sepllm_train.analysis.report import check_output, progress, write_report
+from sepllm_train.analysis.output import check_output, progress, write_report
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.tables import Table
 

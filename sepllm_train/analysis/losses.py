@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sepllm_train.analysis import plots
-from sepllm_train.analysis.report import READING, check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.analysis.output import READING, check_output, clear_of_zero, progress, shown, signed, write_report
 from sepllm_train.base.statistics import Estimate, Losses, token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require

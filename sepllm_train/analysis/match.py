@@ -20,7 +20,7 @@ from data_prep.separators import CLASSES
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern, tiers_of_classes
-from sepllm_train.training.report import attended_pairs_of_layers, sample_plan
+from sepllm_train.training.facts import attended_pairs_of_layers, sample_plan
 
 Counts = NDArray[np.int64]
 Sample = dict[str, torch.Tensor]

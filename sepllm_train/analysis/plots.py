@@ -1,40 +1,18 @@
-"""Pictures of an analysis, in the manner of those of a comparison."""
+"""Figures of an analysis, in the one style of base/figures.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sepllm_train.compare.plots import COLOURS, DASHES, GRID, INK, MARKERS, STYLE
+from sepllm_train.base.figures import COLOURS, DASHES, INK, MARKERS, dressed, legend_below, picture
 
 Series = Mapping[str, Sequence[float]]
 # Label, x, y, style: `colour` (a number), `dashed`, `error` (standard errors of y).
 Curve = tuple[str, Sequence[float], Sequence[float], dict[str, Any]]
-
-
-def picture(size: tuple[float, float], draw: Callable[[Figure], None]) -> Figure:
-    """A figure of `size` inches that `draw` fills, in the project's style."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-    return figure
-
-
-def dressed(plot: Axes, title: str, across: str, up: str, *, axis: Literal["both", "x", "y"] = "both") -> Axes:
-    """The axes with title, labels and grid."""
-    plot.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    plot.set_xlabel(across)
-    plot.set_ylabel(up)
-    plot.grid(color=GRID, linewidth=0.6, axis=axis)
-    plot.set_axisbelow(True)
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.tick_params(length=0)
-    return plot
 
 
 def bars(title: str, names: Sequence[str], series: Series, across: str, errors: Series | None = None) -> Figure:
@@ -60,7 +38,7 @@ def bars(title: str, names: Sequence[str], series: Series, across: str, errors: 
         plot.axvline(0, color=INK, linewidth=0.8)
         plot.margins(y=0.02)
         if len(series) > 1:
-            figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+            legend_below(figure)
 
     return picture((7.6, height), draw)
 
@@ -99,7 +77,7 @@ def lines(
         if level is not None:
             plot.axhline(level, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
         if len(curves) > 1:
-            plot.legend(frameon=False, fontsize=9)
+            legend_below(figure)
 
     return picture((7.6, 4.4), draw)
 
@@ -115,7 +93,7 @@ def stacked(title: str, names: Sequence[str], parts: Series, across: str) -> Fig
             begin += np.asarray(values, dtype=float)
         plot.set_yticks(range(len(names)), names)
         plot.invert_yaxis()
-        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+        legend_below(figure)
 
     return picture((7.6, max(2.6, 0.32 * len(names) + 1.6)), draw)
 

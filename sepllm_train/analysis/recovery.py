@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sepllm_train.analysis import plots
-from sepllm_train.analysis.report import check_output, clear_of_zero, progress, shown, signed, write_report
+from sepllm_train.analysis.output import check_output, clear_of_zero, progress, shown, signed, write_report
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
-from sepllm_train.compare.comparable import ALLOWED, check_comparable
 from sepllm_train.compare.tables import Table
+from sepllm_train.compare.variants import ALLOWED, check_comparable
 from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_FRACTION
 from sepllm_train.config.schema import AttentionConfig, Config, require
 from sepllm_train.data.corpus import Corpus

@@ -47,7 +47,7 @@ MUTED = (
     ),
     Muted(
         ".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
-        "megatron-core on sequence parallelism; docs/operations.md says when to set it",
+        "megatron-core on sequence parallelism; docs/running.md says when to set it",
     ),
     # Printed in a step.
     Muted(".*tp_group is None, using default tp group", "megatron-core's RowParallelLinear about its own call"),

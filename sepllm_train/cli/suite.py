@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sepllm_train.cli import flags, hydra_line
-from sepllm_train.suite.config import Config
+from sepllm_train.suite.config import SuiteSettings
 
 _HELP = """usage: sepllm suite +suite=NAME [OVERRIDE ...]
 
@@ -30,10 +30,10 @@ def main(words: Sequence[str]) -> None:
             "Every key with its value: sepllm suite +suite=NAME --cfg job; all documented: sepllm_train/suite/config.py"
         )
         return
-    hydra_line.run("suite", words, _run, "suite", "suite_schema", Config)
+    hydra_line.run("suite", words, _run, "suite", "suite_schema", SuiteSettings)
 
 
-def _run(config: Config) -> None:
+def _run(config: SuiteSettings) -> None:
     """Look for the text, then run the suite."""
     if not config.suite.dry_run and {"train", "time", "evaluate"} & set(config.suite.do):
         if config.suite.text:

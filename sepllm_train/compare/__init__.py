@@ -1,1 +1,1 @@
-"""Comparison of rows of runs: validation loss against FLOPs, seconds and tokens."""
+"""Comparison of variants of runs: validation loss against FLOPs, seconds and tokens."""

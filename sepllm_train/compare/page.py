@@ -47,18 +47,19 @@ METHOD = (
 )
 
 SEEDS = (
-    "A row holds the runs that differ only in their seed. Costs of a row are geometric means over its runs, losses "
-    "arithmetic ones. Ratios and differences to the first row are taken between runs of the same seed, which read the "
-    "data in the same order and are validated on the same sequences, and then averaged: ratios as logarithms, losses "
-    "in nats as they are (a difference of two is the logarithm of a ratio of perplexities). The interval of n pairs is "
-    "mean +- t s / sqrt(n), with their sample standard deviation s and the quantile t of Student's distribution with "
-    "n - 1 degrees of freedom that leaves 2.5% on either side. It is of each row alone, not corrected for the number "
-    "of rows. When a run of a pair did not reach the loss no mean is claimed: what it spent in all bounds it."
+    "A variant holds the runs that differ only in their seed. Costs of a variant are geometric means over its runs, "
+    "losses arithmetic ones. Ratios and differences to the first variant are taken between runs of the same seed, "
+    "which read the data in the same order and are validated on the same sequences, and then averaged: ratios as "
+    "logarithms, losses in nats as they are (a difference of two is the logarithm of a ratio of perplexities). The "
+    "interval of n pairs is mean +- t s / sqrt(n), with their sample standard deviation s and the quantile t of "
+    "Student's distribution with n - 1 degrees of freedom that leaves 2.5% on either side. It is of each variant "
+    "alone, not corrected for the number of variants. When a run of a pair did not reach the loss no mean is claimed: "
+    "what it spent in all bounds it."
 )
 TIMED = (
     "In place of the runs' own seconds stand steps times the seconds of a step from the timing file. "
     "The ratio of seconds is the paired ratio of steps times the ratio of the seconds of a step, a geometric mean over "
-    "the turns; the variances of both logarithms add up to its interval, with the degrees of freedom of Welch and "
+    "the rounds; the variances of both logarithms add up to its interval, with the degrees of freedom of Welch and "
     "Satterthwaite rounded down."
 )
 
@@ -72,13 +73,12 @@ def page(
     method: Sequence[str] = (METHOD,),
     legend: str = "",
 ) -> str:
-    """HTML of the comparison; `drawings` are (title, SVG element), `legend` says more about their lines."""
+    """HTML of the comparison; `drawings` are (title, SVG element), `legend` explains their lines."""
     notes = "".join(f"<li>{escape(caveat)}</li>" for caveat in caveats)
     figures = "".join(
         f'<figure role="img" aria-label="{escape(name)}">{drawing}</figure>' for name, drawing in drawings
     )
-    told = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
-    kind = "row" if legend else "run"
+    paragraphs = "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in method)
     words = "".join(f"<dt>flops/{key}</dt><dd>{escape(c.words)}</dd>" for key, c in CONVENTIONS.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -94,13 +94,12 @@ def page(
 {f"<ul>{notes}</ul>" if notes else ""}
 {_table(tables[0])}
 {figures}
-<p class="quiet">{escape(legend)}Dashed lines mark where each {kind} first reached the loss of the first table. The
-first fifth of training may lie above the figures.</p>
+<p class="quiet">{escape(legend)}</p>
 {"".join(_table(table) for table in tables[1:])}
 <h2>How FLOPs are counted</h2>
 <dl>{words}</dl>
 <h2>How the figures are made</h2>
-{told}
+{paragraphs}
 </body>
 </html>
 """

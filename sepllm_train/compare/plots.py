@@ -1,48 +1,47 @@
-"""Figures of loss against what was spent, as SVG whose text stays text."""
+"""Figures of a comparison: loss against what was spent, ratios with their intervals, loss against learning rate."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
-from sepllm_train.compare.curves import points
-from sepllm_train.compare.results import RowReach
-from sepllm_train.compare.rows import Row, runs_of
+from sepllm_train.base.console import quantity
+from sepllm_train.base.figures import (
+    COLOURS,
+    DASHES,
+    FAINT,
+    INK,
+    MARKERS,
+    WIDTH,
+    dressed,
+    headline,
+    legend_below,
+    picture,
+)
+from sepllm_train.compare.results import Ratio, Sweep, VariantReach
+from sepllm_train.compare.variants import Variant, points, runs_of
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.runs.records import LOSS, Run
 
-# Told apart on white, on black and by colour-blind readers; the markers and dashes go on where the colours end.
-COLOURS = ("#1f77c9", "#d9601a", "#12936a", "#b152b0", "#a08000", "#d6477a", "#5b6fd8", "#7a7f87")
-MARKERS = "os^Dv<>P"
-# Colours of text and lines, which the page replaces by those of its theme.
-INK, GRID = "#1a1c1f", "#d8dade"
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sepllm-train",
-}
-DASHES = (0, (4, 3))
 # The first part of training, where every loss falls from the same height, is left above the figure.
 HIDDEN_START = 0.2
+# Bands and lines that can be told apart in one panel; more variants get a panel each, so many side by side.
+_BANDS, _LINES = 2, 4
+_COLUMNS = 3
+# Height of a row of panels and of the legend under them, inches.
+_PANEL, _LEGEND = 2.2, 0.55
 BAND = (
-    "Lines are means over the seeds of a row, at the steps at which all of them were validated; the band reaches from "
-    "the lowest seed to the highest, and each seed is a faint line. The band shows how far seeds lie apart, not how "
-    "sure a difference is: rows are compared seed by seed, in the tables."
+    "Lines are means over the seeds of a variant, at the steps at which all of them were validated; the band reaches "
+    "from the lowest seed to the highest, and each seed is a faint line. The band shows how far seeds lie apart, not "
+    "how sure a difference is: variants are compared seed by seed, in the tables."
 )
 
 
@@ -61,7 +60,7 @@ class Axis:
 
 
 def axes_of(flops: str, timed: bool = False) -> list[Axis]:
-    """The horizontal axes of a comparison: FLOPs counted by the convention `flops`, seconds, tokens.
+    """Return the horizontal axes of a comparison: FLOPs counted by the convention `flops`, seconds, tokens.
 
     `timed`: the seconds are steps times the seconds of a step from a timing file.
     """
@@ -92,88 +91,9 @@ def axes_of(flops: str, timed: bool = False) -> list[Axis]:
     ]
 
 
-def draw(rows: Sequence[Row], axis: Axis, reaches: Sequence[RowReach], loss: float) -> Figure:
-    """Validation loss of every row, and what it spent to reach the loss of `reaches`, whose mean is `loss`.
-
-    Of a row of one run the training loss is faintly behind; of several runs these are faintly behind their mean, in a
-    band from the lowest to the highest.
-    """
-    runs = runs_of(rows)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-        plot = figure.add_subplot()
-        spent = max(points(run)[-1][axis.key] for run in runs)
-        size, label = axis.unit(spent)
-        for number, (row, found) in enumerate(zip(rows, reaches, strict=True)):
-            _draw_row(plot, row, number, axis.key, size)
-            cost = found.costs[axis.key]
-            if cost is not None:
-                colour = COLOURS[number % len(COLOURS)]
-                plot.vlines(cost / size, 0, loss, color=colour, linewidth=1, linestyle=DASHES)
-        plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
-        # At the left, where every curve is still far above.
-        plot.annotate(
-            f"{loss:.4f}",
-            (0, loss),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
-        plot.set_xlim(0, 1.03 * spent / size)
-        plot.set_ylim(*_loss_range(runs, axis.key, spent, loss))
-        plot.set_xlabel(label)
-        plot.set_ylabel("loss (nats per token)")
-        plot.set_title(axis.title, loc="left", fontsize=11, fontweight="bold")
-        plot.grid(color=GRID, linewidth=0.6)
-        plot.set_axisbelow(True)
-        plot.spines[["top", "right"]].set_visible(False)
-        plot.tick_params(length=0)
-        plot.legend(frameon=False, loc="upper right", title=_legend_title(rows), alignment="right")
-    return figure
-
-
-def _legend_title(rows: Sequence[Row]) -> str:
-    """What the lines and what is faint behind them are."""
-    if all(row.seeds == 1 for row in rows):
-        return "validation (faint: training, averaged)"
-    return "validation, mean of seeds\n(faint: each seed; band: lowest to highest)"
-
-
-def _draw_row(plot: Axes, row: Row, number: int, key: str, size: float) -> None:
-    """Curves of one row; `size` is the unit of the horizontal axis."""
-    colour = COLOURS[number % len(COLOURS)]
-    if row.seeds == 1:
-        spent, training = _training_curve(row.runs[0], key)
-        plot.plot([x / size for x in spent], training, color=colour, linewidth=0.8, alpha=0.35)
-        label = row.label
-    else:
-        for run in row.runs:
-            own = points(run)
-            losses = [record[LOSS] for record in own]
-            plot.plot([record[key] / size for record in own], losses, color=colour, linewidth=0.7, alpha=0.4, zorder=2)
-        label = f"{row.label} ({row.seeds} seeds)"
-    curve = mean_curve(row, key)
-    x = [point.spent / size for point in curve]
-    if row.seeds > 1:
-        lows, highs = [point.low for point in curve], [point.high for point in curve]
-        plot.fill_between(x, lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    plot.plot(
-        x,
-        [point.loss for point in curve],
-        color=colour,
-        linewidth=1.8,
-        linestyle="-" if number < len(COLOURS) else "--",
-        marker=MARKERS[number % len(MARKERS)] if len(curve) <= 60 else None,
-        markersize=4.5,
-        label=label,
-        zorder=3,
-    )
-
-
 @dataclass(frozen=True)
 class CurvePoint:
-    """Mean over the runs of a row at one step: what was spent, the loss, its lowest and its highest."""
+    """Mean over the runs of a variant at one step: what was spent, the loss, its lowest and its highest."""
 
     spent: float
     loss: float
@@ -181,15 +101,115 @@ class CurvePoint:
     high: float
 
 
-def mean_curve(row: Row, key: str) -> list[CurvePoint]:
-    """The row's points at the steps at which all of its runs were validated."""
-    curves = [{record["step"]: record for record in points(run)} for run in row.runs]
+def mean_curve(variant: Variant, key: str) -> list[CurvePoint]:
+    """Return the variant's points at the steps at which all of its runs were validated."""
+    curves = [{record["step"]: record for record in points(run)} for run in variant.runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     found = []
     for step in shared:
         losses = [curve[step][LOSS] for curve in curves]
         found.append(CurvePoint(fmean(curve[step][key] for curve in curves), fmean(losses), min(losses), max(losses)))
     return found
+
+
+def draw_curves(
+    variants: Sequence[Variant], axis: Axis, reaches: Sequence[VariantReach] = (), loss: float | None = None
+) -> Figure:
+    """Draw the validation loss of every variant, and what it spent to reach the loss of `reaches` (mean: `loss`).
+
+    The training loss of a variant of one run is faintly behind; several runs are faintly behind their mean, in a band
+    from the lowest to the highest. More variants than can be told apart in one panel get a panel each, after the
+    reference, whose mean is in all of them.
+    """
+    runs = runs_of(variants)
+    spent = max(points(run)[-1][axis.key] for run in runs)
+    size, label = axis.unit(spent)
+    low, high = _loss_range(runs, axis.key, spent, loss)
+
+    def panel(plot: Axes, shown: Sequence[int], *, first: bool) -> None:
+        for number in shown:
+            _draw_variant(plot, variants[number], number, axis.key, size, marked=not apart)
+            cost = reaches[number].costs[axis.key] if reaches else None
+            if cost is not None and loss is not None:
+                plot.vlines(cost / size, 0, loss, color=_colour(number), linewidth=1, linestyle=DASHES)
+        if loss is not None:
+            plot.axhline(loss, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
+            if first:
+                # At the left, where every curve is still far above.
+                at = ("axes fraction", "data")
+                plot.annotate(
+                    f"{loss:.4f}", (0, loss), xycoords=at, xytext=(4, 4), textcoords="offset points", fontsize=9
+                )
+        plot.set_xlim(0, 1.03 * spent / size)
+        plot.set_ylim(low, high)
+
+    def draw_together(figure: Figure) -> None:
+        plot = dressed(figure.add_subplot(), axis.title, label, "loss (nats per token)")
+        panel(plot, range(len(variants)), first=True)
+        legend_below(figure, title=_legend_title(variants))
+
+    def draw_apart(figure: Figure) -> None:
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height - _LEGEND, _LEGEND))
+        upper, lower = parts
+        plots = list(upper.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for plot, number in zip(plots, range(1, len(variants)), strict=False):
+            dressed(plot, "", "", "").set_title(_name(variants[number]), loc="left", fontsize=10)
+            for other in range(1, len(variants)):
+                _draw_mean(plot, variants[other], axis.key, size, color=FAINT, linewidth=0.8, zorder=1)
+            panel(plot, (0, number), first=number == 1)
+        for place in range(len(variants) - 1, len(plots)):
+            plots[place].set_visible(False)
+            plots[place - columns].tick_params(labelbottom=True)
+        headline(upper, axis.title)
+        upper.supxlabel(label, fontsize=10)
+        upper.supylabel("loss (nats per token)", fontsize=10)
+        handles = [Line2D([], [], color=colour) for colour in (_colour(0), FAINT)]
+        names = [_name(variants[0]), "the variants of the other panels"]
+        legend_below(lower, title=_legend_title(variants), handles=handles, labels=names)
+
+    apart = len(variants) > (_BANDS if any(variant.seeds > 1 for variant in variants) else _LINES)
+    columns = min(_COLUMNS, len(variants) - 1)
+    lines = math.ceil((len(variants) - 1) / columns)
+    height = 1.0 + _LEGEND + _PANEL * lines if apart else 4.9
+    return picture((WIDTH, height), draw_apart if apart else draw_together)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _name(variant: Variant) -> str:
+    return variant.label if variant.seeds == 1 else f"{variant.label} ({variant.seeds} seeds)"
+
+
+def _legend_title(variants: Sequence[Variant]) -> str:
+    """Meaning of the lines and of what is faint behind them."""
+    if all(variant.seeds == 1 for variant in variants):
+        return "validation (faint: training, averaged)"
+    return "validation, mean of seeds (faint: each seed; band: lowest to highest)"
+
+
+def _draw_variant(plot: Axes, variant: Variant, number: int, key: str, size: float, *, marked: bool) -> None:
+    """Draw the curves of one variant; `size` is the unit of the horizontal axis."""
+    colour = _colour(number)
+    if variant.seeds == 1:
+        spent, training = _training_curve(variant.runs[0], key)
+        plot.plot([x / size for x in spent], training, color=colour, linewidth=0.8, alpha=0.35)
+    else:
+        for run in variant.runs:
+            own = points(run)
+            losses = [record[LOSS] for record in own]
+            plot.plot([record[key] / size for record in own], losses, color=colour, linewidth=0.7, alpha=0.4, zorder=2)
+        curve = mean_curve(variant, key)
+        lows, highs = [point.low for point in curve], [point.high for point in curve]
+        plot.fill_between([p.spent / size for p in curve], lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=2)
+    marker = MARKERS[number % len(MARKERS)] if marked and len(points(variant.runs[0])) <= 60 else None
+    _draw_mean(plot, variant, key, size, color=colour, linewidth=1.8, marker=marker, markersize=4, label=_name(variant))
+
+
+def _draw_mean(plot: Axes, variant: Variant, key: str, size: float, **style: object) -> None:
+    curve = mean_curve(variant, key)
+    plot.plot([point.spent / size for point in curve], [point.loss for point in curve], **{"zorder": 3, **style})  # type: ignore[arg-type]
 
 
 def _training_curve(run: Run, key: str, most: int = 100) -> tuple[list[float], list[float]]:
@@ -201,29 +221,89 @@ def _training_curve(run: Run, key: str, most: int = 100) -> tuple[list[float], l
     return spent, [fmean(record["train/loss"] for record in group) for group in groups]
 
 
-def _loss_range(runs: Sequence[Run], key: str, spent: float, loss: float) -> tuple[float, float]:
+def _loss_range(runs: Sequence[Run], key: str, spent: float, loss: float | None) -> tuple[float, float]:
     """Lowest and highest loss to show: all points but those of the start of training, and the loss to reach."""
     losses = [record[LOSS] for run in runs for record in points(run)[1:] if record[key] >= HIDDEN_START * spent]
-    low, high = min([*losses, loss]), max([*losses, loss])
+    shown = losses if loss is None else [*losses, loss]
+    low, high = min(shown), max(shown)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
 
 
-def svg(figure: Figure) -> str:
-    """The figure as a standalone SVG on white."""
-    target = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(target, format="svg", metadata={"Date": None})
-    return target.getvalue()
+def has_intervals(reaches: Sequence[VariantReach]) -> bool:
+    """True if there is an interval to draw."""
+    return any(
+        ratio.estimate is not None and ratio.estimate.low is not None
+        for found in reaches[1:]
+        for ratio in found.ratios.values()
+    )
 
 
-def inline(drawing: str, prefix: str) -> str:
-    """An SVG made for the inside of a page: no prologue, ids of its own, no background, the page's ink and grid."""
-    body = drawing[drawing.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
-    body = re.sub(r"fill: #ffffff", "fill: none", body)
-    body = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", body, count=1)
-    body = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", body, count=1)
-    return body.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+def draw_ratios(variants: Sequence[Variant], reaches: Sequence[VariantReach], flops: str, target: str) -> Figure:
+    """Draw a panel per cost, a line per later variant: seeds as dots, mean and interval, arrows for bounds."""
+    later = list(zip(variants, reaches, strict=True))[1:]
+    seconds = "seconds" if variants[0].timing is None else "seconds (timed steps)"
+    panels = [(f"flops/{flops}", f"FLOPs (flops/{flops})"), ("seconds", seconds), ("tokens", "tokens")]
+
+    def draw(figure: Figure) -> None:
+        plots = figure.subplots(1, len(panels), sharey=True)
+        for plot, (key, title) in zip(plots, panels, strict=True):
+            plot.axvline(1, color=INK, linewidth=0.8, linestyle=DASHES, zorder=1)
+            for number, (_, found) in enumerate(later):
+                _draw_ratio(plot, found.ratios[key], number)
+            dressed(plot, "", "", "", axis="x").set_title(title, loc="left", fontsize=10)
+            plot.spines["left"].set_visible(False)
+            plot.margins(x=0.12)
+        plots[0].set_yticks(range(len(later)), [variant.label for variant, _ in later])
+        plots[0].set_ylim(len(later) - 0.5, -0.5)
+        headline(figure, f"Ratio to {variants[0].label}, to reach {target}")
+        words = "diamond and line: mean and 95% interval over pairs of the same seed; dots: pairs; arrow: bound"
+        figure.supxlabel(words, fontsize=9)
+
+    return picture((WIDTH, 1.7 + 0.42 * len(later)), draw)
+
+
+def _draw_ratio(plot: Axes, ratio: Ratio, number: int) -> None:
+    """Draw a variant's ratio at height `number`."""
+    colour = _colour(number + 1)
+    known = [value for value in ratio.seeds if value is not None]
+    plot.plot(known, [number + 0.18] * len(known), "o", color=colour, markersize=3, alpha=0.55)
+    found = ratio.estimate
+    if found is not None:
+        plot.plot([found.mean], [number], "D", color=colour, markersize=5, zorder=3)
+        if found.low is not None and found.high is not None:
+            plot.plot([found.low, found.high], [number, number], color=colour, linewidth=2)
+        return
+    for bound, marker in ((ratio.at_least, ">"), (ratio.at_most, "<")):
+        if bound is not None:
+            plot.plot([bound], [number], marker, color=colour, markersize=7)
+
+
+def draw_sweep(sweep: Sweep) -> Figure:
+    """Draw the loss of a sweep against the learning rate: means as lines, seeds as dots, a ring at the lowest mean."""
+
+    def draw(figure: Figure) -> None:
+        across, up = "learning rate", f"validation loss at {quantity(sweep.tokens)} tokens (nats)"
+        plot = dressed(figure.add_subplot(), "Loss against learning rate", across, up)
+        plot.set_xscale("log")
+        for number, curve in enumerate(sweep.curves):
+            colour, marker = _colour(number), MARKERS[number % len(MARKERS)]
+            for point in curve.points:
+                plot.plot([point.rate] * len(point.losses), point.losses, ".", color=colour, markersize=5, alpha=0.5)
+                if point.loss is None:
+                    transform = plot.get_xaxis_transform()
+                    plot.plot([point.rate], [0.97 - 0.05 * number], "x", color=colour, transform=transform)
+            whole = [(point.rate, point.loss) for point in curve.points if point.loss is not None]
+            label = curve.label or "mean of seeds"
+            x, y = [rate for rate, _ in whole], [loss for _, loss in whole]
+            plot.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
+            if curve.best is not None and curve.best.loss is not None:
+                plot.plot([curve.best.rate], [curve.best.loss], "o", color=colour, markersize=12, fillstyle="none")
+        rates = sorted({point.rate for curve in sweep.curves for point in curve.points})
+        plot.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        plot.xaxis.set_minor_locator(NullLocator())
+        words = "line: mean of seeds; dots: seeds; ring: lowest mean"
+        missing = any(point.loss is None for curve in sweep.curves for point in curve.points)
+        legend_below(figure, title=words + ("; cross: not all seeds got there" if missing else ""))
+
+    return picture((WIDTH, 4.6), draw)

@@ -1,13 +1,13 @@
 """Seconds of a step from a timing benchmark, in place of the seconds that the runs themselves took.
 
-Runs that share a machine with other work take longer whenever that work does. A benchmark that trains steps of all rows
-in turns in one process gives seconds that compare:
+Runs that share a machine with other work take longer whenever that work does. A benchmark that trains steps of all
+variants in interleaved rounds in one process gives seconds that compare:
 
     {"rows": {LABEL: {"step_seconds": MEDIAN, "turns": [SECONDS, ...]}, ...}, "machine": {...}}
 
-`turns` are the seconds of a step in each turn, the n-th of all rows belonging together. A row whose sequences grow in
-the course of a run has `phases` besides, {"last": STEP, "step_seconds": MEDIAN} each; its other seconds are means over
-the steps of the run.
+`rows` are the variants, `turns` the seconds of a step in each round, the n-th of all variants belonging together. A
+variant whose sequences grow in the course of a run has `phases` besides, {"last": STEP, "step_seconds": MEDIAN} each;
+its other seconds are means over the steps of the run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare.student import Estimate, ratio_estimate
+from sepllm_train.base.statistics import Interval, ratio_estimate
 
 FILE = "timing.json"
 
 
 @dataclass(frozen=True)
-class RowTiming:
-    """Seconds of a step: the median, and one value per turn. `phases`: last step of each phase and its seconds of a
+class VariantTiming:
+    """Seconds of a step: the median, and one value per round. `phases`: last step of each phase and its seconds of a
     step, where they differ."""
 
     step_seconds: float
-    turns: tuple[float, ...]
+    rounds: tuple[float, ...]
     phases: tuple[tuple[int, float], ...] = ()
+
+    def data(self) -> dict[str, Any]:
+        """The figures as comparison.json and timing.json name them."""
+        return {"step_seconds": self.step_seconds, "turns": self.rounds, "phases": self.phases}
 
     def seconds_at(self, step: int) -> float:
         """Seconds of the first `step` steps."""
@@ -42,40 +46,40 @@ class RowTiming:
             done = min(step, last)
         return seconds + (step - done) * self.step_seconds
 
-    def turn_ratios(self, reference: RowTiming) -> list[float]:
-        """Seconds of a step over the reference's, turn by turn."""
-        return [ours / theirs for ours, theirs in zip(self.turns, reference.turns, strict=True)]
+    def turn_ratios(self, reference: VariantTiming) -> list[float]:
+        """Seconds of a step over the reference's, round by round."""
+        return [ours / theirs for ours, theirs in zip(self.rounds, reference.rounds, strict=True)]
 
-    def ratio(self, reference: RowTiming) -> Estimate:
-        """Geometric mean of the turns' ratios, with its interval."""
+    def ratio(self, reference: VariantTiming) -> Interval:
+        """Geometric mean of the rounds' ratios, with its interval."""
         return ratio_estimate(self.turn_ratios(reference))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A timing file: `rows` by label, and what it tells about the machine."""
+    """A timing file: `variants` by label, and what it records of the machine."""
 
     path: Path
-    rows: dict[str, RowTiming]
+    variants: dict[str, VariantTiming]
     machine: dict[str, Any]
 
-    def of(self, label: str, names: Sequence[str]) -> RowTiming:
-        """Timing of the row called `label`, or of one of its runs' `names`; raises UserError when it has none."""
+    def of(self, label: str, names: Sequence[str]) -> VariantTiming:
+        """Timing of the variant called `label`, or of one of its runs' `names`; raises UserError when it has none."""
         for name in (label, *names):
-            if name in self.rows:
-                return self.rows[name]
-        raise UserError(f"--timing {self.path} has no row {label!r}: it holds {', '.join(self.rows)}.")
+            if name in self.variants:
+                return self.variants[name]
+        raise UserError(f"--timing {self.path} has no row {label!r}: it holds {', '.join(self.variants)}.")
 
     def words(self) -> str:
-        """Where the seconds come from, in words for a reader."""
-        turns = len(next(iter(self.rows.values())).turns)
+        """Source of the seconds, in words for a reader."""
+        rounds = len(next(iter(self.variants.values())).rounds)
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value not in (None, ""))
         where = f" ({machine})" if machine else ""
-        phased = [label for label, row in self.rows.items() if row.phases]
+        phased = [label for label, variant in self.variants.items() if variant.phases]
         sums = f" Those of {', '.join(phased)} are summed over phases that were timed apart." if phased else ""
         return (
-            f"Seconds are steps times the seconds of a step, timed in {turns} turn{'' if turns == 1 else 's'} of all "
-            f"rows in one process{where}, not the seconds the runs took.{sums}"
+            f"Seconds are steps times the seconds of a step, timed in {rounds} round{'' if rounds == 1 else 's'} of "
+            f"all variants in one process{where}, not the seconds the runs took.{sums}"
         )
 
 
@@ -91,31 +95,31 @@ def read_timing(path: Path) -> Timing:
     found = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise UserError(f"--timing {path} has no 'rows' object that names a row.")
-    rows = {str(label): _row(value, f"--timing {path}: row {label!r}") for label, value in found.items()}
-    counts = {label: len(row.turns) for label, row in rows.items()}
+    variants = {str(label): _variant(value, f"--timing {path}: row {label!r}") for label, value in found.items()}
+    counts = {label: len(variant.rounds) for label, variant in variants.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{label} {count}" for label, count in counts.items())
-        raise UserError(f"--timing {path} has rows of different numbers of turns ({told}): time them in one process.")
+        listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise UserError(f"--timing {path} has rows of different numbers of turns ({listed}): time them in one process.")
     machine = content.get("machine")
-    return Timing(path, rows, machine if isinstance(machine, dict) else {})
+    return Timing(path, variants, machine if isinstance(machine, dict) else {})
 
 
-def _row(value: Any, where: str) -> RowTiming:
-    """A row of the file. Raises UserError unless it holds positive seconds."""
-    turns = value.get("turns") if isinstance(value, dict) else None
-    if not isinstance(turns, list) or not turns or not all(_is_time(turn) for turn in turns):
+def _variant(value: Any, where: str) -> VariantTiming:
+    """A variant of the file. Raises UserError unless it holds positive seconds."""
+    rounds = value.get("turns") if isinstance(value, dict) else None
+    if not isinstance(rounds, list) or not rounds or not all(_is_time(round) for round in rounds):
         raise UserError(f"{where} needs 'turns', a list of seconds above 0.")
     if not _is_time(value.get("step_seconds")):
         raise UserError(f"{where} needs 'step_seconds', a number above 0.")
-    return RowTiming(
+    return VariantTiming(
         float(value["step_seconds"]),
-        tuple(float(turn) for turn in turns),
+        tuple(float(round) for round in rounds),
         _phases(value.get("phases", []), where),
     )
 
 
 def _phases(value: Any, where: str) -> tuple[tuple[int, float], ...]:
-    """The phases of a row. Raises UserError unless each has positive seconds and ends after the one before."""
+    """The phases of a variant. Raises UserError unless each has positive seconds and ends after the one before."""
     try:
         phases = tuple((int(phase["last"]), float(phase["step_seconds"])) for phase in value)
     except (KeyError, TypeError, ValueError):

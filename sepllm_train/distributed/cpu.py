@@ -75,6 +75,11 @@ def install() -> None:
     _active.__enter__()
 
 
+def undisturbed() -> Any:
+    """Context for code that asks for no CUDA tensor: each operation is called directly, without a look at it first."""
+    return torch._C.DisableTorchFunction()
+
+
 def _is_cuda(device: Any) -> bool:
     """True when `device` (name, torch.device or None) is a GPU."""
     if isinstance(device, torch.device):

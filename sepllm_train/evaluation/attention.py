@@ -14,7 +14,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.stream_model import Opened
 from sepllm_train.generation.choice import CLASSES, AttentionChoice, finite_windows
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.hf import (
     PatternCache,
     SepCache,

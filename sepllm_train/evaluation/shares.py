@@ -16,8 +16,7 @@ from torch import Tensor
 
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
-from sepllm_train.generation.slots import Slots
+from sepllm_train.generation.slots import CachePolicy, Slots
 
 # Tokens counted at once, padding included.
 _AT_ONCE = 65536

@@ -14,7 +14,7 @@ from sepllm_train.base.errors import UserError
 if TYPE_CHECKING:
     from data_prep.tokenizers import Tokenizer
     from sepllm_train.generation.pattern import TokenPattern
-    from sepllm_train.generation.policy import CachePolicy
+    from sepllm_train.generation.slots import CachePolicy
 
 # Numbers for a model that was trained with full attention: the paper's for training-free use.
 INITIAL, WINDOW, SEPARATORS, CLASSES = 3, 256, 64, "paper"
@@ -107,7 +107,7 @@ class AttentionChoice:
         """
         from sep_attention import FOREVER
 
-        from sepllm_train.generation.policy import CachePolicy
+        from sepllm_train.generation.slots import CachePolicy
 
         layers = len(trained.windows)
         if self.name == "pattern":
@@ -153,7 +153,7 @@ class AttentionChoice:
         )
 
     def _resolved(self, pattern: TokenPattern, policies: list[CachePolicy], line: str) -> ResolvedCache:
-        from sepllm_train.generation.native import check_positions
+        from sepllm_train.generation.cache import check_positions
 
         bounded = policies[0].capacity is not None and len(set(policies)) == 1
         positions = self.positions or ("cache" if bounded else "training")

@@ -49,7 +49,6 @@ def generate(
     rows = list(range(len(prompts)))
     while True:
         chosen = _same_on_all_ranks(sampling.choose(logits, [generators[row] for row in rows]).to(logits.device), cache)
-        lengths = cache.mean_lengths()
         going = []
         for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             one = found[row]
@@ -57,7 +56,7 @@ def generate(
             on_token(row, token)
             one.ended = token == end
             if one.ended or len(one.tokens) == count:
-                one.cache_length, one.seconds = lengths[place], time.perf_counter() - began
+                one.cache_length, one.seconds = cache.mean_lengths()[place], time.perf_counter() - began
             else:
                 going.append(place)
         if not going:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_prep.separators import class_numbers, classify
 from data_prep.tokenizers import Tokenizer
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.model.pattern import AttentionPattern
 
 FORMAT = 1

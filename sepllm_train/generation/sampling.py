@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ class Sampling:
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, i64 [B], from logits fp32 [B, V]. Raises UserError for logits not finite."""
-        if not bool(logits.isfinite().all()):
+        # The least and the largest are finite only where all are: NaN takes the place of both.
+        if not all(math.isfinite(bound) for bound in logits.aminmax()):
             raise UserError(
                 "the model's logits are not finite: the weights of this checkpoint, or its precision, are bad."
             )

@@ -1,4 +1,4 @@
-"""What the columns of a cache hold: the bookkeeping of a layer's keys, without the keys.
+"""Policy of a layer's cache, and the bookkeeping of its columns without the keys themselves.
 
 Shape letters: B rows (sequences), W columns, N appended tokens. Rows are right-aligned: the keys of row b are its last
 `length[b]` columns, oldest first, and what is before them is padding.
@@ -12,12 +12,71 @@ import torch
 from sep_attention import FOREVER
 from torch import Tensor
 
-from sepllm_train.generation.policy import SLACK, CachePolicy
+# Keys a cache without a capacity may hold beyond those that are still seen: dropping costs a copy of what stays.
+SLACK = 256
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """The four blocks [initial | separators | past window | local window] of one layer's cache.
+
+    Tokens are appended until the cache holds `capacity` keys. Before the next one, keys outside of the local window
+    are dropped, all but the `initial` first of the sequence and the newest `separators` of those that are separators.
+
+    Attributes:
+        window: newest tokens that always stay, the one being appended included; FOREVER keeps all.
+        initial: first tokens of the sequence that always stay.
+        separators: separators that stay beyond the window; None = all of them.
+        capacity: keys the cache holds at most. None lets it grow and hides from a query what the pattern does not
+            show it, so that the result is that of the pattern as a mask.
+
+    Raises ValueError with the numbers when they do not fit together.
+    """
+
+    window: int
+    initial: int = 0
+    separators: int | None = None
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("initial", 0), ("separators", 0), ("capacity", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+        if self.capacity is None:
+            if self.separators is not None and self.window < FOREVER:
+                raise ValueError(
+                    f"separators={self.separators} needs a capacity above initial + separators + window = "
+                    f"{self.initial + self.separators + self.window}; separators=None keeps all without one."
+                )
+            return
+        if self.separators is None:
+            raise ValueError(f"capacity={self.capacity} needs a number of separators to keep, not separators=None.")
+        kept = self.initial + self.separators + self.window
+        least = kept + (self.separators > 0)
+        if self.capacity < least:
+            raise ValueError(
+                f"initial={self.initial} + separators={self.separators} + window={self.window} is {kept}, and "
+                f"capacity={self.capacity} must be larger: at least {least}."
+            )
+
+    @property
+    def hides(self) -> bool:
+        """True when the cache can hold keys that a query does not see."""
+        return self.capacity is None and self.window < FOREVER
+
+    @property
+    def mean_length(self) -> float | None:
+        """Keys in the cache on average over a long text with enough separators, by the paper's formula
+        (a + s + w + c) / 2; None without a capacity."""
+        if self.capacity is None or self.separators is None:
+            return None
+        return (self.initial + self.separators + self.window + self.capacity) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Columns of one policy's caches; never changed in place, so an older state is a reference.
+    """Columns of one policy's caches, never changed in place, so an older state is a reference.
 
     Attributes:
         length: i64 [B], keys of each row.
@@ -51,7 +110,10 @@ class Slots:
         return torch.arange(self.width, device=self.length.device) - (self.width - self.length)[:, None]
 
     def append(self, reach: Tensor, valid: Tensor) -> Slots:
-        """With N more tokens; reach i64 [B, N], valid bool [B, N], False for padding before a row's first token."""
+        """The slots with N more tokens.
+
+        reach: i64 [B, N]. valid: bool [B, N], False for padding before a row's first token.
+        """
         count = valid.cumsum(1)
         position = torch.where(valid, self.seen[:, None] + count - 1, -1)
         return replace(
@@ -96,8 +158,12 @@ class Slots:
         )
 
     def visible(self, queries: int) -> Tensor:
-        """bool [B, N, W]: which keys each of the last `queries` columns sees. A padding column sees itself: a softmax
+        """bool [B, N, W]: keys that each of the last `queries` columns sees. A padding column sees itself: a softmax
         over nothing would be NaN."""
+        if queries == 1 and not self.policy.hides:
+            seen = self.position >= 0
+            seen[:, -1] = True
+            return seen[:, None]
         key = torch.arange(self.width, device=self.length.device)
         query = key[self.width - queries :, None]
         seen = (key <= query) & (self.position >= 0)[:, None]
@@ -114,7 +180,7 @@ class Slots:
         return replace(self, **{name: getattr(self, name).index_select(0, rows) for name in names})
 
     def begun_anew(self, rows: Tensor) -> Slots:
-        """As before their first token in the rows that are True in `rows`, bool [B]: their columns are padding."""
+        """The slots with the rows that are True in `rows`, bool [B], as before their first token, all padding."""
         return replace(
             self,
             length=torch.where(rows, 0, self.length),
@@ -124,7 +190,7 @@ class Slots:
         )
 
     def without_last(self, columns: int) -> Slots:
-        """Without the last `columns` columns, which must have been appended since keys were dropped last."""
+        """The slots without the last `columns` columns, which must have been appended since keys were dropped last."""
         gone = (self.position[:, self.width - columns :] >= 0).sum(1)
         keep = self.width - columns
         return replace(

@@ -9,7 +9,7 @@ from typing import Any
 from sep_attention import FOREVER
 
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.hf.cache import SlotCache
 from sepllm_train.hf.hooks import base_of
 from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern

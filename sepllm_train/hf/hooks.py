@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,42 +14,24 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sepllm_train.generation.cache import SeparatorCache
+
 # Name of a forward's cache: the first from transformers 5.24 on, the second before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 _MODELS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-class TokenCache(Cache, ABC):
-    """A cache that takes the tokens of a forward before the layers run, in pieces; `cache.SlotCache` is it."""
+class TokenCache(SeparatorCache, Cache):
+    """A separator cache that the hooks serve; `cache.SlotCache` is it."""
 
-    columns_seen: int
     # Columns of the forward that is running, which layers refuse any other than; -1 between forwards.
     pending: int
-    # Whether a piece of a longer forward is running, and the hidden states of those before it.
+    # True while a piece of a longer forward is running; the hidden states of the pieces before it.
     running: bool
     pieces: list[Tensor]
-    # Tokens of each row, i64 [B].
-    tokens: Tensor
     # The model without its head that the cache was made for.
     base: Callable[[], Any]
-
-    @abstractmethod
-    def begin(self, rows: int, device: torch.device) -> None:
-        """Start with `rows` sequences unless it has begun."""
-
-    @abstractmethod
-    def make_room(self) -> None:
-        """Drop keys where the next token has no room."""
-
-    @abstractmethod
-    def fits(self, ids: Tensor, valid: Tensor) -> int:
-        """How many of the next tokens, i64 and bool [B, N], can be one piece; at least 1 after make_room."""
-
-    @abstractmethod
-    def append(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Take N tokens, i64 and bool [B, N]; gives their position_ids, i64 [B, N], and the mask of what they see for
-        each layer, bool [B, N, W] (one object for layers that share it)."""
 
 
 class LayerMasks:
@@ -137,6 +118,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         cache.make_room()
         end = start + cache.fits(ids[:, start:], valid[:, start:])
         positions, masks = cache.append(ids[:, start:end], valid[:, start:end])
+        cache.pending = end - start
         piece = {**kwargs, "input_ids": ids[:, start:end], "position_ids": positions, "use_cache": True}
         piece["attention_mask"] = give_masks(base, masks)
         if end == ids.shape[1]:

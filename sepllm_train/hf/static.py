@@ -12,6 +12,7 @@ from sep_attention import FOREVER, DecodeCache, advance
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sepllm_train.generation.cache import check_context
 from sepllm_train.hf.caches import SepCache
 from sepllm_train.hf.hooks import additive, cache_argument
 from sepllm_train.hf.pattern import ATTENTION, no_kernel
@@ -120,11 +121,7 @@ class Decoder:
         if ids.shape != self._ids.shape[:1]:
             raise ValueError(f"step takes one token for each of {len(self._ids)} rows, got {list(ids.shape)}.")
         self._seen += 1
-        if self._end is not None and self._seen > self._end:
-            raise ValueError(
-                f"the text is {self._seen} tokens long and the model's context {self._end}: with positions='training' "
-                "it must fit; positions='cache' has no end."
-            )
+        check_context(self._seen, self._end)
         self._ids.copy_(ids[:, None])
         if self._mode != "graph":
             return self._step()

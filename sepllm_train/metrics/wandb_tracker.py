@@ -9,8 +9,11 @@ import queue
 import secrets
 import shlex
 import shutil
+import struct
 import sys
 import threading
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,7 +24,6 @@ from sepllm_train.base.errors import first_line
 from sepllm_train.base.files import read_json_if_any, write_json
 from sepllm_train.config.schema import LoggingConfig
 from sepllm_train.metrics.flops import CONVENTIONS
-from sepllm_train.metrics.wandb_file import has_ended
 
 # What losses can be drawn against; W&B draws them against the first where a panel does not say otherwise.
 AXES = (*(f"flops/{convention}" for convention in CONVENTIONS), "tokens", "seconds", "step")
@@ -32,6 +34,12 @@ _ANSWER_SECONDS = 20.0
 _TEARDOWN_SECONDS = 5.0
 _FLUSH_SECONDS = 2.0
 _EXIT_CODES = {"finished": 0, "interrupted": 75}
+# The file of a run, W&B's messages in LevelDB's log format, begins with 7 bytes that name the format; they belong to
+# the first block.
+_BLOCK, _HEADER = 32768, struct.Struct("<IHB")
+_FIRST, _FULL, _LAST = 7, 1, 4
+# The end of a run is the last message, or has few behind it.
+_LOOKED_AT = 8
 
 
 def host() -> str:
@@ -40,7 +48,7 @@ def host() -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B would find credentials: in the environment, or for its host in the netrc file."""
+    """True if W&B would find credentials: in the environment, or for its host in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     with contextlib.suppress(OSError, netrc.NetrcParseError):
@@ -108,7 +116,7 @@ class WandbTracker:
         self.run.finish(exit_code=_EXIT_CODES.get(status, 1))
         wandb.teardown()
         if self.mode == "offline":
-            # That it could not write the file, W&B tells no one.
+            # W&B does not report that it could not write the file.
             if not has_ended(Path(self.run.settings.sync_file)):
                 raise OSError(f"{self.run.settings.sync_file} is not whole: is the disk full?")
             self.messages.put(f"W&B: recorded offline, upload it with: {self._upload()}")
@@ -194,3 +202,33 @@ def _teardown() -> None:
     """End W&B in this process, as far as it has begun, or what it left for the exit would be tried then and fail."""
     with contextlib.suppress(Exception):
         sys.modules["wandb"].teardown()
+
+
+def messages(content: bytes) -> Iterator[bytes]:
+    """The messages of a .wandb file. One that was being written when its process died or the disk was full is left out.
+
+    Format: https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    position, message = _FIRST, b""
+    while position + _HEADER.size <= len(content):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEADER.size:
+            position += left
+            continue
+        _, length, kind = _HEADER.unpack_from(content, position)
+        position += _HEADER.size
+        if position + length > len(content):
+            return
+        message += content[position : position + length]
+        position += length
+        if kind in (_FULL, _LAST):
+            yield message
+            message = b""
+
+
+def has_ended(file: Path) -> bool:
+    """True if a .wandb file holds the end of its run, which W&B writes last. Raises OSError."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    last = deque(messages(file.read_bytes()), maxlen=_LOOKED_AT)
+    return any(Record.FromString(message).WhichOneof("record_type") == "exit" for message in last)

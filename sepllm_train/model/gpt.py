@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sepllm_train.config.schema import ModelConfig
 from sepllm_train.distributed.context import ContextPlan, part_of
+from sepllm_train.model.layers import project
 from sepllm_train.model.loss import OutputShard, output_cross_entropy
 from sepllm_train.model.pointwise import Pointwise
 from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
@@ -129,7 +130,10 @@ class SepGPTModel(LanguageModule):
 
         tokens: i64 [B, N], which `sequence.cache` appends and attends for. Without pipeline or sequence parallelism.
         """
-        logits = self._logits(self._hidden_states(tokens, sequence)[-1:])[0]
+        hidden = self.embedding(tokens, None)
+        for layer in self.decoder.layers:
+            hidden = layer.decode(hidden, sequence)
+        logits = self._logits(self.decoder.final_layernorm(hidden[-1:]))[0]
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[:, : self.vocabulary]
 
     def _rotation(self, plan: AttentionPlan | ContextPlan) -> tuple[Tensor, Tensor] | None:
@@ -156,7 +160,7 @@ class SepGPTModel(LanguageModule):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, B, padded vocabulary / TP] of this rank, -inf where there is no entry."""
-        logits, _ = self.output_layer(hidden, weight=self._tied_weight())
+        logits, _ = project(self.output_layer, hidden, self._tied_weight())
         shard = logits.shape[-1]
         real = max(0, self.vocabulary - get_pg_rank(self.tp_group) * shard)
         if real < shard:

@@ -23,7 +23,7 @@ from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.model.pointwise import Pointwise
-from sepllm_train.model.sequence import SeparatorSequence
+from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -121,6 +121,10 @@ class SeparatorLayer(TransformerLayer):
         """hidden_states [S, B, hidden] (S / TP under sequence parallelism); gives the same shape and None."""
         return _viewless(self._block(hidden_states, packed_seq_params)), None
 
+    def decode(self, x: Tensor, sequence: DecodeSequence) -> Tensor:
+        """As `forward`, for tokens [N, B, hidden] that are appended to a cache; nothing is kept for gradients."""
+        return self._block(x, sequence)
+
     def _block(self, x: Tensor, sequence: SeparatorSequence) -> Tensor:
         attended, bias = self._attend(self.pointwise.norm(x, self.input_layernorm), sequence)
         x, normalized = self.pointwise.add_and_norm(x, attended, bias, self.pre_mlp_layernorm)
@@ -128,6 +132,11 @@ class SeparatorLayer(TransformerLayer):
 
     def _attend(self, normalized: Tensor, sequence: SeparatorSequence) -> tuple[Tensor, Tensor | None]:
         """Result of attention, and the bias that is to be added to it. Core attention rotates queries and keys."""
+        if isinstance(sequence, DecodeSequence):
+            # What megatron-core's forward does around these three takes longer than they do for one token.
+            attention = self.self_attention
+            parts = attention.get_query_key_value_tensors(normalized)
+            return project(attention.linear_proj, attention.core_attention.forward(*parts, None, None, None, sequence))
         return self.self_attention(normalized, attention_mask=None, rotary_pos_emb=None, packed_seq_params=sequence)
 
     def _mlp(self, normalized: Tensor) -> Tensor:
@@ -139,7 +148,8 @@ class SeparatorLayer(TransformerLayer):
         return checkpoint(self._mlp_forward, False, normalized) if self.recompute_mlp else self._mlp_forward(normalized)
 
     def _mlp_forward(self, normalized: Tensor) -> Tensor:
-        return self.mlp.linear_fc2(self.pointwise.activation(*self.mlp.linear_fc1(normalized)))[0]
+        inner = self.pointwise.activation(*project(self.mlp.linear_fc1, normalized))
+        return project(self.mlp.linear_fc2, inner)[0]
 
 
 class ParallelResidualLayer(SeparatorLayer):
@@ -149,6 +159,17 @@ class ParallelResidualLayer(SeparatorLayer):
         first, second = self.pointwise.two_norms(x, self.input_layernorm, self.pre_mlp_layernorm)
         attended, bias = self._attend(first, sequence)
         return self.pointwise.add_both(x, attended, bias, self._mlp(second), self.mlp.linear_fc2.bias)
+
+
+def project(linear: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Output of a parallel linear whose bias is left to what comes after it, and that bias.
+
+    weight: in place of the linear's own. Without gradients and other ranks the matrix product is all there is to do;
+    megatron-core's ways to and from other ranks cost more than that of one token.
+    """
+    if torch.is_grad_enabled() or linear.config.tensor_model_parallel_size > 1:
+        return linear(x) if weight is None else linear(x, weight=weight)
+    return F.linear(x, linear.weight if weight is None else weight), linear.bias
 
 
 def _viewless(x: Tensor) -> Tensor:

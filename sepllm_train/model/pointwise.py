@@ -188,10 +188,10 @@ def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotate_one(q, cos, sin), _rotate_one(k, cos, sin)
+    return rotate_one(q, cos, sin), rotate_one(k, cos, sin)
 
 
-def _rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first features of x [S, B, H, D], as many as cos and sin [S, 1, 1, R] have, in halves (GPT-NeoX)."""
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, -1)

@@ -10,7 +10,7 @@ from sepllm_train.config.schema import one_of, positive, require
 # What the plan gives every run, and the key of the suite that it comes from.
 PLANNED = {
     "seed": "suite.seeds",
-    "name": "the row's name",
+    "name": "the variant's name",
     "run_root": "suite.root",
     "resume": "the suite, which always continues",
     "data": "suite.prefix or suite.text",
@@ -27,7 +27,7 @@ ACTIONS = ("train", "time", "evaluate", "report")
 
 @dataclass
 class SizeConfig:
-    """How large the runs of a suite are. Tokens are those of all processes together."""
+    """Size of the runs of a suite. Tokens are those of all processes together."""
 
     # Entries of the tokenizer that is trained on suite.text; of no effect with suite.tokenizer or suite.prefix.
     vocabulary: int = 8192
@@ -38,20 +38,26 @@ class SizeConfig:
     tokens_per_step: int = 8192
     # Tokens that a process takes at a time; at least one sequence.
     micro_batch_tokens: int = 2048
-    # Steps of the rows, and of the reference row, whose last validation loss they are to reach.
+    # Steps of the variants, and of the reference, whose last validation loss they are to reach.
     steps: int = 128
     reference_steps: int = 128
     # Tokens of a validation, from the held-out documents.
     validation_tokens: int = 16384
     # Tokens on which the last checkpoints are evaluated.
     evaluation_tokens: int = 65536
-    # Turns that count when the rows' steps are timed in turns, and the steps of a turn.
-    timing_turns: int = 5
+    # Rounds that count when the variants' steps are timed in interleaved rounds, and the steps of a round.
+    timing_rounds: int = 5
     timing_steps: int = 2
+    # The older name of timing_rounds.
+    timing_turns: int | None = None
+    # What the suite learning_rate trains with: optim.lr of its variants, optim.min_lr being a tenth of it.
+    learning_rates: list[float] = field(default_factory=list)
     # Of every run.
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.timing_turns is not None:
+            self.timing_rounds = self.timing_turns
         positive(
             "sizes",
             self,
@@ -63,7 +69,7 @@ class SizeConfig:
             "reference_steps",
             "validation_tokens",
             "evaluation_tokens",
-            "timing_turns",
+            "timing_rounds",
             "timing_steps",
         )
 
@@ -72,22 +78,31 @@ class SizeConfig:
 class SelectionConfig:
     """The part of the plan that is worked on now; an empty list means all of it."""
 
-    rows: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    # The older name of variants.
+    rows: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.variants = self.variants or self.rows
 
 
 @dataclass
 class SuiteConfig:
-    """Rows of a suite: a name and the overrides that make the row, in the order of the report."""
+    """Variants of a suite: a name and the overrides that make the variant, in the order of the report."""
 
     name: str = ""
     question: str = ""
     reference: str = "dense"
-    # Give the reference as many steps as the other rows: for comparisons at equal tokens, not of what it takes to reach
-    # its last loss.
+    # Give the reference as many steps as the other variants: for comparisons at equal tokens, not of what it takes to
+    # reach its last loss.
     same_steps: bool = False
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    # The older name of variants.
     rows: dict[str, list[str]] = field(default_factory=dict)
+    # Train every variant with each of these learning rates, as NAME_lrRATE; empty: with the size's.
+    learning_rates: list[float] = field(default_factory=list)
     size: str = "cpu"
     # In place of the size's.
     lengths: list[int] | None = None
@@ -106,13 +121,20 @@ class SuiteConfig:
     do: list[str] = field(default_factory=lambda: list(ACTIONS))
     # Folder for a copy of the figures without checkpoints, to keep or to publish.
     export: str | None = None
-    # Added to every run's, after the size's and before the row's.
+    # Added to every run's, after the size's and before the variant's.
     overrides: list[str] = field(default_factory=list)
     # Say what would be run, and stop.
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        self.variants = {**self.variants, **self.rows}
         positive("suite", self, "jobs")
+        rates = self.learning_rates
+        require(all(rate > 0 for rate in rates), f"suite.learning_rates={rates} must be above 0.")
+        require(len(set(rates)) == len(rates), f"suite.learning_rates={rates} names one twice.")
+        require(
+            not rates or self.same_steps, "suite.learning_rates are compared at equal tokens: set suite.same_steps."
+        )
         for action in self.do:
             one_of("suite.do", action, ACTIONS)
         require(
@@ -126,7 +148,7 @@ class SuiteConfig:
 
 
 @dataclass
-class Config:
+class SuiteSettings:
     """All of it: the suite and the sizes to choose from."""
 
     suite: SuiteConfig = field(default_factory=SuiteConfig)
@@ -134,16 +156,16 @@ class Config:
 
     def __post_init__(self) -> None:
         suite = self.suite
-        require(bool(suite.name) and bool(suite.rows), "no suite is named: add one, such as +suite=paper.")
-        for name in (suite.name, *suite.rows):
+        require(bool(suite.name) and bool(suite.variants), "no suite is named: add one, such as +suite=paper.")
+        for name in (suite.name, *suite.variants):
             require(
                 re.fullmatch(r"\w[\w.-]*", name) is not None,
-                f"{name!r} is no name for a suite or a row: letters, digits, _, - and . make folder names.",
+                f"{name!r} is no name for a suite or a variant: letters, digits, _, - and . make folder names.",
             )
         one_of("suite.size", suite.size, tuple(self.sizes))
         require(
-            suite.reference in suite.rows,
-            f"suite.reference={suite.reference} is not a row: choose one of {', '.join(suite.rows)}.",
+            suite.reference in suite.variants,
+            f"suite.reference={suite.reference} is not a variant: choose one of {', '.join(suite.variants)}.",
         )
         for key, values in (("lengths", self.lengths), ("seeds", self.seeds)):
             require(bool(values), f"suite.{key} is empty: give at least one.")
@@ -151,17 +173,21 @@ class Config:
             require(min(values) >= 1, f"suite.{key}={values} must be numbers of at least 1.")
             unknown = set(getattr(suite.only, key)) - set(values)
             require(not unknown, f"suite.only.{key} names {sorted(unknown)}; the suite has {values}.")
-        for override in (*suite.overrides, *self.size.overrides, *(own for row in suite.rows.values() for own in row)):
+        for override in (
+            *suite.overrides,
+            *self.size.overrides,
+            *(own for all_ in suite.variants.values() for own in all_),
+        ):
             key = override.lstrip("+~").partition("=")[0]
             require(key not in PLANNED, f"{override} is part of the plan: set it by {PLANNED.get(key)}.")
-        timed = (self.size.timing_turns + 1) * self.size.timing_steps
+        timed = (self.size.timing_rounds + 1) * self.size.timing_steps
         steps = self.size.steps if suite.same_steps else min(self.size.steps, self.size.reference_steps)
         require(
             timed <= steps,
-            f"sizes.{suite.size}: timing_turns and one to warm up take {timed} steps, and a run has {steps}.",
+            f"sizes.{suite.size}: timing_rounds and one to warm up take {timed} steps, and a run has {steps}.",
         )
-        unknown_rows = [row for row in suite.only.rows if row not in suite.rows]
-        require(not unknown_rows, f"suite.only.rows names {unknown_rows}; the suite has {', '.join(suite.rows)}.")
+        strange = [name for name in suite.only.variants if name not in self.variants]
+        require(not strange, f"suite.only.variants names {strange}; the suite has {', '.join(self.variants)}.")
         for length in self.lengths:
             require(
                 self.size.tokens_per_step % length == 0,
@@ -180,5 +206,27 @@ class Config:
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds: each is of one model's weights and one order of the data, the same for every row."""
+        """Seeds: each is of one model's weights and one order of the data, the same for every variant."""
         return self.size.seeds if self.suite.seeds is None else self.suite.seeds
+
+    @property
+    def variants(self) -> dict[str, list[str]]:
+        """Overrides of every variant by name; with learning rates, of each variant at each of them."""
+        suite = self.suite
+        if not suite.learning_rates:
+            return suite.variants
+        return {
+            _at_rate(name, rate): [*own, f"optim.lr={rate:g}", f"optim.min_lr={rate / 10:g}"]
+            for name, own in suite.variants.items()
+            for rate in suite.learning_rates
+        }
+
+    @property
+    def reference(self) -> str:
+        """The variant that the others are compared with; with learning rates, at the middle one."""
+        rates, name = self.suite.learning_rates, self.suite.reference
+        return _at_rate(name, rates[len(rates) // 2]) if rates else name
+
+
+def _at_rate(name: str, rate: float) -> str:
+    return f"{name}_lr{rate:g}"

@@ -17,11 +17,10 @@ import yaml
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import write_whole
+from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import FILE, Plan, read_json
+from sepllm_train.suite.plan import FILE, Plan, finished, read_json
 from sepllm_train.suite.report import SHARES
-from sepllm_train.suite.runner import finished
 from sepllm_train.suite.timing import timing_file
 
 RUNS, SUMMARY, README = "runs.jsonl.gz", "summary.json", "README.md"
@@ -44,7 +43,7 @@ def export(plan: Plan, target: Path) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_whole(target / RUNS, packed(runs))
-        write_whole(target / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        write_json(target / SUMMARY, summary)
         for path in sorted(report.rglob("*")):
             if path.suffix in (".md", ".svg"):
                 copy = target / path.relative_to(report)
@@ -76,12 +75,12 @@ def unpack(study: Path, folder: Path) -> None:
             place = folder / "runs" / Path(run["name"]).name
             place.mkdir(parents=True, exist_ok=True)
             write_whole(place / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False).encode())
-            write_whole(place / "environment.json", (json.dumps(run["environment"], indent=1) + "\n").encode())
-            write_whole(place / "run.json", (json.dumps(run["run"], indent=2) + "\n").encode())
+            write_json(place / "environment.json", run["environment"])
+            write_json(place / "run.json", run["run"], indent=2)
             write_whole(place / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in run["metrics"]).encode())
         # The plan last: with it, the folder is a suite.
         for name, held in reversed(summary.items()):
-            write_whole(folder / name, (json.dumps(held, indent=1) + "\n").encode())
+            write_json(folder / name, held)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{study / RUNS} cannot be unpacked ({error}): restore it.") from None
 

@@ -1,4 +1,4 @@
-"""Run of a suite: prepare the data, fix the plan, train its runs, time its rows, write the report."""
+"""Run of a suite: prepare the data, fix the plan, train its runs, time its variants, write the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.suite.config import Config
+from sepllm_train.suite.config import SuiteSettings
 from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export, is_study, unpack
 from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_json, read_plan
@@ -20,7 +20,7 @@ from sepllm_train.suite.timing import timing_file
 from sepllm_train.training.run_folder import claim
 
 
-def run_suite(config: Config) -> None:
+def run_suite(config: SuiteSettings) -> None:
     """Do what suite.do asks for. Raises UserError for mistakes and for runs that failed, Interrupted at a signal."""
     suite, folder = config.suite, folder_of(config)
     if suite.dry_run:
@@ -50,7 +50,7 @@ def run_suite(config: Config) -> None:
         _finish(config, plan)
 
 
-def _dry_run(config: Config, folder: Path) -> None:
+def _dry_run(config: SuiteSettings, folder: Path) -> None:
     """Print the commands of the runs."""
     plan = make_plan(config, data_prefix(config, folder), read=False)
     runs = plan.selected(config.suite.only)
@@ -59,7 +59,7 @@ def _dry_run(config: Config, folder: Path) -> None:
     say(f"dry run: {len(runs)} runs; nothing was trained.")
 
 
-def _finish(config: Config, plan: Plan) -> None:
+def _finish(config: SuiteSettings, plan: Plan) -> None:
     """Report and export."""
     if "report" in config.suite.do:
         say(f"report: {write_suite_report(plan)}")
@@ -67,7 +67,7 @@ def _finish(config: Config, plan: Plan) -> None:
         export(plan, Path(config.suite.export).expanduser())
 
 
-def _report_study(config: Config, study: Path) -> None:
+def _report_study(config: SuiteSettings, study: Path) -> None:
     """Report and export of a study, whose own report and figures are written again."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / study.name
@@ -78,16 +78,16 @@ def _report_study(config: Config, study: Path) -> None:
             export(plan, study)
 
 
-def _time(config: Config, plan: Plan, length: int) -> None:
-    """Time the rows at a length in a process of its own, unless they were timed before in as many turns."""
+def _time(config: SuiteSettings, plan: Plan, length: int) -> None:
+    """Time the variants at a length in a process of its own, unless they were timed before in as many rounds."""
     size, path = config.size, timing_file(plan.folder, length)
-    asked = {"turns": size.timing_turns, "steps_of_a_turn": size.timing_steps}
+    asked = {"turns": size.timing_rounds, "steps_of_a_turn": size.timing_steps}
     if asked.items() <= read_json(path).items():
-        say(f"the rows at {length:,} tokens were timed before; delete {path} to time them again")
+        say(f"the variants at {length:,} tokens were timed before; delete {path} to time them again")
         return
-    say(f"timing the rows at {length:,} tokens in turns: let nothing else run meanwhile")
-    arguments = [str(plan.folder), f"--length={length}", f"--turns={size.timing_turns}", f"--steps={size.timing_steps}"]
-    arguments += [] if plan.prefix is None else [f"--prefix={plan.prefix}"]
+    say(f"timing the variants at {length:,} tokens in interleaved rounds: let nothing else run meanwhile")
+    arguments = [str(plan.folder), str(length), str(size.timing_rounds), str(size.timing_steps)]
+    arguments += [] if plan.prefix is None else [plan.prefix]
     command = [*launcher(plan.processes), "-m", "sepllm_train.suite.timing", *arguments]
     with subprocess.Popen(command, env=environment(1, plan.processes)) as process:
         try:
@@ -95,4 +95,4 @@ def _time(config: Config, plan: Plan, length: int) -> None:
         finally:
             process.terminate()
     if code:
-        raise UserError(f"timing the rows at {length} tokens failed with code {code}.")
+        raise UserError(f"timing the variants at {length} tokens failed with code {code}.")

@@ -10,18 +10,20 @@ from typing import Any
 from data_prep.sidecar import read_header
 from sepllm_train.base import files
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.suite.config import Config, SelectionConfig
-from sepllm_train.training.run_folder import git_state
+from sepllm_train.suite.config import SelectionConfig, SuiteSettings
+from sepllm_train.training.run_folder import git_state, read_run_json
 
 FILE = "plan.json"
+# Keys of plan.json that this module calls otherwise.
+STORED = {"variant": "row", "variants": "rows"}
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run: its row, sequence length (tokens), seed, steps, and what is given to pretrain.py."""
+    """A run: its variant, sequence length (tokens), seed, steps, and what is given to pretrain.py."""
 
     name: str
-    row: str
+    variant: str
     length: int
     seed: int
     steps: int
@@ -30,14 +32,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite trains. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
+    """The runs of a suite. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
 
     folder: Path
     suite: str
     size: str
     question: str
     reference: str
-    rows: list[str]
+    variants: list[str]
     lengths: list[int]
     seeds: list[int]
     tokens_per_step: int
@@ -57,44 +59,44 @@ class Plan:
         return [
             run
             for run in self.runs
-            if (not only.rows or run.row in only.rows)
+            if (not only.variants or run.variant in only.variants)
             and (not only.lengths or run.length in only.lengths)
             and (not only.seeds or run.seed in only.seeds)
         ]
 
 
-def folder_of(config: Config) -> Path:
-    """Where the suite is written."""
+def folder_of(config: SuiteSettings) -> Path:
+    """Folder of the suite."""
     return Path(config.suite.root).expanduser() / f"{config.suite.name}-{config.suite.size}"
 
 
-def make_plan(config: Config, prefix: str | None, *, read: bool = True) -> Plan:
+def make_plan(config: SuiteSettings, prefix: str | None, *, read: bool = True) -> Plan:
     """The plan of a configuration on the dataset `prefix` (None: the sample corpus), without its hashes unless `read`.
 
-    All rows of one seed come before those of the next, so that a suite that is cut short holds whole comparisons.
+    All variants of one seed come before those of the next, so that a suite that is cut short holds whole comparisons.
     """
     suite, size = config.suite, config.size
     header = None if prefix is None or not read else read_header(prefix)
     runs = [
         PlannedRun(
-            name=f"{row}_{length}_seed{seed}",
-            row=row,
+            name=f"{variant}_{length}_seed{seed}",
+            variant=variant,
             length=length,
             seed=seed,
-            steps=_steps(config, row),
-            overrides=_overrides(config, row, length, seed),
+            steps=_steps(config, variant),
+            overrides=_overrides(config, variant, length, seed),
         )
         for seed in config.seeds
         for length in config.lengths
-        for row in suite.rows
+        for variant in config.variants
     ]
     return Plan(
         folder=folder_of(config),
         suite=suite.name,
         size=suite.size,
         question=suite.question,
-        reference=suite.reference,
-        rows=list(suite.rows),
+        reference=config.reference,
+        variants=list(config.variants),
         lengths=config.lengths,
         seeds=config.seeds,
         tokens_per_step=size.tokens_per_step,
@@ -106,22 +108,22 @@ def make_plan(config: Config, prefix: str | None, *, read: bool = True) -> Plan:
     )
 
 
-def _steps(config: Config, row: str) -> int:
-    """Steps of a row's runs."""
+def _steps(config: SuiteSettings, variant: str) -> int:
+    """Steps of a variant's runs."""
     suite, size = config.suite, config.size
-    return size.reference_steps if row == suite.reference and not suite.same_steps else size.steps
+    return size.reference_steps if variant == suite.reference and not suite.same_steps else size.steps
 
 
-def _overrides(config: Config, row: str, length: int, seed: int) -> list[str]:
+def _overrides(config: SuiteSettings, variant: str, length: int, seed: int) -> list[str]:
     """Overrides of one run, but for its name and folder and for where the data are."""
     suite, size = config.suite, config.size
-    chosen = [*size.overrides, *suite.overrides, *suite.rows[row]]
+    chosen = [*size.overrides, *suite.overrides, *config.variants[variant]]
     # A group's choice puts back every key of the group: choices come before single keys.
     groups = [override for override in chosen if "." not in override.partition("=")[0]]
     return [
         *groups,
         f"data.sequence_length={length}",
-        f"training.steps={_steps(config, row)}",
+        f"training.steps={_steps(config, variant)}",
         f"training.global_batch={size.tokens_per_step // length}",
         f"training.micro_batch={max(1, size.micro_batch_tokens // length)}",
         f"training.validation_samples={max(1, size.validation_tokens // length)}",
@@ -146,6 +148,11 @@ def quoted(value: str | Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file, empty where there is no file. Raises UserError for one that cannot be read."""
     return files.read_json(path, "restore or delete it", nan=True) if path.exists() else {}
+
+
+def finished(plan: Plan, run: PlannedRun) -> bool:
+    """True if a run has been trained to its end."""
+    return read_run_json(plan.run_root / run.name).get("status") == "finished"
 
 
 def fix_plan(plan: Plan) -> None:
@@ -175,10 +182,10 @@ def read_plan(folder: Path) -> Plan:
     path = folder / FILE
     try:
         content = files.read_json(path, "restore it")
-        runs = [PlannedRun(**run) for run in content.pop("runs")]
+        runs = [PlannedRun(variant=run.pop("row"), **run) for run in content.pop("runs")]
         for key in ("fixed", "git"):
             content.pop(key)
-        return Plan(folder=folder, prefix=None, runs=runs, **content)
+        return Plan(folder=folder, prefix=None, variants=content.pop("rows"), runs=runs, **content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the plan of a suite ({first_line(error)}): start it with `sepllm suite`."
@@ -186,9 +193,10 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _content(plan: Plan) -> dict[str, Any]:
-    """What plan.json holds and must agree; places on the disk may change."""
-    values = asdict(plan)
-    return {key: value for key, value in values.items() if key not in ("folder", "prefix")}
+    """Content of plan.json, which must agree; places on the disk may change. There, a variant is called a row."""
+    values = {STORED.get(key, key): value for key, value in asdict(plan).items() if key not in ("folder", "prefix")}
+    values["runs"] = [{STORED.get(key, key): value for key, value in run.items()} for run in values["runs"]]
+    return values
 
 
 def _first_difference(key: str, then: Any, now: Any) -> tuple[str, Any, Any]:

@@ -13,13 +13,13 @@ from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json
-from sepllm_train.suite.config import Config
+from sepllm_train.suite.config import SuiteSettings
 from sepllm_train.suite.plan import read_json
 
 SOURCE = "source.json"
 
 
-def data_prefix(config: Config, folder: Path) -> str | None:
+def data_prefix(config: SuiteSettings, folder: Path) -> str | None:
     """Prefix of the dataset that the runs of a suite in `folder` read; None is the sample corpus.
 
     Raises UserError for text that is not there.
@@ -33,7 +33,7 @@ def data_prefix(config: Config, folder: Path) -> str | None:
     return str((folder / "data" / "text").absolute())
 
 
-def prepare_data(config: Config, folder: Path) -> str | None:
+def prepare_data(config: SuiteSettings, folder: Path) -> str | None:
     """`data_prefix`, once the data is there: text is tokenised into `folder`/data by the first call.
 
     Raises UserError for text or a tokenizer that cannot be read, and for others than those of the first call.
@@ -59,12 +59,12 @@ def prepare_data(config: Config, folder: Path) -> str | None:
     return prefix
 
 
-def _corpus(config: Config) -> Corpus:
+def _corpus(config: SuiteSettings) -> Corpus:
     """The documents of suite.text. Raises UserError when a file is not there."""
     return Corpus([Path(path).expanduser() for path in config.suite.text], unwrap=config.suite.unwrap)
 
 
-def _train_tokenizer(config: Config, place: Path) -> Path:
+def _train_tokenizer(config: SuiteSettings, place: Path) -> Path:
     """A tokenizer of the size's vocabulary, trained on the text."""
     model = place / "tokenizer.model"
     say(f"data: training a tokenizer of {config.size.vocabulary:,} entries on {', '.join(config.suite.text)}")
@@ -78,8 +78,8 @@ def _train_tokenizer(config: Config, place: Path) -> Path:
     return model
 
 
-def _source(config: Config) -> dict[str, Any]:
-    """What the data is made from: names and sizes of the texts, tokenizer (or entries of its own), and unwrapping."""
+def _source(config: SuiteSettings) -> dict[str, Any]:
+    """Source of the data: names and sizes of the texts, tokenizer (or entries of its own), and unwrapping."""
     suite = config.suite
     texts = [Path(path).expanduser() for path in suite.text]
     own = f"{config.size.vocabulary} entries, trained on the text"

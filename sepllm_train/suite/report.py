@@ -1,4 +1,4 @@
-"""The report of a suite: for each sequence length a comparison of its rows, and one page of Markdown over all."""
+"""The report of a suite: for each sequence length a comparison of its variants, and one page of Markdown over all."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json, write_whole
 from sepllm_train.compare.report import REFERENCE, Report, build_report, write_report
-from sepllm_train.compare.rows import Row, read_rows, runs_of
+from sepllm_train.compare.results import find_sweep
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
+from sepllm_train.compare.variants import Variant, read_variants, runs_of
 from sepllm_train.runs.open import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
-from sepllm_train.suite.plan import Plan, PlannedRun, read_json
-from sepllm_train.suite.runner import finished
-from sepllm_train.suite.shares import Shares, shares_of
+from sepllm_train.suite.evaluate import PatternShares, shares_of
+from sepllm_train.suite.plan import Plan, PlannedRun, finished, read_json
 from sepllm_train.suite.timing import timing_file
 
 SHARES = "shares.json"
 KEPT = (
     "Attended: visible (query, key) pairs over those of the causal triangle. KV kept: keys that the last token of a "
     "sequence sees over all keys up to it. Both are means over held-out samples and layers. FLOPs of a token are those "
-    "of training, over the first row's, in the three conventions of docs/flops.md; where the steps of a run differ, "
+    "of training, over the first variant's, in the three conventions of docs/flops.md; where a run's steps differ, "
     "they are means over its steps, and the shares are those of validation."
 )
 
@@ -34,7 +34,7 @@ KEPT = (
 def write_suite_report(plan: Plan) -> Path:
     """Compare the finished runs of each length, write the folder `report` and give its Markdown file.
 
-    Raises UserError when no length has two rows to compare.
+    Raises UserError when no length has two variants to compare.
     """
     folder = plan.folder / "report"
     done = [run for run in plan.runs if finished(plan, run)]
@@ -42,7 +42,7 @@ def write_suite_report(plan: Plan) -> Path:
     figures: dict[str, Any] = {}
     for length in plan.lengths:
         runs = [run for run in done if run.length == length]
-        if plan.reference not in {run.row for run in runs} or len({run.row for run in runs}) < 2:
+        if plan.reference not in {run.variant for run in runs} or len({run.variant for run in runs}) < 2:
             parts.append(f"## S = {length:,}\n\nNothing to compare yet: {len(runs)} runs are finished.\n")
             continue
         shares = _shares(plan, length)
@@ -50,11 +50,14 @@ def write_suite_report(plan: Plan) -> Path:
         write_report(report, folder / str(length))
         table = _pattern_table(report, shares)
         parts.append(_section(length, report, [table, *_evaluation_table(plan, runs, report)]))
-        figures[str(length)] = {"shares": {row: asdict(found) for row, found in shares.items()}, **report.data()}
+        figures[str(length)] = {
+            "shares": {variant: asdict(found) for variant, found in shares.items()},
+            **report.data(),
+        }
     if not figures:
         raise UserError(
-            f"{plan.folder} has nothing to compare: at some length the reference {plan.reference} and another row must "
-            f"be finished, and {len(done)} of {len(plan.runs)} runs are."
+            f"{plan.folder} has nothing to compare: at some length the reference {plan.reference} and another variant "
+            f"must be finished, and {len(done)} of {len(plan.runs)} runs are."
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", figures)
@@ -65,22 +68,22 @@ def write_suite_report(plan: Plan) -> Path:
 
 def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
     """Comparison of the runs of one length, the reference first."""
-    order = [plan.reference, *(row for row in plan.rows if row != plan.reference)]
-    sorted_runs = sorted(runs, key=lambda run: (order.index(run.row), run.seed))
+    order = [plan.reference, *(variant for variant in plan.variants if variant != plan.reference)]
+    sorted_runs = sorted(runs, key=lambda run: (order.index(run.variant), run.seed))
     notes: list[str] = []
-    found = runs_of(read_rows([plan.run_root / run.name for run in sorted_runs], groups=False, tell=notes.append))
-    # The plan says what a row is: configurations also hold where the data was.
-    row_of = {run.name: run.row for run in runs}
-    gathered = {row: [run for run in found if row_of[run.folder.name] == row] for row in order}
-    rows = _with_a_seed_in_common([Row(row, own) for row, own in gathered.items() if own], notes)
+    found = runs_of(read_variants([plan.run_root / run.name for run in sorted_runs], groups=False, warn=notes.append))
+    # The plan says what a variant is: configurations also hold where the data was.
+    variant_of = {run.name: run.variant for run in runs}
+    gathered = {variant: [run for run in found if variant_of[run.folder.name] == variant] for variant in order}
+    variants = _with_a_seed_in_common([Variant(variant, own) for variant, own in gathered.items() if own], notes)
     timing = timing_file(plan.folder, length)
-    if not timing.exists():
+    if not timing.exists() and find_sweep(variants) is None:
         notes.append(
-            "The rows were not timed in turns: seconds are those that the runs took beside each other and beside "
-            "whatever else ran, and do not compare."
+            "The variants were not timed in interleaved rounds: seconds are those that the runs took beside each other "
+            "and beside whatever else ran, and do not compare."
         )
     return build_report(
-        rows,
+        variants,
         REFERENCE,
         title=f"{plan.suite} ({plan.size}), S = {length:,}",
         timing=read_timing(timing) if timing.exists() else None,
@@ -88,43 +91,45 @@ def _compare(plan: Plan, length: int, runs: Sequence[PlannedRun]) -> Report:
     )
 
 
-def _with_a_seed_in_common(rows: list[Row], notes: list[str]) -> list[Row]:
-    """The rows that share a seed with the first one: ratios are taken within a seed. `notes` gets what is left out.
+def _with_a_seed_in_common(variants: list[Variant], notes: list[str]) -> list[Variant]:
+    """The variants that share a seed with the first one: ratios are taken within a seed. `notes` gets what is left out.
 
     Raises UserError when that leaves the first one alone.
     """
-    reference = {run.seed for run in rows[0].runs}
-    kept = [row for row in rows if reference & {run.seed for run in row.runs}]
+    reference = {run.seed for run in variants[0].runs}
+    kept = [variant for variant in variants if reference & {run.seed for run in variant.runs}]
     notes += [
-        f"Left out: {row.label} has no seed in common with {rows[0].label} yet." for row in rows if row not in kept
+        f"Left out: {variant.label} has no seed in common with {variants[0].label} yet."
+        for variant in variants
+        if variant not in kept
     ]
     if len(kept) < 2:
-        raise UserError(f"no row has a seed in common with {rows[0].label} yet: train more of the suite.")
+        raise UserError(f"no variant has a seed in common with {variants[0].label} yet: train more of the suite.")
     return kept
 
 
-def _shares(plan: Plan, length: int) -> dict[str, Shares]:
-    """Shares of each row at a length, counted once and kept in the suite's folder."""
+def _shares(plan: Plan, length: int) -> dict[str, PatternShares]:
+    """PatternShares of each variant at a length, counted once and kept in the suite's folder."""
     path = plan.folder / SHARES
     stored = read_json(path)
     if not stored.get(str(length), {}).keys() >= _one_of_each(plan, length).keys():
-        say(f"counting what the rows attend at {length:,} tokens")
+        say(f"counting what the variants attend at {length:,} tokens")
         stored[str(length)] = {
-            row: asdict(shares_of(read_config(plan.run_root / name)))
-            for row, name in _one_of_each(plan, length).items()
+            variant: asdict(shares_of(read_config(plan.run_root / name)))
+            for variant, name in _one_of_each(plan, length).items()
         }
         write_json(path, stored)
-    return {row: Shares(**values) for row, values in stored[str(length)].items()}
+    return {variant: PatternShares(**values) for variant, values in stored[str(length)].items()}
 
 
 def _one_of_each(plan: Plan, length: int) -> dict[str, str]:
-    """Name of a finished run of each row at a length; the pattern does not depend on the seed."""
-    return {run.row: run.name for run in reversed(plan.runs) if run.length == length and finished(plan, run)}
+    """Name of a finished run of each variant at a length; the pattern does not depend on the seed."""
+    return {run.variant: run.name for run in reversed(plan.runs) if run.length == length and finished(plan, run)}
 
 
-def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
-    """What each row attends, keeps and costs, and its loss at the tokens all share."""
-    reference = shares[report.rows[0].label]
+def _pattern_table(report: Report, shares: dict[str, PatternShares]) -> Table:
+    """Table of what each variant attends, keeps and costs, and of its loss at the tokens all share."""
+    reference = shares[report.variants[0].label]
     lines = []
     for equal in report.equal:
         own = shares[equal.label]
@@ -137,7 +142,14 @@ def _pattern_table(report: Report, shares: dict[str, Shares]) -> Table:
         else:
             difference = f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
         lines.append([equal.label, f"{equal.loss:.4f}", difference, f"{own.attended:.1%}", f"{own.kept:.1%}", *ratios])
-    header = ["row", "loss", "difference (95%)", "attended", "KV kept", *(f"{key} a token" for key in reference.flops)]
+    header = [
+        "variant",
+        "loss",
+        "difference (95%)",
+        "attended",
+        "KV kept",
+        *(f"{key} a token" for key in reference.flops),
+    ]
     return Table(f"At {report.equal[0].tokens:,.0f} tokens, and what a token costs", header, lines)
 
 
@@ -162,20 +174,20 @@ def _head(plan: Plan, done: Sequence[PlannedRun]) -> str:
 
 
 def _evaluation_table(plan: Plan, runs: Sequence[PlannedRun], report: Report) -> list[Table]:
-    """Losses of the last checkpoints, where they were evaluated: means over the seeds of each row."""
+    """Losses of the last checkpoints, where they were evaluated: means over the seeds of each variant."""
     path = plan.folder / EVALUATIONS
     found = read_json(path)
     lines = []
-    for row in report.rows:
-        own = [found[run.name] for run in runs if run.row == row.label and run.name in found]
+    for variant in report.variants:
+        own = [found[run.name] for run in runs if run.variant == variant.label and run.name in found]
         if own:
             losses = [f"{fmean(one[key] for one in own):.4f}" for key in ("loss", "far_recall_loss", "other_loss")]
             tokens = own[0]["steps"] * plan.tokens_per_step
-            lines.append([row.label, str(len(own)), f"{tokens:,.0f}", *losses, f"{own[0]['far_recall_share']:.1%}"])
+            lines.append([variant.label, str(len(own)), f"{tokens:,.0f}", *losses, f"{own[0]['far_recall_share']:.1%}"])
     if not lines:
         return []
     held_out = next(iter(found.values()))["tokens"]
-    header = ["row", "seeds", "trained on", "loss", "far recall", "other tokens", "share of far recall"]
+    header = ["variant", "seeds", "trained on", "loss", "far recall", "other tokens", "share of far recall"]
     return [Table(f"The last checkpoints on {held_out:,.0f} held-out tokens", header, lines)]
 
 

@@ -21,8 +21,7 @@ from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from sepllm_train.distributed.processes import end_with_parent
-from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, quoted
-from sepllm_train.training.run_folder import read_run_json
+from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished, quoted
 from sepllm_train.training.signals import STOPPING
 
 # Seconds between looks at the processes, and between lines of progress.
@@ -31,7 +30,7 @@ _TELL = 60.0
 
 
 @dataclass
-class Job:
+class RunningJob:
     """A run that is being trained; `log` is what it prints."""
 
     run: PlannedRun
@@ -39,22 +38,17 @@ class Job:
     log: Path
 
 
-def finished(plan: Plan, run: PlannedRun) -> bool:
-    """Whether a run has been trained to its end."""
-    return read_run_json(plan.run_root / run.name).get("status") == "finished"
-
-
 def train_runs(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     """Train those of `runs` that are not finished, `jobs` at a time, in their order.
 
     A run that fails does not stop the others; at the end UserError names those that did. When the suite is stopped
-    (Interrupted), the runs are told, and save first.
+    (Interrupted), the runs get a signal, and save first.
     """
     waiting = [run for run in runs if not finished(plan, run)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; {jobs} at a time")
     progress = _Progress(plan, waiting)
-    running: list[Job] = []
-    failed: list[Job] = []
+    running: list[RunningJob] = []
+    failed: list[RunningJob] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -90,7 +84,7 @@ def command_of(plan: Plan, run: PlannedRun) -> list[str]:
 
 
 def launcher(processes: int) -> list[str]:
-    """What starts a Python program in so many processes."""
+    """Words that start a Python program in so many processes."""
     several = ["-m", "sepllm_train.distributed.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *(several if processes > 1 else [])]
 
@@ -101,7 +95,7 @@ def environment(jobs: int, processes: int = 1) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share), **os.environ}
 
 
-def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
+def _start(plan: Plan, run: PlannedRun, jobs: int) -> RunningJob:
     log = plan.folder / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -113,10 +107,10 @@ def _start(plan: Plan, run: PlannedRun, jobs: int) -> Job:
             env=environment(jobs, plan.processes),
             preexec_fn=end_with_parent,
         )
-    return Job(run, process, log)
+    return RunningJob(run, process, log)
 
 
-def _ended(job: Job, failed: list[Job]) -> None:
+def _ended(job: RunningJob, failed: list[RunningJob]) -> None:
     """Tell how a run ended."""
     code = job.process.returncode
     if code == 0:
@@ -127,7 +121,7 @@ def _ended(job: Job, failed: list[Job]) -> None:
     say(f"warning: {job.run.name} {why}: {_last_line(job.log)}")
 
 
-def _stop(plan: Plan, running: Sequence[Job]) -> None:
+def _stop(plan: Plan, running: Sequence[RunningJob]) -> None:
     """Let the runs save and wait for them."""
     if not running:
         return
@@ -181,18 +175,18 @@ class _Progress:
         self.total = sum(run.steps for run in runs)
         self.before = self._done()
         self.began = time.perf_counter()
-        self.told = self.began
+        self.shown = self.began
 
-    def tell(self, running: Sequence[Job], now: bool = False) -> None:
+    def tell(self, running: Sequence[RunningJob], now: bool = False) -> None:
         """A line, when one is due."""
-        if not now and time.perf_counter() - self.told < _TELL:
+        if not now and time.perf_counter() - self.shown < _TELL:
             return
-        self.told = time.perf_counter()
+        self.shown = time.perf_counter()
         done = self._done()
         # A run that was killed goes back to its checkpoint.
         self.before = min(self.before, done)
         fresh = done - self.before
-        left = "" if not fresh else f", about {duration((self.told - self.began) / fresh * (self.total - done))} left"
+        left = "" if not fresh else f", about {duration((self.shown - self.began) / fresh * (self.total - done))} left"
         names = ", ".join(f"{job.run.name} {self._step(job.run)}/{job.run.steps}" for job in running)
         say(f"{done:,} of {self.total:,} steps ({done / max(1, self.total):.0%}){left}{' | ' if names else ''}{names}")
 

@@ -1,16 +1,16 @@
-"""Times the steps of a suite's rows in turns in one process, and writes timing.json.
+"""Time the steps of a suite's variants in interleaved rounds in one process, and write timing_LENGTH.json.
 
-    python -m sepllm_train.suite.timing FOLDER --length 2048 --turns 5 --steps 2 [--prefix PREFIX]
+    python -m sepllm_train.suite.timing FOLDER LENGTH ROUNDS STEPS_OF_A_ROUND [PREFIX]
 
-Runs of a suite share their machine with each other and with whatever else runs there: their own seconds do not
-compare. Steps that are taken in turns do.
+The suite starts it (under torchrun for several processes). Runs of a suite share their machine with each other and with
+whatever else runs there: their own seconds do not compare. Steps of interleaved rounds do.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,89 +33,84 @@ if TYPE_CHECKING:
 
 
 def timing_file(folder: Path, length: int) -> Path:
-    """Where the step times of the rows at a sequence length are."""
+    """File of the step times of the variants at a sequence length."""
     return folder / f"timing_{length}.json"
 
 
 def main() -> None:
     """Entry point."""
-    exit_on_user_error(_main)
+    exit_on_user_error(lambda: _main(*sys.argv[1:]))
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folder", type=Path, help="folder of the suite")
-    parser.add_argument("--length", type=int, required=True, help="sequence length")
-    parser.add_argument("--turns", type=int, required=True, help="turns that count")
-    parser.add_argument("--steps", type=int, required=True, help="steps of a turn")
-    parser.add_argument("--prefix", help="dataset (default: the sample corpus)")
-    options = parser.parse_args()
-    plan = read_plan(options.folder)
+def _main(folder: str, length: str, rounds: str, steps: str, prefix: str | None = None) -> None:
+    plan = read_plan(Path(folder))
     launch = launch_from_environment()
-    configs = row_configs(plan, options.length, options.prefix)
+    configs = variant_configs(plan, int(length), prefix)
     with process_grid(next(iter(configs.values())), launch) as device:
-        rows = time_rows(configs, options.turns, options.steps, launch, device)
+        figures = time_variants(configs, int(rounds), int(steps), launch, device)
         if launch.main:
             content = {
-                "length": options.length,
-                "turns": options.turns,
-                "steps_of_a_turn": options.steps,
-                "rows": rows,
+                "length": int(length),
+                "turns": int(rounds),
+                "steps_of_a_turn": int(steps),
+                "rows": figures,
                 "machine": machine(),
             }
-            write_json(timing_file(plan.folder, options.length), content)
-    for row, figures in rows.items():
-        say(f"{row}: {figures['tokens_per_second']:,.0f} tokens/s")
+            write_json(timing_file(plan.folder, int(length)), content)
+    for variant, own in figures.items():
+        say(f"{variant}: {own['tokens_per_second']:,.0f} tokens/s")
 
 
 def machine() -> dict[str, Any]:
-    """What the times depend on beside the code."""
+    """Facts besides the code that the times depend on."""
     own = environment()
     device = own["gpu"] or f"{own['processor']}, {os.cpu_count()} cores"
     return {"device": device, "threads": own["threads"], "python": own["python"], "torch": torch.__version__}
 
 
-def row_configs(plan: Plan, length: int, prefix: str | None) -> dict[str, Config]:
-    """Configuration of each row's first seed at a length. Raises UserError."""
+def variant_configs(plan: Plan, length: int, prefix: str | None) -> dict[str, Config]:
+    """Configuration of each variant's first seed at a length. Raises UserError."""
     register_schema()
     configs = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         for run in plan.runs:
-            if run.length == length and run.row not in configs:
-                configs[run.row] = to_config(compose("pretrain", [*run.overrides, *data_overrides(prefix)]))
+            if run.length == length and run.variant not in configs:
+                configs[run.variant] = to_config(compose("pretrain", [*run.overrides, *data_overrides(prefix)]))
     for config in configs.values():
         validate(config, plan.processes)
     return configs
 
 
-def time_rows(
-    configs: dict[str, Config], turns: int, steps: int, launch: Launch, device: torch.device
+def time_variants(
+    configs: dict[str, Config], rounds: int, steps: int, launch: Launch, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of a step of each row: the median over the turns, and each turn's; means over the steps of a run that
-    differ, and the medians of each phase of a curriculum."""
+    """Return the seconds of a step of each variant: the median over the rounds, and each round's.
+
+    Of a run whose steps differ these are means over its steps, with the medians of each phase of a curriculum.
+    """
     # Imported late: megatron-core takes seconds.
     from sepllm_train.training.rounds import build_timed_run, interleave
 
-    rivals = {row: build_timed_run(config, launch.world_size, device) for row, config in configs.items()}
+    timed = {variant: build_timed_run(config, launch.world_size, device) for variant, config in configs.items()}
     began = time.perf_counter()
-    for turn in interleave(list(rivals.values()), turns, steps, device):
-        left = (time.perf_counter() - began) / (turn + 1) * (turns - turn)
-        say(f"turn {turn}/{turns}, about {duration(left)} left")
-    return {row: figures_of(rival) for row, rival in rivals.items()}
+    for number in interleave(list(timed.values()), rounds, steps, device):
+        left = (time.perf_counter() - began) / (number + 1) * (rounds - number)
+        say(f"round {number}/{rounds}, about {duration(left)} left")
+    return {variant: figures_of(own) for variant, own in timed.items()}
 
 
-def figures_of(rival: TimedRun) -> dict[str, Any]:
-    """What timing.json says of a row."""
-    phases = rival.schedule.phases
-    medians = [statistics.median(turns) for turns in zip(*rival.phase_seconds, strict=True)]
+def figures_of(timed: TimedRun) -> dict[str, Any]:
+    """Figures of a variant as timing.json has them."""
+    phases = timed.schedule.phases
+    medians = [statistics.median(each) for each in zip(*timed.phase_seconds, strict=True)]
     seconds = statistics.fmean(medians, weights=[phase.steps for phase in phases])
-    told = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
+    listed = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
     return {
         "step_seconds": seconds,
-        "tokens_per_second": rival.facts.tokens_per_step / seconds,
-        "turns": rival.seconds,
-        **({"phases": told} if len(phases) > 1 else {}),
-        "backends": rival.facts.backends,
+        "tokens_per_second": timed.facts.tokens_per_step / seconds,
+        "turns": timed.seconds,
+        **({"phases": listed} if len(phases) > 1 else {}),
+        "backends": timed.facts.backends,
     }
 
 

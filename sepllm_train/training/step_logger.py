@@ -28,7 +28,7 @@ from sepllm_train.training.update import documents_of
 
 
 @dataclass
-class Interval:
+class LogInterval:
     """Steps between two log lines. `sums` f64 [3 + layers], on the device: losses, micro-batches behind them, visible
     pairs, and pairs of each layer; `windows` is the sum of the windows that were drawn."""
 
@@ -178,8 +178,8 @@ class StepLogger:
         dist.all_reduce(everywhere)
         return bool(everywhere > 0)
 
-    def _new_interval(self) -> Interval:
-        return Interval(torch.zeros(3 + self.run.config.model.layers, dtype=torch.float64, device=self.run.device))
+    def _new_interval(self) -> LogInterval:
+        return LogInterval(torch.zeros(3 + self.run.config.model.layers, dtype=torch.float64, device=self.run.device))
 
     def _count(self, tokens: int, pairs: int) -> None:
         """Move the interval into the counters of the run."""

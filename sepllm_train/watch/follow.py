@@ -31,7 +31,7 @@ _NOTES = 5
 
 
 class FollowedRun:
-    """What is known of the run in `folder`. `version` grows with every change of its rows."""
+    """The run in `folder` as far as it is known. `version` grows with every change of its rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class FollowedRun:
 
     @property
     def name(self) -> str:
-        """Name of the run, or of its folder until it has told."""
+        """Name of the run, or of its folder until run.json names it."""
         return str(self.info.get("name") or self.folder.name)
 
     @property
@@ -260,7 +260,7 @@ def _last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reason(error: OSError) -> str:
-    """Why a file cannot be read, in words."""
+    """Reason in words for which a file cannot be read."""
     if error.errno == errno.ELOOP:
         return "it is a symbolic link, which is not followed"
     return error.strerror or str(error)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare import plots
+from sepllm_train.base.figures import COLOURS
+from sepllm_train.compare.plots import axes_of
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.watch.follow import CURVES
 from sepllm_train.watch.thin import SCALES
@@ -98,7 +99,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{name}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is no fault; anything else is told as usual."""
+        """A browser that goes away in the middle of an answer is no fault; anything else is reported as usual."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -166,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _names_loopback(hosts: Sequence[str]) -> bool:
-    """Whether the Host header is one, and names this machine from inside.
+    """True if there is one Host header and it names this machine from inside.
 
     A page of a foreign name that resolves to 127.0.0.1 (DNS rebinding) would have that name in it.
     """
@@ -192,11 +193,11 @@ def _pages(flops: str) -> dict[str, tuple[str, bytes]]:
 
 
 def _settings(flops: str) -> dict[str, Any]:
-    """What the page must know besides the runs: colours, units of the axes, conventions, columns of the curves."""
-    axes = {axis.key: axis.units for convention in CONVENTIONS for axis in plots.axes_of(convention)}
+    """Settings of the page: colours, units of the axes, conventions, columns of the curves."""
+    axes = {axis.key: axis.units for convention in CONVENTIONS for axis in axes_of(convention)}
     return {
         "poll": POLL,
-        "colours": plots.COLOURS,
+        "colours": COLOURS,
         "axes": axes,
         "flops": flops,
         "conventions": {key: {"label": c.label, "words": c.words} for key, c in CONVENTIONS.items()},

@@ -80,7 +80,7 @@ class Tail:
         return self._split(data, restarted)
 
     def _is_another(self, descriptor: int) -> bool:
-        """Whether this is not the file that was read before, or no longer begins with what was read."""
+        """True if this is not the file that was read before, or no longer begins with what was read."""
         status = os.fstat(descriptor)
         identity = (status.st_dev, status.st_ino)
         known, self._identity = self._identity, identity

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare.comparable import REQUIRED, check_comparable
+from sepllm_train.compare.variants import REQUIRED, check_comparable
 from sepllm_train.runs.records import Run
 from sepllm_train.watch.follow import FollowedRun
 
@@ -90,7 +90,7 @@ class Watch:
         """Tag and state: length of a JSON header (u32, little-endian), the header, curves as float32.
 
         The header has facts of every run. Curves are given of the runs whose rows have changed since the tag `since`;
-        for these, `curves` tells the number of points, and the values of each of its columns follow one another.
+        for these, `curves` has the number of points, and the values of each of its columns follow one another.
         """
         with self._lock:
             tag = self.tag(scale)

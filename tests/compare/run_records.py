@@ -41,3 +41,8 @@ def training(step: int, loss: float, cost: float = 4.0) -> dict[str, Any]:
 def straight(steps: float, cost: float = 4.0) -> list[dict[str, Any]]:
     """Validations of a loss that falls along a straight line from 6 and is 5 after `steps` of 40 steps."""
     return [validation(step, 6 - step / steps, cost) for step in (0, 10, 20, 30, 40)]
+
+
+def unwrapped(text: str) -> str:
+    """Text of the terminal without its line breaks."""
+    return " ".join(text.split())

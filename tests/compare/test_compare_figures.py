@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.compare.curves import at_tokens, common_loss, first_reach
+from sepllm_train.compare.results import at_tokens, common_loss, first_reach
 from sepllm_train.runs.records import Run, read_run, read_runs
-from tests.compare.run_records import training, validation
+from tests.compare.run_records import training, unwrapped, validation
 from tests.support.command import command
 
 main = command("compare")
@@ -34,8 +34,8 @@ def test_costs_to_reach_the_loss_that_both_reach(
     rows = cells(printed, "To reach validation loss 3.2500")
     assert rows["dense"] == ["140 MFLOPs", "1.000x", "1m10s", "1.000x", "35k", "1.000x"]
     assert rows["sep"] == ["120 MFLOPs", "0.857x", "1m00s", "0.857x", "40k", "1.143x"]
-    assert "sep reached validation loss 3.2500 with 0.857x the FLOPs (flops/model)" in printed
-    assert "one run of each" in printed
+    assert "sep reached validation loss 3.2500 with 0.857x the FLOPs (flops/model)" in unwrapped(printed)
+    assert "one run of each" in unwrapped(printed)
 
 
 def test_losses_at_equal_tokens(dense: Path, sep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +60,7 @@ def test_a_loss_that_one_run_misses(dense: Path, sep: Path, tmp_path: Path, caps
     assert main([str(dense), str(sep), "--output", str(tmp_path / "out"), "--loss", "3.1"]) == 0
     printed = capsys.readouterr().out
     assert cells(printed, "To reach validation loss 3.1000")["sep"][0] == "not reached (best 3.2500)"
-    assert "sep did not reach validation loss 3.1000." in printed
+    assert "sep did not reach validation loss 3.1000." in unwrapped(printed)
 
 
 def test_the_first_crossing_counts_even_if_the_loss_rises_again(make_run: Callable[..., Path]) -> None:
@@ -85,7 +85,7 @@ def test_a_loss_already_reached_at_the_first_point_is_a_bound(
         "at most 20k",
         "-",
     ]
-    assert "only bounds" in printed
+    assert "only bounds" in unwrapped(printed)
 
 
 def test_a_resumed_run_keeps_the_later_records(make_run: Callable[..., Path]) -> None:
@@ -143,7 +143,7 @@ def test_records_that_are_missing_are_told(
     run = make_run("late", late, origin=str(gone))
     assert main([str(dense), str(run), "--output", str(tmp_path / "out")]) == 0
     words = f"the records before step 30, of the run that it went on from, are missing ({gone} is not there)."
-    assert f"late: {words}" in capsys.readouterr().out
+    assert f"late: {words}" in unwrapped(capsys.readouterr().out)
     short = make_run("short", late[1:], origin=str(gone))
     assert main([str(dense), str(short), "--output", str(tmp_path / "out")]) == 2
     assert "a curve needs two: the records before step 40, of the run that it went" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_running_run_loses_its_unfinished_line(
     running = make_run("running", records, status="running")
     assert len(read_run(running).validation) == 2
     assert main([str(dense), str(running), "--output", str(tmp_path / "out")]) == 0
-    assert "running is not finished" in capsys.readouterr().out
+    assert "running is not finished" in unwrapped(capsys.readouterr().out)
 
 
 def test_losses_that_are_not_finite_are_passed_over(make_run: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.compare.run_records import training, validation
+from tests.compare.run_records import training, unwrapped, validation
 from tests.support.command import command
 
 main = command("compare")
@@ -60,7 +60,7 @@ def test_another_order_of_the_data_is_a_caveat(
     one = make_run("one", GOOD)
     two = make_run("two", GOOD, comparable={"seed_of_data_order": 7}, devices="NVIDIA H200", parameters=6_000_000)
     assert main([str(one), str(two), "--output", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
+    printed = unwrapped(capsys.readouterr().out)
     assert "different orders" in printed and "different devices" in printed and "different sizes" in printed
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.plots import mean_curve
-from sepllm_train.compare.report import REFERENCE, Report, build_report
-from sepllm_train.compare.rows import read_rows
+from sepllm_train.compare.report import CONSOLE, REFERENCE, Report, build_report
 from sepllm_train.compare.timing import read_timing
-from tests.compare.run_records import validation
+from sepllm_train.compare.variants import read_variants
+from tests.compare.run_records import unwrapped, validation
 from tests.support.command import command
 
 main = command("compare")
@@ -25,7 +25,7 @@ Seeds = Callable[..., list[Path]]
 
 def report(*rows: list[Path], loss: float | str | None = 5.0, **options: Any) -> Report:
     """The comparison of rows of folders."""
-    return build_report(read_rows([folder for row in rows for folder in row], tell=lambda _: None), loss, **options)
+    return build_report(read_variants([folder for row in rows for folder in row], warn=lambda _: None), loss, **options)
 
 
 def cells(text: str, title: str) -> dict[str, list[str]]:
@@ -55,7 +55,8 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
     # Geometric mean of 10, 20 and 10 thousand tokens: 12,599; times 2 is that of 40, 10 and 40.
     assert found.reaches[0].costs["tokens"] == pytest.approx(12_599.2, abs=0.1)
     assert found.reaches[1].costs["tokens"] == pytest.approx(25_198.4, abs=0.1)
-    row = cells(found.console(), "To reach validation loss 5.0000")["sep"]
+    assert max(map(len, found.console().splitlines())) <= CONSOLE
+    row = cells(found.markdown(), "To reach validation loss 5.0000")["sep"]
     assert row == [
         "3",
         "75.6 MFLOPs",
@@ -66,7 +67,7 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
         "2.000x [0.357, 11.190]",
     ]
     by_seed = found.markdown().split("**Seed by seed**")[1]
-    assert "| sep   |    3 |     5.0000 |   5.0000 |  120 MFLOPs | 3.000x |" in by_seed
+    assert "| sep     |    3 |     5.0000 |   5.0000 |  120 MFLOPs | 3.000x |" in by_seed
 
 
 def test_losses_at_equal_tokens_are_paired_by_seed(make_seeds: Seeds) -> None:
@@ -99,10 +100,10 @@ def test_only_what_excludes_one_is_called_a_difference(make_seeds: Seeds) -> Non
     assert "no difference in FLOPs, time or tokens is shown." in report(dense, noisy).verdict
 
 
-def test_several_rows_are_not_corrected_and_that_is_said(make_seeds: Seeds) -> None:
+def test_several_variants_are_not_corrected_and_that_is_said(make_seeds: Seeds) -> None:
     dense, sep = make_seeds("dense", {1: 20, 2: 20}), make_seeds("sep", {1: 21, 2: 22})
     found = report(dense, sep, make_seeds("late", {1: 30, 2: 31}), make_seeds("one", {1: 25}))
-    assert "they are not corrected for the 2 rows compared" in found.verdict
+    assert "they are not corrected for the 2 variants compared" in found.verdict
     assert "one reached validation loss 5.0000 with 1.250x the FLOPs (flops/model), 1.250x the seconds" in found.verdict
     assert "Of one this is one run against one of dense: how much another seed would move" in found.verdict
     assert found.data()["corrected_for_rows"] is False
@@ -190,7 +191,7 @@ def test_rows_without_a_common_seed_are_not_compared(make_seeds: Seeds) -> None:
 def test_means_and_bands_are_at_the_steps_all_seeds_share(make_seeds: Seeds) -> None:
     short = [validation(0, 6), validation(10, 5), validation(15, 4.8), validation(20, 4)]
     dense = make_seeds("dense", {1: short, 2: 20})
-    row = read_rows([*dense, *make_seeds("sep", {1: 20})])[0]
+    row = read_variants([*dense, *make_seeds("sep", {1: 20})])[0]
     found = [(point.spent, point.loss, point.low, point.high) for point in mean_curve(row, "tokens")]
     assert found == [(0, 6, 6, 6), (10_000, 5.25, 5, 5.5), (20_000, 4.5, 4, 5)]
 
@@ -220,8 +221,8 @@ def test_timed_steps_replace_the_seconds(make_seeds: Seeds, timing: Callable[...
     assert (ratio.estimate.mean, ratio.estimate.high) == pytest.approx((1.5, 1.5 * math.exp(1.007236)), rel=1e-5)
     # FLOPs do not depend on the clock.
     assert found.reaches[1].ratios["flops/model"].estimate.low == pytest.approx(2)  # type: ignore[union-attr]
-    console = found.console()
-    assert "seconds (timed steps)" in console and "3 turns of all rows in one process (threads 2)" in console
+    console = unwrapped(found.console())
+    assert "seconds (timed steps)" in console and "3 rounds of all variants in one process (threads 2)" in console
     assert "1.500x (95% interval 0.548 to 4.107) the timed seconds" in found.verdict
     assert cells(found.markdown(), "Timed steps")["sep"] == ["3", "0.750x [0.274, 2.054]", "3"]
     assert "(steps x timed seconds of a step)" in found.files()["loss_vs_seconds.svg"].decode()
@@ -297,7 +298,7 @@ def test_the_command_with_seeds_writes_pages_and_numbers(
     assert main([*arguments, "--strict"]) == 2
     assert str(sep[2]) in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(arguments) == 0
-    assert f"Left out: {sep[2] / 'metrics.jsonl'} has 0 validation points" in capsys.readouterr().out
+    assert f"Left out: {sep[2] / 'metrics.jsonl'} has 0 validation points" in unwrapped(capsys.readouterr().out)
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["label"], [run["seed"] for run in row["runs"]], row["pairs"]) for row in numbers["rows"]] == [
         ("dense", [1, 2], 2),

@@ -23,6 +23,7 @@ from data_prep.separators import CLASSES
 from sepllm_train.base import errors
 from sepllm_train.cli.main import main
 from sepllm_train.cli.old import NEW
+from sepllm_train.cli.pretrain import _parser as pretrain_parser
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate
@@ -33,6 +34,9 @@ from sepllm_train.suite.plan import make_plan
 from sepllm_train.training.clock import PARTS
 from tests.docs.markdown import PAGES, REPOSITORY, Command, commands, links, prose, spans, table
 
+# How the environment is made and entered.
+ACTIVATION = (("python3", "-m", "venv", ".venv"), ("source", ".venv/bin/activate"))
+CONFIGURATION = REPOSITORY / "docs" / "configuration.md"
 GROUPS = {name: set(keys) for name, keys in dataclasses.asdict(Config()).items() if isinstance(keys, dict)}
 ENTRY_POINTS = set(re.findall(r'"([\w-]+)=sepllm_train', (REPOSITORY / "setup.py").read_text()))
 
@@ -59,9 +63,9 @@ def check_pretraining(overrides: list[str], world_size: int | None) -> None:
 
 def check_suite(overrides: list[str]) -> None:
     """What a suite checks before it opens its data."""
-    register_schema("suite_schema", suites.Config)
+    register_schema("suite_schema", suites.SuiteSettings)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = to_dataclasses(compose("suite", overrides=overrides), suites.Config)
+        config = to_dataclasses(compose("suite", overrides=overrides), suites.SuiteSettings)
     assert make_plan(config, None).selected(config.suite.only)
 
 
@@ -155,10 +159,12 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
         check_torchrun(words)
     elif program == "sbatch":
         check_sbatch(words)
-    elif (program == "python" and words[0] == "scripts/pretrain.py") or (
-        program == "sepllm" and words[0] == "pretrain"
-    ):
+    elif program == "python" and words[0] == "scripts/pretrain.py":
         check_pretraining(words[1:], world_size=None)
+    elif program == "sepllm" and words[0] == "pretrain":
+        options, overrides = pretrain_parser().parse_known_args(words[1:])
+        if options.keys is None and not options.help:
+            check_pretraining(overrides, options.nproc * options.nnodes if options.nproc > 1 else None)
     elif program == "sepllm" and words[0] == "suite":
         check_suite(words[1:])
     elif program == "sepllm":
@@ -168,11 +174,11 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
     elif program == ".venv/bin/python" and words[:2] == ["-m", "pip"]:
         check_pip(words[2:])
     else:
-        assert command.words == ("python3", "-m", "venv", ".venv"), f"no check for {command}"
+        assert command.words in ACTIVATION, f"no check for {command}"
 
 
 def test_the_commands_that_must_be_there() -> None:
-    shown = {" ".join(command.words) for command in commands() if command.page == "README.md"}
+    shown = {" ".join(command.words) for command in commands() if command.page in ("README.md", "data.md")}
     assert {"make demo", "make test"} <= shown
     assert {word.split()[2] for word in shown if word.startswith("sepllm prepare")} == {
         "train-tokenizer", "tokenize", "annotate", "stats", "verify",
@@ -226,12 +232,12 @@ def test_keys_and_choices_exist(page: Path) -> None:
             assert span in experiments, f"{page.name}: there is no experiment {span}"
 
 
-def test_every_experiment_is_in_the_readme() -> None:
-    assert {path.stem for path in (config_folder() / "experiment").glob("*.yaml")} <= set(spans(PAGES[0]))
+def test_every_experiment_is_documented() -> None:
+    assert {path.stem for path in (config_folder() / "experiment").glob("*.yaml")} <= set(spans(CONFIGURATION))
 
 
 def test_attention_table_holds_every_key() -> None:
-    rows = table("README.md", "key")
+    rows = table("docs/configuration.md", "key")
     keys = [f"`attention.{field.name}`" for field in dataclasses.fields(AttentionConfig)]
     assert [row[0] for row in rows] == keys
     for row in rows:
@@ -266,7 +272,7 @@ def test_metrics_table_is_what_the_loop_writes() -> None:
     )
     written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
     written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
-    told = {key for row in table("docs/operations.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
+    told = {key for row in table("docs/running.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
     assert told == written | {"val/NAME/loss", "val/NAME/bits_per_byte", "train/layer_NN/attended_share"}
 
 
@@ -300,12 +306,12 @@ def test_flops_floor_is_what_the_counter_gives() -> None:
 
 def test_exit_codes_are_those_of_the_code() -> None:
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
-    assert {int(row[0]) for row in table("docs/operations.md", "code")} == codes | {0}
+    assert {int(row[0]) for row in table("docs/faults.md", "code")} == codes | {0}
 
 
 def test_variables_of_the_slurm_scripts_are_told() -> None:
     used = set(re.findall(r"SEPLLM_\w+", (REPOSITORY / "scripts" / "slurm" / "pretrain.sbatch").read_text()))
-    rows = table("docs/operations.md", "variable of `scripts/slurm/pretrain.sbatch`")
+    rows = table("docs/running.md", "variable of `scripts/slurm/pretrain.sbatch`")
     assert {row[0].strip("`") for row in rows} == used
 
 

@@ -9,8 +9,8 @@ import torch
 from sepllm_train.distributed.launch import launch_from_environment, process_grid
 from sepllm_train.generation.generate import generate
 from sepllm_train.generation.native import NativeCache
-from sepllm_train.generation.policy import CachePolicy
 from sepllm_train.generation.sampling import Sampling
+from sepllm_train.generation.slots import CachePolicy
 from tests.generation.native_models import random_ids, run_config, token_pattern, trained
 from tests.model.tiny import tiny_config
 

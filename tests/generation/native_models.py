@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sepllm_train.config.schema import Config
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import resolve_pattern

@@ -16,8 +16,8 @@ from sepllm_train.generation.choice import CACHES, AttentionChoice, check_used
 from sepllm_train.generation.generate import generate, left_padded
 from sepllm_train.generation.native import NativeCache
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.policy import CachePolicy
 from sepllm_train.generation.sampling import Sampling
+from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.generation.text import TextStream
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import resolve_pattern
@@ -133,7 +133,7 @@ def test_bounded_caches_equal_plain_lists(name: str, separators: int, positions:
     torch.testing.assert_close(step_by_step(cache, ids, 20), expected[19:], rtol=1e-5, atol=1e-5)
     lengths = [len(keys) for keys in shown.keys]
     assert cache.mean_lengths() == [pytest.approx(sum(lengths) / len(lengths))]
-    assert cache.lengths == [[lengths[-1]]] * 4
+    assert cache.lengths_of_layers() == [[lengths[-1]]] * 4
 
     # The same in a batch, padded on the left.
     cache = NativeCache(model, pattern, [policy] * 4, 2, positions=positions)
@@ -155,8 +155,8 @@ def test_bounded_cache_with_full_layers_equals_plain_lists() -> None:
     expected = oracle_logits(model, config, shown, ids, pattern, "training")
     cache = NativeCache(model, choice.pattern, choice.policies, 1)
     torch.testing.assert_close(step_by_step(cache, ids, 20), expected[19:], rtol=1e-5, atol=1e-5)
-    assert cache.lengths[0] == [45]
-    assert cache.lengths[1][0] <= 12
+    assert cache.lengths_of_layers()[0] == [45]
+    assert cache.lengths_of_layers()[1][0] <= 12
 
 
 @pytest.mark.usefixtures("grid")

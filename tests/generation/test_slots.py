@@ -14,8 +14,7 @@ from sep_attention import FOREVER, visible_mask
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.config.schema import AttentionConfig
 from sepllm_train.generation.pattern import TokenPattern, separator_ids
-from sepllm_train.generation.policy import SLACK, CachePolicy
-from sepllm_train.generation.slots import Slots
+from sepllm_train.generation.slots import SLACK, CachePolicy, Slots
 from sepllm_train.model.pattern import resolve_pattern
 
 CPU = torch.device("cpu")

@@ -12,18 +12,18 @@ from hydra import compose, initialize_config_dir
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.validate import validate
-from sepllm_train.suite.config import Config
+from sepllm_train.suite.config import SuiteSettings
 from sepllm_train.suite.plan import data_overrides, fix_plan, make_plan, quoted, read_plan
 
 SUITES = sorted(path.stem for path in (config_folder() / "suite").glob("*.yaml"))
 SIZES = ("cpu", "gpu", "toy")
 
 
-def suite(*overrides: str) -> Config:
+def suite(*overrides: str) -> SuiteSettings:
     """The configuration of a suite's command line."""
-    register_schema("suite_schema", Config)
+    register_schema("suite_schema", SuiteSettings)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return to_dataclasses(compose("suite", overrides=list(overrides)), Config)
+        return to_dataclasses(compose("suite", overrides=list(overrides)), SuiteSettings)
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -32,7 +32,7 @@ def test_every_run_of_every_suite_is_a_sound_configuration(name: str, size: str)
     lengths = ["suite.lengths=null"] if size == "toy" else []
     config = suite(f"+suite={name}", f"suite.size={size}", *lengths)
     plan = make_plan(config, None)
-    assert len(plan.runs) == len(config.suite.rows) * len(config.lengths) * len(config.seeds)
+    assert len(plan.runs) == len(config.variants) * len(config.lengths) * len(config.seeds)
     register_schema()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         for run in (run for run in plan.runs if run.seed == config.seeds[0]):
@@ -43,7 +43,7 @@ def test_every_run_of_every_suite_is_a_sound_configuration(name: str, size: str)
             assert composed.training.global_batch * run.length == config.size.tokens_per_step
 
 
-def test_rows_differ_in_attention_and_length_of_the_run_only() -> None:
+def test_variants_differ_in_attention_and_length_of_the_run_only() -> None:
     plan = make_plan(suite("+suite=paper"), None)
     register_schema()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -64,22 +64,48 @@ def test_rows_differ_in_attention_and_length_of_the_run_only() -> None:
         )
 
 
-def test_a_row_keeps_its_own_keys_and_gets_those_of_the_size() -> None:
+def test_a_variant_keeps_its_own_keys_and_gets_those_of_the_size() -> None:
     config = suite("+suite=paper", "suite.size=toy", "suite.overrides=['attention.initial_tokens=1']")
     register_schema()
-    runs = {run.row: run for run in make_plan(config, None).runs}
+    runs = {run.variant: run for run in make_plan(config, None).runs}
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        sep, wide = (to_config(compose("pretrain", overrides=runs[row].overrides)) for row in ("sep", "sep_n128"))
-    assert sep.attention.window == 16, "the size's key survives the row's choice of a group"
-    assert wide.attention.window == 128, "the row's own key comes last"
+        sep, wide = (to_config(compose("pretrain", overrides=runs[name].overrides)) for name in ("sep", "sep_n128"))
+    assert sep.attention.window == 16, "the size's key survives the variant's choice of a group"
+    assert wide.attention.window == 128, "the variant's own key comes last"
     assert sep.attention.initial_tokens == wide.attention.initial_tokens == 1
 
 
 def test_seeds_are_the_outer_loop_so_that_a_part_is_a_whole_comparison() -> None:
     plan = make_plan(suite("+suite=paper"), None)
     assert [run.seed for run in plan.runs] == sorted(run.seed for run in plan.runs)
-    config = suite("+suite=paper", "suite.only.seeds=[2]", "suite.only.rows=[sep,dense]", "suite.only.lengths=[8192]")
+    config = suite(
+        "+suite=paper", "suite.only.seeds=[2]", "suite.only.variants=[sep,dense]", "suite.only.lengths=[8192]"
+    )
     assert [run.name for run in plan.selected(config.suite.only)] == ["dense_8192_seed2", "sep_8192_seed2"]
+
+
+def test_learning_rates_make_a_variant_of_each_pattern_and_rate() -> None:
+    config = suite("+suite=learning_rate", "suite.size=toy", "suite.lengths=[128]")
+    names = [f"{pattern}_lr{rate}" for pattern in ("dense", "sep") for rate in ("0.001", "0.004", "0.016")]
+    assert list(config.variants) == names and config.reference == "dense_lr0.004"
+    plan = make_plan(config, None)
+    assert {run.steps for run in plan.runs} == {config.size.steps}, "losses at equal tokens"
+    run = next(run for run in plan.runs if run.variant == "sep_lr0.016")
+    assert run.overrides[-2:] == ["optim.lr=0.016", "optim.min_lr=0.0016"]
+    only = suite("+suite=learning_rate", "suite.size=cpu", "~suite.variants.sep", "suite.learning_rates=[1e-4,3e-3]")
+    assert list(only.variants) == ["dense_lr0.0001", "dense_lr0.003"]
+    chosen = suite(
+        "+suite=paper", "suite.same_steps=true", "suite.learning_rates=[1e-3]", "suite.only.variants=[sep_lr0.001]"
+    )
+    assert [run.variant for run in make_plan(chosen, None).selected(chosen.suite.only)] == ["sep_lr0.001"] * 6
+
+
+def test_older_names_are_still_read() -> None:
+    config = suite(
+        "+suite=paper", "suite.only.rows=[dense]", "sizes.cpu.timing_turns=3", "+suite.rows.own=['model=pythia31m']"
+    )
+    assert config.suite.only.variants == ["dense"] and config.size.timing_rounds == 3
+    assert config.variants["own"] == ["model=pythia31m"] and config.variants["dense"] == ["attention=dense"]
 
 
 def test_a_fixed_plan_refuses_another_and_takes_the_same(tmp_path: Path, sample_prefix: Path) -> None:
@@ -121,18 +147,20 @@ def test_folders_reach_a_run_as_they_are(folder: str) -> None:
     [
         ([], "no suite is named: add one, such as +suite=paper."),
         (["+suite=paper", "suite.size=huge"], "suite.size=huge is unknown: choose one of cpu, gpu_small, gpu, toy."),
-        (["+suite=paper", "suite.reference=full"], "suite.reference=full is not a row"),
+        (["+suite=paper", "suite.reference=full"], "suite.reference=full is not a variant"),
         (["+suite=paper", "suite.lengths=[3000]"], "3000 tokens do not divide the 8192 tokens of a step"),
         (["+suite=paper", "suite.seeds=[]"], "suite.seeds is empty"),
         (["+suite=paper", "suite.seeds=[1,1]"], "names one twice"),
         (["+suite=paper", "suite.only.seeds=[7]"], "suite.only.seeds names [7]; the suite has [1, 2, 3]."),
-        (["+suite=paper", "suite.only.rows=[sap]"], "suite.only.rows names ['sap']"),
+        (["+suite=paper", "suite.only.variants=[sap]"], "suite.only.variants names ['sap']"),
         (["+suite=paper", "suite.do=[sleep]"], "suite.do=sleep is unknown"),
         (["+suite=paper", "suite.tokenizer=t.json"], "suite.tokenizer=t.json is for suite.text, which is empty."),
         (["+suite=paper", "suite.overrides=['training.steps=4']"], "training.steps=4 is part of the plan: set it by"),
-        (["+suite=paper", "suite.rows.sep=['seed=4']"], "seed=4 is part of the plan: set it by suite.seeds."),
-        (["+suite=paper", "suite.size=toy", "sizes.toy.timing_turns=9"], "take 10 steps, and a run has 6"),
-        (["+suite=paper", "suite.name=../x"], "'../x' is no name for a suite or a row"),
+        (["+suite=paper", "suite.variants.sep=['seed=4']"], "seed=4 is part of the plan: set it by suite.seeds."),
+        (["+suite=paper", "suite.size=toy", "sizes.toy.timing_rounds=9"], "take 10 steps, and a run has 6"),
+        (["+suite=paper", "suite.name=../x"], "'../x' is no name for a suite or a variant"),
+        (["+suite=paper", "suite.learning_rates=[1e-3]"], "are compared at equal tokens: set suite.same_steps."),
+        (["+suite=learning_rate", "suite.learning_rates=[1e-3,1e-3]"], "suite.learning_rates=[0.001, 0.001] names one"),
         (["+suite=paper", "suite.prefix=a", "suite.text=[b.txt]"], "suite.prefix=a is prepared data"),
     ],
 )

@@ -25,7 +25,7 @@ from sepllm_train.training.run_folder import claim
 from tests.suite.test_plan import suite as suite_config
 from tests.support.waiting import HANG_SECONDS, wait_until
 
-TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_turns=1")
+TOY = ("+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.jobs=2", "sizes.toy.timing_rounds=1")
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def suite(repository: Path, sample_cache: Path, sample_prefix: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_trains_times_and_reports(suite: Suite) -> None:
-    rows = "suite.only.rows=[dense,sep,streaming]"
+    variants = "suite.only.variants=[dense,sep,streaming]"
     exported = suite.root / "exported" / "paper-toy"
-    done = suite(rows, f"suite.export={exported}")
+    done = suite(variants, f"suite.export={exported}")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [f"{row}_128_seed{seed}" for seed in (1, 2) for row in ("dense", "streaming", "sep")]
     assert [suite.status(name) for name in names] == ["finished"] * 6
@@ -135,11 +135,11 @@ def test_trains_times_and_reports(suite: Suite) -> None:
     assert ", when 1 of its runs had begun. 6 of" in (exported / "report" / "report.md").read_text()
 
     before = {name: (suite.folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
-    again = suite.here(rows, "suite.do=[train]")
+    again = suite.here(variants, "suite.do=[train]")
     assert again.returncode == 0 and "6 runs, 6 finished before" in again.stdout
     assert {n: (suite.folder / "runs" / n / "metrics.jsonl").stat().st_mtime_ns for n in names} == before
 
-    other = suite.here(rows, "sizes.toy.steps=9")
+    other = suite.here(variants, "sizes.toy.steps=9")
     assert other.returncode == 2 and other.stderr.count("\n") == 1
     assert "was fixed before the first run" in other.stderr
 
@@ -151,7 +151,7 @@ def test_text_is_prepared_once_and_dry_runs_say_what_would_be_run(suite: Suite, 
     words = "It was a bright, cold day. The clocks; they struck: thirteen! Who was there? Nobody knew.\n"
     text.write_text("".join(f"{number} {words}" for number in range(400)))
     choice = ("suite.prefix=null", f"suite.text=['{text}']", "sizes.toy.vocabulary=320")
-    shown = suite.here(*choice, "suite.dry_run=true", "suite.only.rows=[sep]", "suite.only.seeds=[2]")
+    shown = suite.here(*choice, "suite.dry_run=true", "suite.only.variants=[sep]", "suite.only.seeds=[2]")
     assert shown.returncode == 0 and not suite.folder.exists()
     (command, last) = shown.stdout.splitlines()
     overrides = shlex.split(command)
@@ -176,8 +176,8 @@ def test_one_suite_at_a_time_in_a_folder(suite: Suite) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(suite: Suite) -> None:
-    broken = "suite.rows.sep=['attention=sep','model.heads=3']"
-    done = suite("suite.do=[train]", "suite.only.seeds=[1]", broken, "suite.only.rows=[sep,streaming]")
+    broken = "suite.variants.sep=['attention=sep','model.heads=3']"
+    done = suite("suite.do=[train]", "suite.only.seeds=[1]", broken, "suite.only.variants=[sep,streaming]")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 1 of 2 runs failed: sep_128_seed1 (error: model.hidden=32 must be divisible")
     assert done.stderr.count("\n") == 1
@@ -191,7 +191,7 @@ def test_a_signal_stops_the_suite_and_the_same_command_continues(suite: Suite, p
         f"sizes.toy.processes={processes}",
         "suite.do=[train]",
         "suite.only.seeds=[1]",
-        "suite.only.rows=[sep]",
+        "suite.only.variants=[sep]",
         "sizes.toy.steps=100000",
     )
     process = subprocess.Popen(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,11 @@ class Outcome:
     code: int
     output: str
     errors: str
+
+    @property
+    def unfolded(self) -> str:
+        """The output with the lines that were folded to the width of the console whole again."""
+        return re.sub(r"\n +", " ", self.output)
 
     @property
     def sentence(self) -> str:

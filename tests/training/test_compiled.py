@@ -36,7 +36,7 @@ def test_compiled_run_resumes_bitwise_or_uncompiled(trainer: Any, finished: Any,
     assert outcome.code == 0, outcome.errors[-3000:]
     assert (
         "compute: operations between the matrix products of a layer are compiled in the first step | loss over chunks"
-        in outcome.output.replace("\n  |", " |")
+        in outcome.unfolded
     )
     (line,) = re.findall(r"^compiled: (\d+) forward and backward functions in [\d.]+ s$", outcome.output, re.MULTILINE)
     assert int(line) > 8

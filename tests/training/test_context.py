@@ -19,8 +19,7 @@ def test_context_run_equals_one_process(trainer: Any, finished: Callable[..., st
         values = trainer.values(one, key)
         assert len(values) > 0 and trainer.values("context", key) == pytest.approx(values, rel=1e-5), key
     assert "context 2 x data 1" in outcome.output
-    output = outcome.output.replace("\n  |", " |")
-    line = next(line for line in output.splitlines() if line.startswith("context: "))
+    line = next(line for line in outcome.unfolded.splitlines() if line.startswith("context: "))
     assert "2 of 4 chunks" in line and "separators and 63 local keys" in line
     # Forward and backward in each layer for each sequence; the line's figure is of the first samples alone.
     told = float(line.split(" MiB per layer")[0].split()[-1]) * 2**20

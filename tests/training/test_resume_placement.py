@@ -95,7 +95,7 @@ def test_a_placed_run_with_chosen_classes(trainer: Any, sample_prefix: Path) -> 
     assert told["identity"]["attention.separators"] == names
     assert OmegaConf.load(trainer.root / "auto" / "config.yaml").attention.separators == names
     line = f"separators: auto took {', '.join(names)} | {density:.1%} of the tokens, budget 8.0% to 16.0%"
-    assert line in trained.output and "| separators shuffled |" in trained.output
+    assert line in trained.unfolded and "| separators shuffled |" in trained.unfolded
     other = trainer.here(
         "name=later", f"resume={trainer.root / 'auto'}", *chosen, "attention.density_budget=[0.04,0.08]", "dry_run=true"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.analysis import plots
+from sepllm_train.analysis.output import check_output, progress, write_report
 from sepllm_train.analysis.probe.facts import VALUES, FactVocabulary, sentences, vocabulary_of
 from sepllm_train.analysis.probe.interventions import (
     BESIDE,
@@ -31,9 +32,7 @@ from sepllm_train.analysis.probe.interventions import (
     intervene,
 )
 from sepllm_train.analysis.probe.recall import Needle, NeedleAnswer, ask_needle, fact_tokens, mentions, needles, rank
-from sepllm_train.analysis.report import check_output, progress, write_report
-from sepllm_train.base.statistics import Estimate, token_mean
-from sepllm_train.compare.student import estimate
+from sepllm_train.base.statistics import Estimate, estimate, token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
 from sepllm_train.distributed.launch import alone

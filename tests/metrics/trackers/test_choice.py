@@ -16,10 +16,9 @@ import pytest
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import LoggingConfig
-from sepllm_train.metrics import mirror as mirror_module
+from sepllm_train.metrics import trackers
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.metrics.mirror import Mirror
-from sepllm_train.metrics.trackers import check_tracker, start_mirror, wandb_mode
+from sepllm_train.metrics.trackers import Mirror, check_tracker, start_mirror, wandb_mode
 from tests.metrics.trackers.wandb_file import read
 from tests.support.waiting import HANG_SECONDS
 
@@ -196,7 +195,7 @@ def test_tracker_that_hangs_is_left(
     disturb: Callable[[Mirror], None],
     words: str,
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_MOST_WAITING", 5)
+    monkeypatch.setattr(trackers, "_MOST_WAITING", 5)
     free = threading.Event()
     tracker = Collector(**{call: free})
     mirror = Mirror(tracker, tmp_path / "metrics.jsonl")

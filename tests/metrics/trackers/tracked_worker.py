@@ -19,7 +19,7 @@ from pytest import MonkeyPatch
 from sepllm_train.config.schema import Config, LoggingConfig
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, device_of, launch_from_environment, model_parallel, reading_group
-from sepllm_train.metrics import mirror
+from sepllm_train.metrics import trackers
 from sepllm_train.training.checkpoint import digest
 from sepllm_train.training.run import train
 from tests.support.waiting import HANG_SECONDS
@@ -90,10 +90,10 @@ def disturbing(disturbance: str | None) -> Iterator[None]:
 
     A tracker that is stopped is not waited for long, any other as long as a busy machine may need.
     """
-    log = mirror.Mirror.log
+    log = trackers.Mirror.log
     done = disturbance is None
 
-    def disturbed(self: mirror.Mirror, record: dict[str, Any]) -> None:
+    def disturbed(self: trackers.Mirror, record: dict[str, Any]) -> None:
         nonlocal done
         if not done and disturbance is not None and record["step"] >= 2:
             done = True
@@ -101,9 +101,9 @@ def disturbing(disturbance: str | None) -> Iterator[None]:
         log(self, record)
 
     with MonkeyPatch.context() as patch:
-        patch.setattr(mirror.Mirror, "log", disturbed)
-        patch.setattr(mirror, "END_SECONDS", 2.0 if disturbance == "stop" else HANG_SECONDS)
-        patch.setattr(mirror, "INTERRUPTED_SECONDS", HANG_SECONDS)
+        patch.setattr(trackers.Mirror, "log", disturbed)
+        patch.setattr(trackers, "END_SECONDS", 2.0 if disturbance == "stop" else HANG_SECONDS)
+        patch.setattr(trackers, "INTERRUPTED_SECONDS", HANG_SECONDS)
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sepllm_train.metrics.wandb_file import messages
+from sepllm_train.metrics.wandb_tracker import messages
 
 protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="the extra wandb is not installed")
 

@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare.comparable import differences
-from sepllm_train.compare.rows import pairing_notes, pairs, read_rows, runs_of
+from sepllm_train.compare.variants import differences, pairing_notes, pairs, read_variants, runs_of
 from tests.compare.run_records import straight, training, validation
 
 Seeds = Callable[..., list[Path]]
@@ -20,7 +19,7 @@ Seeds = Callable[..., list[Path]]
 
 def shape(folders: list[Path], **options: Any) -> list[tuple[str, list[str]]]:
     """Labels and names of the runs of every row."""
-    return [(row.label, [run.label for run in row.runs]) for row in read_rows(folders, **options)]
+    return [(row.label, [run.label for run in row.runs]) for row in read_variants(folders, **options)]
 
 
 def configure(folder: Path, **settings: Any) -> None:
@@ -49,7 +48,7 @@ def test_no_groups_keeps_every_run_apart(make_seeds: Seeds) -> None:
     dense = make_seeds("dense", {1: 10, 2: 10})
     assert shape(dense, groups=False) == [("dense_seed1", ["dense_seed1"]), ("dense_seed2", ["dense_seed2"])]
     with pytest.raises(UserError, match="2 runs differ only in their seed.*--no-groups"):
-        read_rows(dense)
+        read_variants(dense)
 
 
 @pytest.mark.parametrize("content", [None, "", "name: [", "- 1\n", "name: x\n"])
@@ -101,7 +100,7 @@ def test_a_number_that_is_not_the_seed_stays_in_the_name_of_a_single_run(make_se
 
 def test_pairs_are_of_the_same_seed_whatever_the_order(make_seeds: Seeds) -> None:
     dense, sep = make_seeds("dense", {1: 10, 2: 10, 3: 10}), make_seeds("sep", {4: 20, 3: 20, 1: 20})
-    first, second = read_rows([*dense, *sep])
+    first, second = read_variants([*dense, *sep])
     assert [(run.label, partner.label) for run, partner in pairs(second, first)] == [
         ("sep_seed3", "dense_seed3"),
         ("sep_seed1", "dense_seed1"),
@@ -113,7 +112,7 @@ def test_pairs_are_of_the_same_seed_whatever_the_order(make_seeds: Seeds) -> Non
 
 
 def test_single_runs_are_paired_whatever_their_seeds(make_seeds: Seeds) -> None:
-    first, second = read_rows([*make_seeds("dense", {1: 10}), *make_seeds("sep", {2: 20})])
+    first, second = read_variants([*make_seeds("dense", {1: 10}), *make_seeds("sep", {2: 20})])
     assert [(run.seed, partner.seed) for run, partner in pairs(second, first)] == [(2, 1)]
     assert pairing_notes([first, second]) == []
 
@@ -154,34 +153,34 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(
 ) -> None:
     dense, sep = make_seeds("dense", {1: 10, 2: 10}), make_seeds("sep", {1: 20, 2: records})
     told: list[str] = []
-    assert shape([*dense, *sep], tell=told.append) == [
+    assert shape([*dense, *sep], warn=told.append) == [
         ("dense", ["dense_seed1", "dense_seed2"]),
         ("sep", ["sep_seed1"]),
     ]
     (sentence,) = told
     assert sentence.startswith("Left out: ") and words in sentence and str(sep[1]) in sentence
-    read_rows([*dense, *sep])
+    read_variants([*dense, *sep])
     assert capsys.readouterr().err == f"warning: {sentence}\n"
     with pytest.raises(UserError, match=f"{sep[1]}"):
-        read_rows([*dense, *sep], strict=True)
+        read_variants([*dense, *sep], strict=True)
 
 
 def test_padding_of_another_layout_is_no_other_convention(make_seeds: Seeds) -> None:
     """1% more FLOPs from step 20 on, as from a vocabulary padded for more processes."""
     resumed = [validation(0, 6), validation(10, 5), other_count(20, 1.01)]
-    assert len(read_rows([*make_seeds("dense", {1: 10}), *make_seeds("sep", {1: resumed})])) == 2
+    assert len(read_variants([*make_seeds("dense", {1: 10}), *make_seeds("sep", {1: resumed})])) == 2
 
 
 def test_a_model_of_another_shape_may_have_other_flops(make_seeds: Seeds) -> None:
     wide = [validation(0, 6), other_count(10, 2), other_count(20, 2)]
-    rows = read_rows([*make_seeds("dense", {1: 10}), *make_seeds("wide", {1: wide}, parameters=9_000_000)])
+    rows = read_variants([*make_seeds("dense", {1: 10}), *make_seeds("wide", {1: wide}, parameters=9_000_000)])
     assert [row.label for row in rows] == ["dense", "wide"]
 
 
 def test_tokens_of_a_curriculum_may_have_other_flops_from_phase_to_phase(make_seeds: Seeds) -> None:
     short = [validation(0, 6), other_count(10, 0.5), other_count(20, 0.75)]
     phases = [{"length": 512, "steps": 10}]
-    rows = read_rows([*make_seeds("dense", {1: 10}), *make_seeds("short", {1: short}, curriculum=phases)])
+    rows = read_variants([*make_seeds("dense", {1: 10}), *make_seeds("short", {1: short}, curriculum=phases)])
     assert [row.label for row in rows] == ["dense", "short"]
     assert differences(runs_of(rows))["curriculum"] == [None, phases]
 
@@ -194,15 +193,15 @@ def test_the_reference_keeps_its_place_or_the_comparison_is_refused(make_seeds: 
     with pytest.raises(
         UserError, match="dense_seed1 is the reference, which cannot be left out: .*0 validation points"
     ):
-        read_rows([dense[0], *sep, *other])
+        read_variants([dense[0], *sep, *other])
 
 
 def test_what_is_left_must_be_two_rows(make_seeds: Seeds) -> None:
     dense, sep = make_seeds("dense", {1: 10, 2: []}), make_seeds("sep", {1: []})
     with pytest.raises(UserError, match="Only dense_seed1 is left to compare of 3 runs: .*dense_seed2.*sep_seed1"):
-        read_rows([*dense, *sep])
+        read_variants([*dense, *sep])
     with pytest.raises(UserError, match="None of the 2 runs can be compared: .*dense_seed2.*sep_seed1"):
-        read_rows([dense[1], *sep])
+        read_variants([dense[1], *sep])
 
 
 def test_other_data_is_refused_even_in_one_seed(make_seeds: Seeds) -> None:
@@ -211,7 +210,7 @@ def test_other_data_is_refused_even_in_one_seed(make_seeds: Seeds) -> None:
     run["comparable"]["tokenizer"] = "e" * 64
     (sep[1] / "run.json").write_text(json.dumps(run))
     with pytest.raises(UserError, match="they used different tokenizers"):
-        read_rows([*dense, *sep])
+        read_variants([*dense, *sep])
 
 
 def test_a_key_that_is_empty_is_as_one_that_is_not_there(make_seeds: Seeds) -> None:

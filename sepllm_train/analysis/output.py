@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.figures import svg
 from sepllm_train.base.files import write_whole
 from sepllm_train.base.statistics import Estimate
-from sepllm_train.compare.plots import svg
 from sepllm_train.training.run_folder import environment
 
 READING = (

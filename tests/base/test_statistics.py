@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sepllm_train.compare.student import Estimate, estimate, geometric_mean, ratio_estimate, t_quantile
+from sepllm_train.base.statistics import Interval, estimate, geometric_mean, ratio_estimate, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_product_of_two_means_by_welch_and_satterthwaite() -> None:
     # Without spread in the one, what is left is the interval of the other.
     alone = ratio_estimate([2.0, 2.0], spread)
     assert alone.high == pytest.approx(2 * ratio_estimate(spread).high)
-    assert ratio_estimate([2.0], spread) == Estimate(2.0, None, None, 1)
+    assert ratio_estimate([2.0], spread) == Interval(2.0, None, None, 1)
 
 
 def test_what_an_interval_excludes() -> None:

@@ -1,4 +1,4 @@
-"""Which token comes next."""
+"""Choice of the next token, and the text of those chosen."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import require
+
+# What decoders write for bytes that are no whole character.
+_UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,35 @@ class Sampling:
             for row, generator in zip(probability, generators, strict=True)
         ]
         return order.gather(1, torch.stack(drawn))[:, 0]
+
+
+class TextStream:
+    """Text of the tokens that follow `before`, in pieces: a character that takes several tokens comes when it is whole.
+
+    Only the last tokens are decoded anew, together with some before them: a decoder may write a token otherwise at the
+    beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(before)
+        self._start = 0
+        self._shown = len(before)
+
+    def add(self, token: int) -> str:
+        """The text that is certain with one more token, since the last call; often empty."""
+        self._ids.append(token)
+        text, new = self._pending()
+        if text.endswith(_UNFINISHED):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return new
+
+    def end(self) -> str:
+        """The rest, with a mark in the place of a character that was not finished."""
+        return self._pending()[1]
+
+    def _pending(self) -> tuple[str, str]:
+        known = self._tokenizer.decode(self._ids[self._start : self._shown])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        return text, text[len(known) :]

@@ -19,7 +19,9 @@ _UNFINISHED = "\ufffd"
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 takes the likeliest token, otherwise logits are divided by it. top_k: only so many of the
+    """Rule by which the next token is chosen.
+
+    temperature: 0 takes the likeliest token, otherwise logits are divided by it. top_k: only so many of the
     likeliest tokens; top_p: of these the fewest of at least this probability together; None for all. seed: of row 0;
     row b has a generator of its own, with seed + b, so that its text does not depend on the others.
 

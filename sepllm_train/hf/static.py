@@ -66,9 +66,9 @@ class StaticLayer(CacheLayerMixin):
 
 
 class StaticSepCache(Cache):
-    """What a SepCache holds, in slots from the left: the state of a `Decoder`."""
+    """Contents of a SepCache in slots from the left: the state of a `Decoder`."""
 
-    # The hooks of our other caches pass over this one: it tells the model everything itself.
+    # The hooks of our other caches pass over this one: a `Decoder` gives the model everything itself.
     sepllm_static = True
 
     def __init__(self, slots: DecodeCache) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from data_prep.sample import prepare_sample
 from sepllm_train.base import files
+from tests.golden.archives import NAMES, unpack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the stored files of tests/golden, unpacked: tests do not write in it."""
+    folder = tmp_path_factory.mktemp("golden")
+    for name in NAMES:
+        unpack(name, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,9 @@ from sepllm_train.runs.records import read_run as read_records
 from sepllm_train.training.checkpoint import check_identity, read_state
 from sepllm_train.training.run_folder import read_run_json
 
-STORED = Path(__file__).resolve().parent.parent / "golden" / "files"
-RUN = STORED / "run"
 
-
-def test_a_stored_checkpoint_is_read_with_current_keys() -> None:
-    path = RUN / "checkpoints" / "step_00000004"
+def test_a_stored_checkpoint_is_read_with_current_keys(golden_files: Path) -> None:
+    path = golden_files / "run" / "checkpoints" / "step_00000004"
     stored = json.loads((path / "state.json").read_text())["identity"]
     found = read_state(path)["identity"]
     assert list(found[DATA]) == ["guide"] and found[VALIDATION_DATA] == {} and len(found[TOKENIZER]) == 64
@@ -26,10 +23,9 @@ def test_a_stored_checkpoint_is_read_with_current_keys() -> None:
     assert list(found.values()) == list(stored.values())
 
 
-@pytest.mark.parametrize(
-    "folder", [RUN, STORED / "suite" / "paper-toy" / "runs" / "sep_128_seed1"], ids=["run", "suite"]
-)
-def test_a_stored_run_is_read_with_current_keys(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["run", "suite/paper-toy/runs/sep_128_seed1"], ids=["run", "suite"])
+def test_a_stored_run_is_read_with_current_keys(golden_files: Path, name: str) -> None:
+    folder = golden_files / name
     for info in (read_run_json(folder), read_records(folder).info):
         assert {DATA, TOKENIZER} <= info["identity"].keys()
         assert not [key for key in info["identity"] if " " in key]

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from tests.golden.archives import unpack
 from tests.golden.cases import BY_NAME, CASES, Case, with_needs
 from tests.golden.compare import SHOWN, differences, flatten, largest
 from tests.golden.sides import REPOSITORY, BadInput, Processes, Side, check_versions, commit_of, fingerprint, worktree
@@ -93,6 +94,7 @@ def run(names: list[str], commit: str, output: Path, jobs: int) -> list[str]:
             ]
             for side in sides:
                 side.folder.mkdir()
+                unpack("data", side.folder)
             sides[0].outcomes.update(stored)
             plan = [(sides[0], case) for case in missing] + [(sides[1], case) for case in with_needs(names)]
             # A case of one side beside the same case of the other.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parent / "data"
+# Stored data are unpacked in the folder that the cases of a side run in.
 SMALL = (
     "+experiment=demo_sep",
     "model.layers=2",
@@ -15,7 +14,7 @@ SMALL = (
     "model.ffn=128",
     "attention.window=32",
     "data=prefixes",
-    f"data.prefixes=['{DATA / 'guide'}']",
+    "data.prefixes=[data/guide]",
     "data.sequence_length=256",
     "data.validation_fraction=0.1",
     "data.workers=0",
@@ -26,7 +25,7 @@ SMALL = (
     "optim.lr=4.0e-3",
     "optim.warmup_steps=1",
 )
-BLEND = f"data.prefixes=[{{path: '{DATA / 'guide'}', weight: 0.7}}, {{path: '{DATA / 'notes'}', weight: 0.3}}]"
+BLEND = "data.prefixes=[{path: data/guide, weight: 0.7}, {path: data/notes, weight: 0.3}]"
 # Horizons within the sequence, so that every tier hides something.
 TIERS = (
     "attention=tiers",
@@ -52,7 +51,7 @@ THEIR_CACHES: dict[str, dict[str, Any]] = {
 SUITE = (
     "+suite=paper",
     "suite.size=toy",
-    f"suite.prefix='{DATA / 'guide'}'",
+    "suite.prefix=data/guide",
     "suite.lengths=[128]",
     "suite.seeds=[1]",
 )
@@ -126,7 +125,7 @@ CASES = (
             "run": "sep",
             "arguments": [
                 "--tasks=lambada,arc_easy,wikitext",
-                f"--data-dir={DATA / 'tasks'}",
+                "--data-dir=data/tasks",
                 "--baselines=dense",
                 "--threads=1",
             ],

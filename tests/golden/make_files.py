@@ -1,10 +1,10 @@
-"""Write the stored files of tests/golden with the programs of an old revision.
+"""Write the archives of tests/golden with the programs of an old revision.
 
     git worktree add --detach OLD b31b21f
-    python tests/golden/make_files.py OLD data tests/golden/data
-    python tests/golden/make_files.py OLD runs tests/golden/files
+    python -m tests.golden.make_files OLD data tests/golden/files
+    python -m tests.golden.make_files OLD runs tests/golden/files
 
-b31b21f wrote both folders once. They are not written again: they stand for what users have on their disks.
+b31b21f wrote their files once. They are not written again: they stand for what users have on their disks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.golden.archives import pack, unpack
+
 # Real text that was written for this project. The rest of docs/ would only make the files larger.
 TEXTS = {
     "guide": ["README.md", "docs/data.md", "docs/attention.md", "docs/flops.md", "docs/inference.md"],
@@ -25,7 +27,6 @@ TEXTS = {
 }
 # 640 entries in one process and 768 with tensor parallelism of 2 once padded: neither is a multiple of 128.
 VOCABULARY = 600
-DATA = Path(__file__).resolve().parent / "data"
 # Small enough to be committed with its optimizer.
 STORED_RUN = (
     "+experiment=demo_sep",
@@ -66,7 +67,7 @@ open("expected.json", "w").write(json.dumps(expected, indent=1) + chr(10))
 
 
 def main() -> None:
-    """Write one of the two folders."""
+    """Write the data, or the run, the export and the suite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, help="worktree of the old revision")
     parser.add_argument("what", choices=("data", "runs"))
@@ -94,6 +95,8 @@ def make_data(tree: Path, output: Path) -> None:
     """Tokenise the texts, a document for each section, with a tokenizer that is trained on them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The evaluation tasks were written by hand.
+        shutil.copytree(unpack("data", folder / "stored") / "tasks", folder / "data" / "tasks")
         for text, pages in TEXTS.items():
             sections = [part for page in pages for part in (tree / page).read_text(encoding="utf8").split("\n## ")]
             lines = [json.dumps({"text": section}) + "\n" for section in sections]
@@ -103,7 +106,8 @@ def make_data(tree: Path, output: Path) -> None:
             "--output=golden.model", "--workers=1")  # fmt: skip
         for text in TEXTS:
             run(tree, folder, "prepare_data.py", "tokenize", f"{text}.jsonl", "--tokenizer=golden.model",
-                f"--output={output / text}")  # fmt: skip
+                f"--output=data/{text}")  # fmt: skip
+        pack(folder / "data", output)
 
 
 def make_runs(tree: Path, output: Path) -> None:
@@ -111,21 +115,19 @@ def make_runs(tree: Path, output: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Under a relative path, so that no stored file names a folder of this machine.
-        shutil.copytree(DATA, folder / "data")
+        unpack("data", folder)
         data = ("data=prefixes", "data.prefixes=[data/guide]")
         run(tree, folder, "pretrain.py", *STORED_RUN, *data, "name=run")
-        shutil.copytree(folder / "runs" / "run", folder / "stored")
+        shutil.copytree(folder / "runs" / "run", folder / "run")
         run(tree, folder, "pretrain.py", *STORED_RUN, *data, "name=again", "resume=runs/run", "training.steps=5")
         run(tree, folder, "export_hf.py", "runs/run", "export")
         run(tree, folder, "suite.py", "+suite=paper", "suite.size=toy", "suite.lengths=[128]", "suite.seeds=[1]",
             "suite.prefix=data/guide", "suite.only.rows=[dense,sep]", "suite.do=[train,evaluate,report]",
             "suite.export=suite/paper-toy")  # fmt: skip
         run(tree, folder, "-c", EXPECTED)
-        anonymous(folder / "stored" / "environment.json")
-        for kept, source in (("run", "stored"), ("export", "export"), ("suite", "suite")):
-            shutil.rmtree(output / kept, ignore_errors=True)
-            drawings = shutil.ignore_patterns(".lock", "*.png", "*.svg", "*.html")
-            shutil.copytree(folder / source, output / kept, ignore=drawings)
+        anonymous(folder / "run" / "environment.json")
+        for kept in ("run", "export", "suite"):
+            pack(folder / kept, output)
         shutil.copy(folder / "expected.json", output / "expected.json")
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from sepllm_train.requirements import read_setup, unmet
-from tests.golden.cases import DATA, Case
+from tests.golden.archives import FILES
+from tests.golden.cases import Case
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("side.py")
@@ -189,7 +190,7 @@ def git(*words: str) -> subprocess.CompletedProcess[str]:
 def fingerprint(commit: str) -> dict[str, str]:
     """Everything that the outcomes of the reference depend on: commit, packages, processor, cases."""
     packages = sorted({f"{one.name}=={one.version}" for one in metadata.distributions()})
-    files = sorted(path for path in [*SIDE.parent.glob("*.py"), *DATA.rglob("*")] if path.is_file())
+    files = sorted([*SIDE.parent.glob("*.py"), FILES / "data.tar.gz"])
     own = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if not path.name.startswith("test_"))
     return {
         "commit": commit,

@@ -20,12 +20,11 @@ import torch
 from megatron.core import parallel_state
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from tests.golden.cases import DATA
+from tests.golden.archives import FILES
 from tests.golden.make_files import STORED_RUN
 from tests.golden.side import Tree
 from tests.golden.sides import REPOSITORY
 
-FILES = Path(__file__).resolve().parent / "files"
 RUNS = ("run", "run_megatron_core_0.19")
 EXPECTED: dict[str, Any] = json.loads((FILES / "expected.json").read_text())
 
@@ -45,19 +44,19 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_checkpoint_holds_what_was_stored(tree: Tree, run: str) -> None:
-    stored, found = EXPECTED["checkpoint"], dict(tree.get("digests")(FILES / run))
+def test_the_checkpoint_holds_what_was_stored(tree: Tree, golden_files: Path, run: str) -> None:
+    stored, found = EXPECTED["checkpoint"], dict(tree.get("digests")(golden_files / run))
     other = sorted(key for key in stored.keys() | found if stored.get(key) != found.get(key))
     assert not other, f"read otherwise than stored: {other}"
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_resumes_from_the_checkpoint_and_writes_the_same_keys(
-    tree: Tree, run: str, monkeypatch: pytest.MonkeyPatch
+    tree: Tree, golden_files: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step. The keys of a checkpoint are pinned: users' checkpoints have exactly these."""
-    tree.run("pretrain", *STORED_RUN, "data=prefixes", f"data.prefixes=['{DATA / 'guide'}']", "name=again",
-             f"resume={FILES / run}", "training.steps=5")  # fmt: skip
+    data = ("data=prefixes", f"data.prefixes=['{golden_files / 'data' / 'guide'}']")
+    tree.run("pretrain", *STORED_RUN, *data, "name=again", f"resume={golden_files / run}", "training.steps=5")
     records = [json.loads(line) for line in Path("runs/again/metrics.jsonl").read_text().splitlines()]
     (loss,) = (record["train/loss"] for record in records if "train/loss" in record)
     assert loss == pytest.approx(EXPECTED["loss of step 5"], rel=1e-5)
@@ -71,30 +70,31 @@ def test_a_run_resumes_from_the_checkpoint_and_writes_the_same_keys(
 
 
 @pytest.mark.parametrize("name", ["guide", "notes"])
-def test_the_side_car_verifies(tree: Tree, name: str) -> None:
-    assert "are as their header says" in tree.run("prepare_data", "verify", str(DATA / name))
+def test_the_side_car_verifies(tree: Tree, golden_files: Path, name: str) -> None:
+    assert "are as their header says" in tree.run("prepare_data", "verify", str(golden_files / "data" / name))
 
 
-def test_the_run_is_exported_to_the_stored_weights(tree: Tree) -> None:
+def test_the_run_is_exported_to_the_stored_weights(tree: Tree, golden_files: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
-    tree.run("export", str(FILES / "run"), "export", "--tokenizer", str(DATA / "guide.tokenizer.model"))
-    folders = (Path("export"), FILES / "export")
+    tokenizer = golden_files / "data" / "guide.tokenizer.model"
+    tree.run("export", str(golden_files / "run"), "export", "--tokenizer", str(tokenizer))
+    folders = (Path("export"), golden_files / "export")
     made, stored = (safetensors.load_file(folder / "model.safetensors") for folder in folders)
     assert made.keys() == stored.keys()
     assert all(torch.equal(made[name], stored[name]) for name in stored)
 
 
-def test_the_export_computes_the_stored_logits(tree: Tree) -> None:
+def test_the_export_computes_the_stored_logits(tree: Tree, golden_files: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    model = tree.get("load_model")(FILES / "export")
+    model = tree.get("load_model")(golden_files / "export")
     with torch.no_grad():
         logits = model(torch.tensor([EXPECTED["ids"]])).logits[0]
     torch.testing.assert_close(logits[::4, ::40], torch.tensor(EXPECTED["logits"]), rtol=0, atol=1e-5)
 
 
-def test_the_suite_is_reported_again(tree: Tree) -> None:
-    shutil.copytree(FILES / "suite", "suites")
+def test_the_suite_is_reported_again(tree: Tree, golden_files: Path) -> None:
+    shutil.copytree(golden_files / "suite", "suites")
     stored = json.loads(Path("suites/paper-toy/report/report.json").read_text())["128"]
     shutil.rmtree("suites/paper-toy/report")
     tree.run("suite", "+suite=paper", "suite.size=toy", "suite.do=[report]")

@@ -16,27 +16,31 @@ from sepllm_train.suite.plan import read_plan
 from sepllm_train.suite.report import write_suite_report
 from tests.suite.test_plan import suite as suite_config
 
-# An export of an older version, laid out as a suite.
-OLD = Path(__file__).resolve().parents[1] / "golden" / "files" / "suite" / "paper-toy"
 RUN = "sep_128_seed1"
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
+def old(golden_files: Path) -> Path:
+    """An export of an older version, laid out as a suite."""
+    return golden_files / "suite" / "paper-toy"
+
+
+@pytest.fixture
+def study(old: Path, tmp_path: Path) -> Path:
     """The old export, reported and exported again."""
-    suite = tmp_path / "suites" / OLD.name
-    shutil.copytree(OLD, suite)
+    suite = tmp_path / "suites" / old.name
+    shutil.copytree(old, suite)
     plan = read_plan(suite)
     write_suite_report(plan)
-    export(plan, tmp_path / "studies" / OLD.name)
-    return tmp_path / "studies" / OLD.name
+    export(plan, tmp_path / "studies" / old.name)
+    return tmp_path / "studies" / old.name
 
 
-def test_a_study_holds_all_that_was_recorded(study: Path, tmp_path: Path) -> None:
+def test_a_study_holds_all_that_was_recorded(study: Path, old: Path, tmp_path: Path) -> None:
     assert {path.name for path in study.iterdir()} == {"README.md", "report.md", "summary.json", "runs.jsonl.gz", "128"}
     unpack(study, tmp_path / "again")
-    for path in (path for path in OLD.rglob("*") if path.is_file() and "report" not in path.parts):
-        copy = tmp_path / "again" / path.relative_to(OLD)
+    for path in (path for path in old.rglob("*") if path.is_file() and "report" not in path.parts):
+        copy = tmp_path / "again" / path.relative_to(old)
         assert copy.read_bytes() == path.read_bytes(), path
     records = [json.loads(line) for line in gzip.decompress((study / RUNS).read_bytes()).splitlines()]
     assert [record.keys() for record in records] == [{"name", "config", "environment", "run", "metrics"}] * 2
@@ -51,10 +55,10 @@ def test_a_report_from_a_study_changes_nothing_in_it(study: Path) -> None:
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
 
 
-def test_a_suite_continues_from_a_study(study: Path) -> None:
+def test_a_suite_continues_from_a_study(study: Path, old: Path) -> None:
     unpack(study, study)
-    assert not is_study(study) and read_plan(study).runs == read_plan(OLD).runs
-    assert (study / "runs" / RUN / "metrics.jsonl").read_bytes() == (OLD / "runs" / RUN / "metrics.jsonl").read_bytes()
+    assert not is_study(study) and read_plan(study).runs == read_plan(old).runs
+    assert (study / "runs" / RUN / "metrics.jsonl").read_bytes() == (old / "runs" / RUN / "metrics.jsonl").read_bytes()
 
 
 def test_a_damaged_study_is_named(study: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _sections() -> list[Any]:
 
 
 def view_of(workspace: Any) -> dict[str, Any]:
-    """What saving `workspace` sends to W&B: entity, project, name and the spec of the view."""
+    """Return the request that saving `workspace` sends to W&B: entity, project, name and the spec of the view."""
     view = workspace._to_model()
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
     return {"entity": view.entity, "project": view.project, "displayName": view.display_name, "spec": spec}

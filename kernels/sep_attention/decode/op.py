@@ -43,12 +43,13 @@ def advance(cache: DecodeCache, ids: Tensor, reach_of_token: Tensor) -> None:
         launch_advance(cache, ids, reach_of_token)
         return
     cache.moved.zero_()
-    for number in (cache.length == cache.capacity).nonzero().flatten().tolist():
-        _compact(cache, number)
-    row, slot = torch.arange(len(ids), device=ids.device), cache.length.long()
-    cache.reach[row, slot] = reach_of_token[ids]
-    cache.position[row, slot] = cache.seen
-    cache.arrival[row, slot] = cache.length
+    if int(cache.length.max()) == cache.capacity:
+        for number in (cache.length == cache.capacity).nonzero().flatten().tolist():
+            _compact(cache, number)
+    slot = cache.length.long()[:, None]
+    cache.reach.scatter_(1, slot, reach_of_token[ids][:, None])
+    cache.position.scatter_(1, slot, cache.seen[:, None])
+    cache.arrival.scatter_(1, slot, cache.length[:, None])
     cache.length.add_(1)
     cache.seen.add_(1)
 

@@ -198,7 +198,7 @@ class Chaos:
         return self._text(name)[-4000:]
 
     def _step(self, name: str) -> str:
-        """Last step that the attempt logged, in words."""
+        """Progress of the attempt, in words."""
         lines = [line for line in self._text(name).splitlines() if line.startswith("step ")]
         return lines[-1].split(" (")[0] if lines else "before its first step"
 

@@ -169,7 +169,7 @@ def _version(package: str) -> str | None:
 
 
 def _torch() -> dict[str, Any]:
-    """What torch was built with and what it finds."""
+    """Build of torch and the devices that it finds."""
     try:
         torch: Any = importlib.import_module("torch")
         nccl = torch.distributed.is_nccl_available()
@@ -188,7 +188,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """What the NVIDIA driver says."""
+    """GPUs as the NVIDIA driver lists them."""
     fields = "name,memory.total,driver_version,mig.mode.current,compute_mode"
     lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines()
     devices = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == fields.count(",")]
@@ -254,7 +254,7 @@ def _filesystem(place: Path) -> str | None:
 
 
 def _why_unwritable(place: Path) -> str | None:
-    """What the system says to a new file there; None when it can be made."""
+    """Reason why no file can be made there; None when one can."""
     if not place.is_dir():
         return f"{place} is a file"
     try:
@@ -286,7 +286,7 @@ def _first_line(*command: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+    """Output of a program; nothing where it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

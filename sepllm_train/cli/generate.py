@@ -107,7 +107,7 @@ def _generate(
     from sepllm_train.distributed.collectives import on_all_ranks
     from sepllm_train.generation.generate import generate
     from sepllm_train.generation.native import NativeCache
-    from sepllm_train.generation.text import TextStream
+    from sepllm_train.generation.sampling import TextStream
     from sepllm_train.runs.open import open_run
 
     run = on_all_ranks(lambda: open_run(arguments.run_folder, arguments.checkpoint, tokenizer=arguments.tokenizer))

@@ -17,7 +17,7 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        """How many steps these are."""
+        """Number of steps."""
         return self.last - self.first + 1
 
 

@@ -98,7 +98,7 @@ def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: ty
 
 
 def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
-    """What Hydra or OmegaConf complains about, without its layout, with the nearest known name where one is near."""
+    """Message of Hydra or OmegaConf in a sentence, without its layout, with the nearest known name if one is near."""
     text = str(error.__cause__ or error) if isinstance(error, HydraException) else str(error)
     if missing := re.search(r"Could not find '([^']+)'", str(error)):
         return f"configuration: there is no {missing[1]}.yaml in configs/; {_known_files(missing[1])}."

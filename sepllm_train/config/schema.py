@@ -81,7 +81,7 @@ class ModelConfig:
 
 @dataclass
 class AttentionConfig:
-    """Which keys a query sees: key j is visible to query i iff 0 <= i - j < max(window, horizon of j)."""
+    """Keys that are visible to a query: key j is visible to query i iff 0 <= i - j < max(window, horizon of j)."""
 
     pattern: str = setting(
         "sep", "dense | sep (separators) | streaming (window and initial tokens) | fixed (every interval-th token)."
@@ -192,7 +192,7 @@ VALIDATION_FRACTION = 0.02
 
 @dataclass
 class DataConfig:
-    """What is read. `source: sample` makes a small corpus from the installed Python's documentation."""
+    """Data of a run. `source: sample` makes a small corpus from the installed Python's documentation."""
 
     source: str = setting("sample", "sample (a small corpus made from the installed Python) | prefixes.")
     prefixes: list[Any] = setting(
@@ -287,7 +287,7 @@ class ParallelConfig:
 
     @property
     def uneven(self) -> bool:
-        """Whether a pipeline stage has a number of layers of its own."""
+        """True when a pipeline stage has a number of layers of its own."""
         return self.first_stage_layers is not None or self.last_stage_layers is not None
 
     def stage_layers(self, layers: int) -> list[int]:
@@ -430,7 +430,7 @@ class TrainingConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is written while training."""
+    """Output of a run while it trains."""
 
     interval: int = setting(10, "Steps between lines of the console and of metrics.jsonl.")
     peak_tflops: float | None = setting(

@@ -1,4 +1,4 @@
-"""How a model attends while it is evaluated: from what is typed to a pattern or a cache on the model."""
+"""Attention of a model during an evaluation: from what is typed to a pattern or a cache on the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Attention:
 
     @property
     def label(self) -> str:
-        """What results call it."""
+        """Name in results."""
         return self.options.label or self.options.name
 
     def install(self, model: Any) -> None:

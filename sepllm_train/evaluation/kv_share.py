@@ -40,7 +40,7 @@ def gsm8k_prompts(data_dir: Path) -> list[str]:
 def kept_share(
     prompts: Sequence[Sequence[int]], separators: Sequence[int], window: int, initial: int, interval: int | None = None
 ) -> KeptShare:
-    """What the last tokens keep. interval: every interval-th token of a prompt in the place of `separators`."""
+    """Share of keys that the last tokens keep. interval: every interval-th token of a prompt for `separators`."""
     kept = np.zeros(len(prompts))
     lengths = np.array([len(prompt) for prompt in prompts])
     for number, prompt in enumerate(prompts):

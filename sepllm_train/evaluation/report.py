@@ -116,7 +116,7 @@ def _check(results: Sequence[dict[str, Any]]) -> None:
 
 
 def _basis(result: dict[str, Any]) -> dict[str, Any]:
-    """What results of a task must have in common to be compared."""
+    """Values that results of a task must have in common to be compared."""
     return {
         **conditions(result),
         "number of documents": result["documents"],
@@ -138,7 +138,7 @@ def _mean(row: dict[str, dict[str, Any]], tasks: Sequence[str], key: str) -> str
 
 
 def _scope(task: str, results: Sequence[dict[str, Any]]) -> str:
-    """What a column was measured on, where it is not all of the hub's documents."""
+    """Documents and prompts of a column, where it is not all of the hub's documents."""
     result = next(result for result in results if result["task"] == task)
     parts = [f"{result['num_fewshot']}-shot"]
     if result["limit"] is not None:

@@ -70,18 +70,18 @@ def _wrong(content: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 
 def model_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What results of one model have in common."""
+    """Values that results of one model share."""
     model = result["model"]
     return {"model": model["fingerprint"], "dtype": model["dtype"], "tokenizer": model["tokenizer_sha256"]}
 
 
 def attention_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What results under one label have in common: the attention, with the token ids of its separators."""
+    """Values that results under one label share: the attention, with the token ids of its separators."""
     return {"attention": result["attention"]}
 
 
 def conditions(result: dict[str, Any]) -> dict[str, Any]:
-    """What results of a task must have in common to be compared, so far as it is settled before the evaluation."""
+    """Values that results of a task must share to be compared, as far as they are settled before the evaluation."""
     files = result["data"].get("files", {})
     return {
         "limit": result["limit"],

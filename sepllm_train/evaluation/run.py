@@ -140,7 +140,7 @@ def evaluate_task(
 
 
 def _planned(task: Loaded, attention: Attention, options: EvaluationOptions, ranks: int) -> dict[str, Any]:
-    """What a result says of how it was measured that is settled before."""
+    """Conditions of a result that are settled before it is measured."""
     return {
         "limit": options.limit,
         "num_fewshot": task.shots,

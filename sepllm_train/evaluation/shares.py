@@ -1,4 +1,4 @@
-"""How much of a text a model saw while it was evaluated: counted over the very sequences that ran.
+"""Share of a text that a model saw while it was evaluated: counted over the very sequences that ran.
 
 Shape letters: B sequences, T tokens.
 """

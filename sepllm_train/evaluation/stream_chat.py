@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sepllm_train.evaluation.stream_model import Opened, check_context
-from sepllm_train.generation.sampling import Sampling
-from sepllm_train.generation.text import TextStream
+from sepllm_train.generation.sampling import Sampling, TextStream
 from sepllm_train.hf.hooks import cache_argument
 
 

@@ -35,7 +35,7 @@ SAY_EVERY = 10.0
 
 @dataclass
 class Progress:
-    """Where a stream is. `nats` is the sum over all predicted tokens, `points` what was noted on the way."""
+    """Progress of a stream. `nats` is the sum over all predicted tokens, `points` what was noted on the way."""
 
     tokens: int = 0
     predicted: int = 0

@@ -50,7 +50,7 @@ class TokenStream:
         check_text(self.paths)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a stream to be continued."""
+        """Values that must be the same for a stream to be continued."""
         return {
             "files": [[path.name, path.stat().st_size] for path in self.paths],
             "tokenizer": self.tokenizer.sha256,
@@ -118,7 +118,7 @@ class TokenStream:
 
 
 def _is_whole(path: Path, beside: Path, about: dict[str, Any]) -> bool:
-    """Whether `path` holds the tokens of `about`, all of them, as the file `beside` it says."""
+    """True when `path` holds the tokens of `about`, all of them, as the file `beside` it says."""
     try:
         return read_json_if_any(beside) == {**about, "count": path.stat().st_size / _TYPE.itemsize}
     except OSError:

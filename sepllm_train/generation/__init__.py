@@ -1,1 +1,1 @@
-"""Using what was trained: the separator cache, generation, streaming."""
+"""Generation: the separator cache, its policies, sampling."""

@@ -1,4 +1,4 @@
-"""The loop of generation: feed, choose, again."""
+"""The loop of generation: feed tokens, choose the next ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnToken = Callable[[int, int], object]
 
 @dataclass
 class Continuation:
-    """What was generated for a prompt: its `tokens`, the one that ended it included, and whether it `ended` by itself;
+    """Text generated for a prompt: its `tokens`, the one that ended it included; `ended`, True when it ended by itself;
     the mean `cache_length` in keys over tokens and layers; the `seconds` since the prompts were given."""
 
     tokens: list[int] = field(default_factory=list)
@@ -39,7 +39,7 @@ def generate(
     """Continue each prompt by up to `count` tokens, fewer where token `end` comes (None: it ends nothing).
 
     cache: an empty one with a row for each prompt. prompts: ids, at least one each. Calls on_token(row, token) for each
-    token. Every tensor-parallel rank calls this and gets the same. Raises UserError as `Sampling.choose` does.
+    token. Every tensor-parallel rank calls this and gets the same result. Raises UserError as `Sampling.choose` does.
     """
     began = time.perf_counter()
     found = [Continuation() for _ in prompts]
@@ -78,8 +78,10 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _same_on_all_ranks(chosen: Tensor, cache: NativeCache) -> Tensor:
-    """The tokens that the first tensor-parallel rank has chosen: ranks that go on with different ones would compute
-    nonsense, or wait for each other for ever."""
+    """Broadcast the tokens that the first tensor-parallel rank has chosen.
+
+    Ranks that continue with different ones would compute nonsense, or hang.
+    """
     group = cache.model.tp_group
     if group.size() > 1:
         dist.broadcast(chosen, group=group, group_src=0)

@@ -111,12 +111,13 @@ class NativeCache(SeparatorCache):
         return move
 
     def _as_added(self, masks: list[Tensor]) -> list[Tensor]:
-        """What is added to scores, [B, 1, N, W], for masks bool [B, N, W]: once for the layers that share one."""
+        """Terms of scores, [B, 1, N, W], for masks bool [B, N, W]: one tensor for the layers that share a mask."""
         dtype = self.model.config.params_dtype
-        added = {
-            id(mask): torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-            for mask in {id(mask): mask for mask in masks}.values()
-        }
+        added: dict[int, Tensor] = {}
+        for mask in masks:
+            if id(mask) not in added:
+                zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                added[id(mask)] = zeros.masked_fill_(~mask, float("-inf"))
         return [added[id(mask)][:, None] for mask in masks]
 
     def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:

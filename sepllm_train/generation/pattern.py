@@ -24,8 +24,8 @@ class TokenPattern:
     """Key j is visible to query i iff 0 <= i - j < max(window of the layer, horizon of j's tier).
 
     Attributes:
-        windows: neighbours per layer, the token itself included; FOREVER for layers that attend fully.
-        initial: first tokens of the sequence, which are seen for ever.
+        windows: local window per layer, the token itself included; FOREVER for layers that attend fully.
+        initial: first tokens of the sequence, which are permanent keys.
         horizons: tokens within which keys of tier 1, 2, ... are seen; FOREVER without end.
         tier_of_token: u8 [V], 0 for ordinary tokens.
         interval: every interval-th token is in tier 1 in place of separators; None for separators.
@@ -55,7 +55,7 @@ class TokenPattern:
     def from_separators(
         cls, separators: Sequence[int], vocabulary: int, layers: int, *, window: int, initial: int
     ) -> TokenPattern:
-        """The paper's pattern: the same window in every layer, the tokens `separators` seen for ever.
+        """The paper's pattern: the same window in every layer, the tokens `separators` permanent.
 
         Raises ValueError for ids outside of the vocabulary.
         """
@@ -76,11 +76,11 @@ class TokenPattern:
 
     @property
     def dense(self) -> bool:
-        """Whether every layer attends fully."""
+        """True when every layer attends fully."""
         return all(window >= FOREVER for window in self.windows) and self.end_of_document is None
 
     def policy(self, layer: int) -> CachePolicy:
-        """What a cache of layer `layer` keeps so that generation sees what the pattern shows."""
+        """Policy of layer `layer` under which generation sees what the pattern shows."""
         return CachePolicy(self.windows[layer], self.initial)
 
     def reach(self, ids: Tensor, position: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class TokenPattern:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to config.json; windows and horizons without end are null."""
+        """Content for config.json; windows and horizons without end are null."""
         return {
             "format": FORMAT,
             "windows": [_finite(window) for window in self.windows],
@@ -148,7 +148,7 @@ class TokenPattern:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenPattern:
-        """From what `to_dict` gives. Raises ValueError when it is not that."""
+        """Read the result of `to_dict`. Raises ValueError when it is not that."""
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")

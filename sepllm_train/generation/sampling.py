@@ -1,4 +1,4 @@
-"""Which token comes next."""
+"""Choice of the next token, and the text of those chosen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from data_prep.tokenizers import Tokenizer
+
+# What decoders write for bytes that are no whole character.
+_UNFINISHED = "\ufffd"
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 takes the likeliest token, otherwise logits are divided by it. top_k: only so many of the
+    """Rule by which the next token is chosen.
+
+    temperature: 0 takes the likeliest token, otherwise logits are divided by it. top_k: only so many of the
     likeliest tokens; top_p: of these the fewest of at least this probability together; None for all. seed: of row 0;
     row b has a generator of its own, with seed + b, so that its text does not depend on the others.
 
@@ -71,3 +78,35 @@ class Sampling:
             for row, generator in zip(probability, generators, strict=True)
         ]
         return order.gather(1, torch.stack(drawn))[:, 0]
+
+
+class TextStream:
+    """Text of the tokens that follow `before`, in pieces: a character that takes several tokens comes when it is whole.
+
+    Only the last tokens are decoded anew, together with some before them: a decoder may write a token otherwise at the
+    beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(before)
+        self._start = 0
+        self._shown = len(before)
+
+    def add(self, token: int) -> str:
+        """The text that is certain with one more token, since the last call; often empty."""
+        self._ids.append(token)
+        text, new = self._pending()
+        if text.endswith(_UNFINISHED):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return new
+
+    def end(self) -> str:
+        """The rest, with a mark in the place of a character that was not finished."""
+        return self._pending()[1]
+
+    def _pending(self) -> tuple[str, str]:
+        known = self._tokenizer.decode(self._ids[self._start : self._shown])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        return text, text[len(known) :]

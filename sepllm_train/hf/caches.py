@@ -1,4 +1,4 @@
-"""The caches a user chooses from: SepCache, and its rivals behind the same interface."""
+"""The caches a user chooses from: SepCache, and its baselines behind the same interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SepCache(SlotCache):
     numbers of layers that keep all keys; those the model was trained with unless given. positions, block: see
     SlotCache; the default is `training` where a layer is full, otherwise `cache`.
 
-    Another pattern than that of training is training-free use: it is warned of once, told by `differences`, and an
+    Another pattern than that of training is training-free use: it is warned of once, listed in `differences`, and an
     error with strict=True. Raises ValueError when the numbers do not fit together or do not suit the model.
     """
 
@@ -116,7 +116,7 @@ class FixedCache(SlotCache):
 
 
 class PatternCache(SlotCache):
-    """What a pattern shows a token, and no more: keys it will not show again are dropped, in pieces.
+    """The keys that a pattern shows, and no more: those it will not show again are dropped, in pieces.
 
     pattern: that of training where it is None. Generation is as with the pattern as a mask, in bounded memory but for
     the separators, of which it keeps all within their horizon. Keys keep their positions.
@@ -162,7 +162,7 @@ def with_full_layers(model: Any, policy: CachePolicy, layers: Sequence[int] | No
 
 
 def differences(trained: TokenPattern | None, used: TokenPattern, policies: Sequence[CachePolicy]) -> tuple[str, ...]:
-    """What a cache shows otherwise than the pattern of training, in words. How many separators it keeps does not count:
+    """Differences of a cache from the pattern of training, in words. The number of separators it keeps does not count:
     that is its capacity, not its pattern."""
     windows = [policy.window for policy in policies]
     if trained is None or trained.dense:

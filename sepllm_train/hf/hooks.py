@@ -1,4 +1,4 @@
-"""The two hooks on a transformers model that tell our caches and patterns which tokens come.
+"""The two hooks on a transformers model that announce the tokens of a forward to our caches and patterns.
 
 They do nothing unless the call has one of our caches, or a pattern was put on the model.
 """

@@ -28,7 +28,7 @@ IMPLEMENTATIONS = ("auto", "kernel", "mask")
 
 @dataclass
 class Forward:
-    """What the attention of each layer is told in a forward: the plan of its sequences, and the pattern's layers."""
+    """Arguments of the attention of each layer in a forward: the plan of its sequences, and the pattern's layers."""
 
     plan: AttentionPlan
     pattern: TokenPattern
@@ -168,7 +168,8 @@ def _own_attention(model: Any) -> str:
 
 @torch.no_grad()
 def _runs(base: Any) -> bool:
-    """Whether a forward of two tokens works: models have attention that ours does not, and say so in no other way."""
+    """True when a forward of two tokens works: some models have attention that ours does not, and report it in no other
+    way."""
     training = base.training
     try:
         base.eval()
@@ -209,7 +210,7 @@ def load_model(path: str, *, dense: bool = False, **options: Any) -> Any:
 
 
 def no_kernel(base: Any) -> str | None:
-    """Why sep_attention cannot be the model's attention; None when it can."""
+    """Reason why sep_attention cannot be the model's attention; None when it can."""
     config = base.config.get_text_config()
     if not getattr(base, "_supports_attention_backend", False):
         return "it does not let its attention be chosen"

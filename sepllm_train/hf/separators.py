@@ -10,6 +10,7 @@ import torch
 from sep_attention import FOREVER
 
 from data_prep.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from sepllm_train.generation.choice import CLASSES, INITIAL, WINDOW
 from sepllm_train.generation.pattern import TokenPattern, separator_ids
 
 # Key of config.json under which an exported model carries its pattern.
@@ -28,11 +29,11 @@ def trained_pattern(config: Any) -> TokenPattern | None:
 def make_pattern(
     model: Any,
     *,
-    window: int = 256,
-    initial: int = 3,
+    window: int = WINDOW,
+    initial: int = INITIAL,
     separators: Sequence[int] | None = None,
     tokenizer: Any = None,
-    selection: str = "paper",
+    selection: str = CLASSES,
 ) -> TokenPattern:
     """The paper's pattern for any model: which tokens are separators, `initial` first ones, `window` neighbours. The
     numbers are those of its training-free experiments.

@@ -12,6 +12,7 @@ from sep_attention import FOREVER, DecodeCache, advance
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.generation.cache import check_context
 from sepllm_train.hf.caches import SepCache
 from sepllm_train.hf.hooks import additive, cache_argument
@@ -38,7 +39,7 @@ class StaticLayer(CacheLayerMixin):
         """Nothing: the tensors are there from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values [B, G, 1, D] in the slots that `advance` made; gives all slots, [B, G, C, D]."""
+        """Put keys and values [B, G, 1, D] in the slots that `advance` made; returns the slots in use, [B, G, W, D]."""
         held, number = self._cache.slots, self._number
         place = self._cache.place.expand_as(key_states)
         keys, values = held.keys[number], held.values[number]
@@ -46,11 +47,12 @@ class StaticLayer(CacheLayerMixin):
         values.scatter_(2, place, value_states)
         if held.arrived is not None:
             held.arrived[number].scatter_(2, place, key_states)
-        return keys, values
+        width = self._cache.width
+        return keys[:, :, :width], values[:, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All slots, always."""
-        return self._cache.slots.capacity, 0
+        """Slots in use."""
+        return self._cache.width, 0
 
     def get_seq_length(self) -> int:
         """Slots: how many are filled is known on the device only."""
@@ -64,13 +66,15 @@ class StaticLayer(CacheLayerMixin):
 
 
 class StaticSepCache(Cache):
-    """What a SepCache holds, in slots from the left: the state of a `Decoder`."""
+    """Contents of a SepCache in slots from the left: the state of a `Decoder`."""
 
-    # The hooks of our other caches pass over this one: it tells the model everything itself.
+    # The hooks of our other caches pass over this one: a `Decoder` gives the model everything itself.
     sepllm_static = True
 
     def __init__(self, slots: DecodeCache) -> None:
         self.slots = slots
+        # W, the slots that are attended to: all, or only the filled ones, where their number is known without waiting.
+        self.width = slots.capacity
         # The new token's slot, [B, 1, 1, 1].
         self.place = torch.zeros(len(slots.length), 1, 1, 1, dtype=torch.int64, device=slots.keys.device)
         super().__init__(layers=[StaticLayer(self, number) for number in range(len(slots.keys))])
@@ -87,9 +91,10 @@ class Decoder:
     decoder = Decoder(model, cache)            # cache: a SepCache that has seen the prompt
     logits = decoder.step(ids)                 # ids: i64 [B], the token that was chosen for each row
 
-    mode: `eager`; `compile` compiles the forward, once; `graph` captures bookkeeping and forward in a CUDA graph.
-    kernel: attend with our decoding kernel; None does so where the device is a GPU and the model lets its attention be
-    chosen. Raises ValueError when cache or model do not suit.
+    mode: `eager`; `compile` compiles the forward, once, on a GPU; `graph` captures bookkeeping and forward in a CUDA
+    graph. kernel: attend with our decoding kernel; None does so where the device is a GPU and the model lets its
+    attention be chosen. Raises ValueError when cache or model do not suit, UserError for a mode that the device does
+    not have.
     """
 
     def __init__(self, model: Any, cache: SepCache, *, mode: str = "eager", kernel: bool | None = None) -> None:
@@ -103,13 +108,18 @@ class Decoder:
         if kernel and reason is not None:
             raise ValueError(f"kernel=True does not suit {type(model.base_model).__name__}: {reason}.")
         if mode == "graph" and device.type != "cuda":
-            raise ValueError(f"mode='graph' needs a CUDA device, the cache is on {device.type}.")
+            raise UserError(f"mode='graph' needs a CUDA device, the cache is on {device.type}.")
+        if mode == "compile" and device.type == "cpu":
+            raise UserError("mode='compile' is slower than mode='eager' on a CPU: use mode='eager' there.")
         self.kernel = reason is None and device.type == "cuda" if kernel is None else kernel
+        # On a CPU filled slots are counted without waiting, and fewer of them are less work.
+        self._narrow = mode == "eager" and device.type == "cpu" and not self.kernel
         self._moves = cache.moves
         self._seen, self._end = int(cache.tokens.max()), cache.context if cache.positions == "training" else None
         self._reach = cache.pattern.reach_of_token().to(device)
         self._ids = torch.zeros(len(cache.lengths), 1, dtype=torch.int64, device=device)
         self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if mode == "compile" else model
+        self._argument = cache_argument(model)
         self._mode = mode
         self._graph: Any = None
         self._logits: Tensor | None = None
@@ -139,22 +149,22 @@ class Decoder:
         arguments: dict[str, Any] = {
             "input_ids": self._ids,
             "position_ids": positions.long()[:, None],
-            cache_argument(self.model): self.cache,
+            self._argument: self.cache,
             "use_cache": True,
         }
-        if self.kernel:
-            arguments |= {"attention_mask": None, "sepllm_decode": held}
-        else:
-            filled = torch.arange(held.capacity, device=held.keys.device) < held.length[:, None]
+        if not self.kernel:
+            if self._narrow:
+                self.cache.width = int(held.length.max())
+            filled = torch.arange(self.cache.width, device=held.keys.device) < held.length[:, None]
             arguments["attention_mask"] = additive(filled[:, None], held.keys.dtype)
-        base = self.model.base_model
-        before = base.config._attn_implementation
-        try:
-            if self.kernel:
-                base.config._attn_implementation = ATTENTION
             return self._forward(**arguments).logits[:, -1]
+        config = self.model.base_model.config
+        before = config._attn_implementation
+        try:
+            config._attn_implementation = ATTENTION
+            return self._forward(**arguments, attention_mask=None, sepllm_decode=held).logits[:, -1]
         finally:
-            base.config._attn_implementation = before
+            config._attn_implementation = before
 
     def _capture(self) -> None:
         """Record a step, after one that compiles the kernels; the cache is put back to where it was."""

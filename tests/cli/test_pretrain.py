@@ -110,7 +110,7 @@ def test_two_ranks_train(ranks: Ranks) -> None:
     with ranks("training.steps=2") as process:
         output, errors = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, errors) == (0, "")
-    assert "2 processes = tensor 1 x pipeline 1 x data 2" in output and "CPU, 1 threads" in output
+    assert "2 processes" in output and "CPU, 1 thread" in output
     # What the ranks alone find out: one sentence of one rank, and nothing of the launcher's.
     with ranks("training.steps=2", "resume=never") as process:
         _, errors = process.communicate(timeout=HANG_SECONDS)

@@ -16,9 +16,8 @@ from sepllm_train.generation.choice import CACHES, AttentionChoice, check_used
 from sepllm_train.generation.generate import generate, left_padded
 from sepllm_train.generation.native import NativeCache
 from sepllm_train.generation.pattern import TokenPattern
-from sepllm_train.generation.sampling import Sampling
+from sepllm_train.generation.sampling import Sampling, TextStream
 from sepllm_train.generation.slots import CachePolicy
-from sepllm_train.generation.text import TextStream
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.runs.evaluate import attending

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.hf import Decoder, SepCache, StreamingCache, apply_pattern, cache_argument, make_pattern
 from tests.hf.tiny_models import SEPARATORS, Oracle, left_padded, random_rows, tiny
 
@@ -56,7 +57,9 @@ def test_compiled_forward_is_one_graph(family: str) -> None:
 
     model, (row,) = tiny(family), random_rows((80,))
     counter = CompileCounter()
-    decoder = Decoder(model, prompted(model, [row[:20]]), mode="compile", kernel=False)
+    decoder = Decoder(model, prompted(model, [row[:20]]), kernel=False)
+    # On a CPU compiling is refused, as it costs time; with all slots, as on a GPU, the graph must be one all the same.
+    decoder._narrow = False
     torch._dynamo.reset()
     decoder._forward = torch.compile(model.forward, backend=counter, fullgraph=True, dynamic=False)
     found = torch.stack([decoder.step(token[None])[0] for token in row[20:]])
@@ -111,3 +114,5 @@ def test_mistakes() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="mode='graph' needs a CUDA device"):
             Decoder(model, prompted(model, [row]), mode="graph")
+        with pytest.raises(UserError, match="mode='compile' is slower than mode='eager' on a CPU: use mode='eager'"):
+            Decoder(model, prompted(model, [row]), mode="compile")

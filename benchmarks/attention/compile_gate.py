@@ -59,7 +59,7 @@ def shipped_targets() -> list[Target]:
 
 
 def is_gated(target: Target) -> bool:
-    """Whether budgets hold for a compilation; the others only have to compile."""
+    """True when budgets hold for a compilation; the others only have to compile."""
     return (target.shipped.architecture, target.shipped.precision) == (90, "half")
 
 
@@ -71,7 +71,7 @@ def spill_budget(target: Target, recorded: Spills) -> int:
 
 
 def violations(target: Target, result: Resources | str, recorded: Spills) -> list[str]:
-    """What is wrong with a compiled kernel, one sentence each; a result in words says why it did not compile."""
+    """Faults of a compiled kernel, one sentence each; a result in words says why it did not compile."""
     if isinstance(result, str):
         return [f"{target.name} does not compile: {result}"]
     if not is_gated(target):

@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers of a thread, bytes spilled by a thread (the larger of stores and
+    """Resources of a compiled kernel: registers of a thread, bytes spilled by a thread (the larger of stores and
     loads), bytes of shared memory of a program; counts of instructions; whether ptxas serialised wgmma."""
 
     registers: int

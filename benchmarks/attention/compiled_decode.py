@@ -70,7 +70,7 @@ def compile_decode(target: Target) -> Resources:
 
 
 def reads_before_it_writes(ptx: str) -> bool:
-    """Whether all loads stand before all stores with a barrier between them."""
+    """True when all loads stand before all stores with a barrier between them."""
     loads, barriers, stores = (
         [found.start() for found in re.finditer(name, ptx)]
         for name in (r"\bld\.global", r"\bbar\.sync", r"\bst\.global")

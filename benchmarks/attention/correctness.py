@@ -191,7 +191,7 @@ def graph_case(device: torch.device) -> dict[str, Any]:
 
 
 def compiled_kernels() -> int:
-    """How many variants of the kernels are compiled in this process."""
+    """Number of variants of the kernels that are compiled in this process."""
     kernels = (attention_forward, attention_backward_q, attention_backward_kv)
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 

@@ -63,7 +63,7 @@ def merged_rows(files: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def best_dense(row: Row, step: str = "both") -> tuple[float, str] | None:
-    """How many times as long as ours the fastest dense kernel takes, and its name."""
+    """Time of the fastest dense kernel over that of ours, and its name."""
     found = [(ratio, name) for (name, part), (ratio, sparse) in row["ratios"].items() if part == step and not sparse]
     return min(found, default=None)
 
@@ -148,7 +148,7 @@ def section(files: Sequence[dict[str, Any]]) -> str:
 
 
 def is_heart(row: Row) -> bool:
-    """Whether a row is of those that bars are set for: n = 128, one query head per key-value head, text or 12%."""
+    """True for a row that bars are set for: n = 128, one query head per key-value head, text or 12%."""
     return (row["window"], row["groups"]) == (128, 1) and row["source"] in ("text", "12%")
 
 

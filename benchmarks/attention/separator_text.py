@@ -1,4 +1,4 @@
-"""Where the separators of real text are: the positions the benchmarks and the counted model run on.
+"""Positions of the separators in real text, which the benchmarks and the counted model run on.
 
     python -m benchmarks.attention.separator_text                  # what the file beside this one holds
     python -m benchmarks.attention.separator_text --text PREFIX    # write it anew from a prepared data set
@@ -27,7 +27,7 @@ INITIAL_TOKENS = 3
 
 
 def load_separators(text: str | None = None) -> NDArray[np.bool_]:
-    """Which tokens of a text are separators, bool [tokens].
+    """Mask of the separators of a text, bool [tokens].
 
     `text` is the prefix of a prepared data set (the paper's classes count), a .npy file of tiers (above 0 counts), or
     None for the file that ships. Raises UserError when there is no such file.

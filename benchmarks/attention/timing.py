@@ -116,7 +116,7 @@ def machine_limits(clock: Clock) -> dict[str, float]:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What tells whether two figures may stand in one table: device, driver, versions, hash of the kernels."""
+    """Facts that must be equal for two figures to stand in one table: device, driver, versions, hash of the kernels."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

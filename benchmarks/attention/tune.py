@@ -83,7 +83,7 @@ def survivors(head_sizes: Sequence[int], architecture: int, jobs: int) -> dict[C
 
 
 def kept_survivors(path: Path, head_sizes: Sequence[int], architecture: int) -> dict[Case, list[Tile]]:
-    """What `--compile-only` wrote. Raises UserError for a file that was made for something else."""
+    """Tiles that `--compile-only` wrote. Raises UserError for a file that was made for something else."""
     content = read_json(path)
     if content.get("architecture") != architecture or content.get("triton") != triton.__version__:
         raise UserError(

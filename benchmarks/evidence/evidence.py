@@ -168,7 +168,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def done(self) -> bool:
-        """Whether the last step is validated: what follows is a checkpoint that nobody needs."""
+        """True when the last step is validated: what follows is a checkpoint that nobody needs."""
         return any(record["step"] == self.steps and "val/loss" in record for record in self.records()[-4:])
 
     def wait(self, until: float, copy: Path | None = None) -> bool:

@@ -19,7 +19,7 @@ from sep_attention.reference import visible_mask
 
 @cache
 def flash_attn_installed() -> bool:
-    """Whether the optional flash-attn package can be imported."""
+    """True when the optional flash-attn package can be imported."""
     return importlib.util.find_spec("flash_attn") is not None
 
 

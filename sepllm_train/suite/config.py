@@ -23,6 +23,8 @@ PLANNED = {
     "training.validation_samples": "sizes.SIZE.validation_tokens",
 }
 ACTIONS = ("train", "time", "evaluate", "report")
+# What a report draws at each length, as far as there are intervals or a sweep.
+FIGURES = ("loss_vs_flops", "loss_vs_seconds", "loss_vs_tokens", "loss_vs_learning_rate", "ratios")
 
 
 @dataclass
@@ -121,6 +123,8 @@ class SuiteConfig:
     do: list[str] = field(default_factory=lambda: list(ACTIONS))
     # Folder for a copy of the figures without checkpoints, to keep or to publish.
     export: str | None = None
+    # Figures in that copy, beside those it already has.
+    figures: list[str] = field(default_factory=lambda: ["loss_vs_flops", "loss_vs_learning_rate", "ratios"])
     # Added to every run's, after the size's and before the variant's.
     overrides: list[str] = field(default_factory=list)
     # Say what would be run, and stop.
@@ -137,6 +141,8 @@ class SuiteConfig:
         )
         for action in self.do:
             one_of("suite.do", action, ACTIONS)
+        for figure in self.figures:
+            one_of("suite.figures", figure, FIGURES)
         require(
             self.prefix is None or not (self.text or self.tokenizer),
             f"suite.prefix={self.prefix} is prepared data: it does not go with suite.text or suite.tokenizer.",

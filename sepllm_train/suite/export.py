@@ -1,7 +1,7 @@
 """Studies: a suite's results to keep or to publish, without data, checkpoints and paths of the machine.
 
 README.md       question, commit, machine, command; never overwritten, so that it can be edited
-report.md       the report; comparison.md and SVG figures of each sequence length are in the folder of that length
+report.md       the report; comparison.md and some SVG figures of each sequence length are in the folder of that length
 summary.json    plan, attended fractions, evaluations, timings, all numbers of the report
 runs.jsonl.gz   one run per line: name, config, environment, run.json, metrics
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ RUNS, SUMMARY, README = "runs.jsonl.gz", "summary.json", "README.md"
 LOCAL = ("command", "host")
 
 
-def export(plan: Plan, target: Path) -> None:
+def export(plan: Plan, target: Path, figures: Sequence[str]) -> None:
     """Write the finished runs of a suite to `target` as a study, from which its report can be made again.
 
+    Of the report's figures it holds those in `figures`; those that are there already are drawn again.
     Raises UserError when `target` cannot be written.
     """
     if target.resolve().is_relative_to(plan.folder.resolve()):
@@ -45,8 +47,8 @@ def export(plan: Plan, target: Path) -> None:
         write_whole(target / RUNS, packed(runs))
         write_json(target / SUMMARY, summary)
         for path in sorted(report.rglob("*")):
-            if path.suffix in (".md", ".svg"):
-                copy = target / path.relative_to(report)
+            copy = target / path.relative_to(report)
+            if path.suffix == ".md" or (path.suffix == ".svg" and (path.stem in figures or copy.exists())):
                 copy.parent.mkdir(exist_ok=True)
                 write_whole(copy, path.read_bytes())
         if not (target / README).exists():
@@ -130,7 +132,13 @@ Data: tokens with SHA-256 {plan.data}
 
 | file | content |
 |---|---|
-| [report.md](report.md) | report; the comparison at each sequence length is in the folder of that length |
+| [report.md](report.md) | report; the folder of each sequence length has its comparison and figures |
 | `summary.json` | plan, attended fractions, evaluations, timings, all numbers of the report |
 | `runs.jsonl.gz` | {len(runs)} runs, one per line: configuration, environment, run.json, metrics |
+
+Loss against seconds and tokens is drawn from the stored runs, by a command typed in this folder:
+
+```bash
+{command} suite.root=.. 'suite.do=[report]' 'suite.figures=[loss_vs_seconds,loss_vs_tokens]'
+```
 """

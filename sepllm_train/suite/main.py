@@ -64,7 +64,7 @@ def _finish(config: SuiteSettings, plan: Plan) -> None:
     if "report" in config.suite.do:
         say(f"report: {write_suite_report(plan)}")
     if config.suite.export is not None:
-        export(plan, Path(config.suite.export).expanduser())
+        export(plan, Path(config.suite.export).expanduser(), config.suite.figures)
 
 
 def _report_study(config: SuiteSettings, study: Path) -> None:
@@ -75,7 +75,7 @@ def _report_study(config: SuiteSettings, study: Path) -> None:
         plan = read_plan(folder)
         _finish(config, plan)
         if "report" in config.suite.do:
-            export(plan, study)
+            export(plan, study, config.suite.figures)
 
 
 def _time(config: SuiteSettings, plan: Plan, length: int) -> None:

@@ -37,6 +37,17 @@ def test_figures_are_svg() -> None:
     assert not [path for path in RESULTS.rglob("*") if path.suffix in (".png", ".jpg", ".pdf", ".html")]
 
 
+def test_figures_are_shown_or_named_by_a_page() -> None:
+    """Others are drawn again by `suite.figures`, and are not kept."""
+    named = {
+        (page.parent / link).resolve() for page in [*PAGES, *(REPOSITORY / "docs").glob("*.md")] for link in links(page)
+    }
+    described = {
+        path for study in STUDIES for path in study.glob("*.svg") if path.name in (study / "README.md").read_text()
+    }
+    assert set(RESULTS.rglob("*.svg")) <= named | described
+
+
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob(RUNS)), ids=lambda file: file.parent.name)
 def test_runs_are_readable_and_finished(file: Path, tmp_path: Path) -> None:
     runs = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]

@@ -32,7 +32,7 @@ def study(old: Path, tmp_path: Path) -> Path:
     shutil.copytree(old, suite)
     plan = read_plan(suite)
     write_suite_report(plan)
-    export(plan, tmp_path / "studies" / old.name)
+    export(plan, tmp_path / "studies" / old.name, ["loss_vs_flops"])
     return tmp_path / "studies" / old.name
 
 
@@ -53,6 +53,21 @@ def test_a_report_from_a_study_changes_nothing_in_it(study: Path) -> None:
     (study / "report.md").unlink()
     run_suite(suite_config("+suite=paper", "suite.size=toy", f"suite.root={study.parent}", "suite.do=[report]"))
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
+def test_a_study_holds_the_named_figures_and_keeps_those_it_has(study: Path) -> None:
+    def figures() -> set[str]:
+        return {path.stem for path in study.rglob("*.svg")}
+
+    def report(name: str) -> None:
+        words = ("+suite=paper", "suite.size=toy", f"suite.root={study.parent}", "suite.do=[report]")
+        run_suite(suite_config(*words, f"suite.figures=[{name}]"))
+
+    assert figures() == {"loss_vs_flops"}
+    report("loss_vs_tokens")
+    assert figures() == {"loss_vs_flops", "loss_vs_tokens"}
+    with pytest.raises(UserError, match="suite.figures=loss_vs_time"):
+        report("loss_vs_time")
 
 
 def test_a_suite_continues_from_a_study(study: Path, old: Path) -> None:

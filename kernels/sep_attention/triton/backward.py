@@ -171,7 +171,7 @@ def attention_backward_q(
 
 @triton.jit
 def _owned_tile(program, prefix, plane_stride, S, reaches, N: tl.constexpr, T: tl.constexpr):
-    """Which keys a program owns: its tier (0 for a tile of the sequence itself), first slot and number of slots.
+    """Keys that a program owns: its tier (0 for a tile of the sequence itself), first slot and number of slots.
 
     Tiers whose horizon exceeds the window come first, tile by tile; a program past their last tile gets no slots.
     """

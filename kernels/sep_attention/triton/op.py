@@ -34,7 +34,7 @@ OFFSET_LIMIT = 2**31
 
 
 class _Layer(NamedTuple):
-    """What a launch needs beside q, k and v."""
+    """Inputs of a launch beside q, k and v."""
 
     tier: Tensor
     prefix: Tensor

@@ -1,4 +1,4 @@
-"""What the kernels share: which keys a block of queries reads, tile by tile, and who sees them.
+"""Shared by the kernels: the keys that a block of queries reads, tile by tile, and their mask.
 
 A key is in sight of the queries `key .. key + span - 1`, its span being the reach of its tier cut at the end of its
 document. One unsigned comparison, `query - key < span`, therefore holds the whole mask; a span of 0 hides a key.
@@ -39,7 +39,7 @@ def store_rows(base, offsets, columns, values, row_mask, D: tl.constexpr, PADDED
 
 @triton.jit
 def reach_of(tier, reaches, T: tl.constexpr):
-    """How many queries, from its own position on, see a key of this tier (a number or a tensor of them).
+    """Number of queries, from its own position on, that see a key of this tier (a number or a tensor of them).
 
     reaches holds those of tiers 0 (the window), 1, 2, 3 and 4.
     """
@@ -114,5 +114,5 @@ def key_spans(tiers, document_end, key, valid, reaches, T: tl.constexpr, DOCUMEN
 
 @triton.jit
 def in_sight(query, key, span):
-    """Whether each query sees each key, by broadcasting; keys with a span of 0 are hidden."""
+    """Mask of the keys that each query sees, by broadcasting; keys with a span of 0 are hidden."""
     return (query - key).to(tl.uint32, bitcast=True) < span.to(tl.uint32, bitcast=True)

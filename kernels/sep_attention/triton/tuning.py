@@ -24,7 +24,7 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
-    """How a kernel is compiled.
+    """Tile sizes and launch parameters that a kernel is compiled with.
 
     Attributes:
         queries, keys: rows of a tile.
@@ -93,12 +93,12 @@ _forced: dict[str, Tile] = {}
 
 
 def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on CPU tensors."""
+    """True when Triton runs in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether the kernels can run there: Triton is installed and the device is a CUDA one or Triton interprets."""
+    """True when the kernels run on a device: Triton is installed, and it is a CUDA device or Triton interprets."""
     return TRITON_INSTALLED and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
 
 
@@ -108,7 +108,7 @@ def padded_head(head_size: int) -> int:
 
 
 def packed_heads(groups: int, tile: Tile) -> int:
-    """How many of the G query heads that share a key-value head share a tile of queries too.
+    """Number of the G query heads of a key-value head that share a tile of queries.
 
     The largest power of two that divides G and leaves 32 queries of each head: the fewer queries a tile spans, the
     less of the local band is wasted, until the width of the key tiles decides.
@@ -117,14 +117,14 @@ def packed_heads(groups: int, tile: Tile) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How products of a dtype are taken: "half", or for float32 "tf32" or "ieee" as torch's own matrix products."""
+    """Precision of products of a dtype: "half", or for float32 "tf32" or "ieee" as torch's own matrix products."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def architecture_of(capability: tuple[int, int]) -> int:
-    """Which part of the table serves a compute capability: 90 or 80. Raises ValueError for one below 8.0."""
+    """Part of the table that serves a compute capability: 90 or 80. Raises ValueError for one below 8.0."""
     if capability < (8, 0):
         raise ValueError(
             f"backend 'triton' needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"

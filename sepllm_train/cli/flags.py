@@ -151,6 +151,9 @@ def require_data(config: Config) -> None:
         prefix = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(prefix, str):
             require_dataset(prefix)
+    # A run that has checkpoints of its own continues from these, without what it began with.
+    if (Path(config.run_root).expanduser() / config.name / "checkpoints").exists():
+        return
     asked = {"init_from": config.init_from, "resume": config.resume if config.resume not in ("auto", "never") else None}
     for key, path in asked.items():
         if path is not None and not Path(path).expanduser().exists():

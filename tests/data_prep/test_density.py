@@ -101,7 +101,7 @@ def chinese(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def json_files(request: pytest.FixtureRequest) -> Iterator[str]:
     """This project's results, as they are."""
-    return (file.read_text(encoding="utf8") for file in sorted((REPOSITORY / "docs").rglob("*.json")))
+    return (file.read_text(encoding="utf8") for file in sorted((REPOSITORY / "results").rglob("*.json")))
 
 
 def json_lines(request: pytest.FixtureRequest) -> Iterator[str]:

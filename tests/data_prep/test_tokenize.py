@@ -139,7 +139,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(
 ) -> None:
     (tmp_path / "large.jsonl").write_text((json.dumps({"text": "".join(texts)}) + "\n") * 300)
     prefix = tmp_path / "out" / "set"
-    command = [sys.executable, "-m", "data_prep.cli", "tokenize", str(tmp_path / "large.jsonl")]
+    command = [sys.executable, "-m", "sepllm_train", "prepare", "tokenize", str(tmp_path / "large.jsonl")]
     process = subprocess.Popen(
         [*command, "--output", str(prefix), "--tokenizer", str(small_tokenizer), "--workers", "1"]
     )

@@ -63,7 +63,7 @@ def test_headers_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
     path = Path(f"{dataset}.sep.json")
     content = path.read_text(encoding="utf8")
     for damaged, message in (
-        (content[:500], r"set\.sep\.json is not JSON \(.*\): make it again with `prepare_data\.py annotate`"),
+        (content[:500], r"set\.sep\.json is not JSON \(.*\): make it again with `sepllm prepare annotate`"),
         (content.replace('"version": 1', '"version": 99'), r"has version 99, this program reads 1"),
         ("[]", r"set\.sep\.json does not hold a JSON object: make it again"),
         ("{}", r"has version None"),
@@ -73,7 +73,7 @@ def test_headers_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_header(dataset)
     path.unlink()
-    with pytest.raises(UserError, match=r"set\.sep\.json is missing: make it with `prepare_data\.py annotate"):
+    with pytest.raises(UserError, match=r"set\.sep\.json is missing: make it with `sepllm prepare annotate"):
         read_header(dataset)
     with pytest.raises(UserError, match="There is no dataset at .*nowhere"):
         read_header(tmp_path / "nowhere")

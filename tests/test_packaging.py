@@ -85,7 +85,7 @@ def test_the_page_of_runs_travels(unpacked: Path, repository: Path) -> None:
 def test_entry_points_exist(unpacked: Path) -> None:
     (table,) = unpacked.glob("*.dist-info/entry_points.txt")
     targets = dict(line.split(" = ") for line in table.read_text().splitlines() if "=" in line)
-    assert set(targets) == {"sepllm", "sepllm-pretrain", "sepllm prepare", "sepllm compare"}
+    assert set(targets) == {"sepllm", "sepllm-pretrain", "sepllm-prepare-data", "sepllm-compare-runs"}
     for target in targets.values():
         module, name = target.split(":")
         done = run_python(f"from {module} import {name} as main; assert callable(main)", unpacked)

@@ -151,10 +151,11 @@ def require_data(config: Config) -> None:
         prefix = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(prefix, str):
             require_dataset(prefix)
-    # A run that has checkpoints of its own continues from these, without what it began with.
-    if (Path(config.run_root).expanduser() / config.name / "checkpoints").exists():
-        return
-    asked = {"init_from": config.init_from, "resume": config.resume if config.resume not in ("auto", "never") else None}
+    resumes = config.resume not in ("auto", "never")
+    asked = {"resume": config.resume if resumes else None}
+    # A run that goes on does not need its source any more.
+    if not resumes and not (Path(config.run_root).expanduser() / config.name).exists():
+        asked["init_from"] = config.init_from
     for key, path in asked.items():
         if path is not None and not Path(path).expanduser().exists():
             raise UserError(

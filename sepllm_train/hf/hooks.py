@@ -183,6 +183,8 @@ def _check_call(base: Any, cache: TokenCache, valid: Tensor) -> None:
         raise ValueError("the cache was made for another model: make one with the model it is given to.")
     if base.training and getattr(base, "gradient_checkpointing", False):
         raise ValueError("gradient checkpointing takes a model's cache away: call model.eval(), or switch it off.")
+    if bool(valid.all()):
+        return
     begun = len(cache.tokens) == len(valid) and bool(((cache.tokens > 0)[:, None] & ~valid).any())
     if bool((valid[:, :-1] & ~valid[:, 1:]).any()) or begun:
         raise ValueError("a row of the batch has padding after its first token: pad on the left.")

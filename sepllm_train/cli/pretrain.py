@@ -28,6 +28,8 @@ OFTEN = (
     "optim.lr", "optim.warmup_steps", "parallel.tensor", "parallel.context", "logging.interval", "logging.tracker",
 )  # fmt: skip
 _WIDTH = 110
+# Options of Hydra that are passed on: they print a configuration.
+HYDRA = ("--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i")
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,6 +41,12 @@ def main(words: Sequence[str]) -> int:
     if arguments.keys is not None:
         print_keys(arguments.keys)
         return 0
+    unknown = next((word for word in overrides if word.startswith("-") and word.split("=")[0] not in HYDRA), None)
+    if unknown is not None:
+        raise UserError(
+            f"sepllm pretrain has no option {unknown}: keys are written KEY=VALUE, without dashes; "
+            "sepllm pretrain --help lists the options."
+        )
     # Hydra's own options, such as --cfg job, print and train nothing.
     if _launches(arguments) and not any(word.startswith("-") for word in overrides):
         return _launch(arguments, overrides)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from sepllm_train.cli import flags, hydra_line
+from sepllm_train.config.folder import config_folder
 from sepllm_train.suite.config import SuiteSettings
 
 _HELP = """usage: sepllm suite +suite=NAME [OVERRIDE ...]
@@ -25,7 +28,8 @@ def main(words: Sequence[str]) -> None:
     if "-h" in words or "--help" in words:
         print(_HELP)
         print("suites: " + ", ".join(hydra_line.choices("suite")))
-        print("sizes (suite.size): " + ", ".join(hydra_line.choices("suite/size")) + "\n")
+        sizes = yaml.safe_load((config_folder() / "suite.yaml").read_text(encoding="utf8"))["sizes"]
+        print("sizes (suite.size): " + ", ".join(sizes) + "\n")
         print(
             "Every key with its value: sepllm suite +suite=NAME --cfg job; all documented: sepllm_train/suite/config.py"
         )

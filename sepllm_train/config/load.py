@@ -111,8 +111,8 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
             return (
                 f"configuration: {unknown[1]} takes the name of a file in configs/; {_known_files(unknown[1] + '/')}."
             )
-        return (
-            f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1], kind)}; --cfg job prints every key."
+        return f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1], kind)}; " + (
+            "sepllm pretrain --keys prints every key." if kind is schema.Config else "--cfg job prints every key."
         )
     if unreadable := re.search(r"Error parsing override '(.*)'", str(error)):
         return (

@@ -144,7 +144,10 @@ class _Visit:
 
     def refuse_finished(self) -> Path | None:
         """Raise UserError."""
-        raise UserError(f"{self.folder} holds a finished run: choose another name=, or delete it to train again.")
+        raise UserError(
+            f"{self.folder} holds a finished run: choose another name=, delete it to train again, or train on with "
+            f"resume={self.folder} name=NEW and more training.steps."
+        )
 
 
 # (resume, state of the folder) -> where the checkpoint comes from.

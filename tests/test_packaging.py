@@ -122,7 +122,7 @@ def test_training_away_from_the_checkout(unpacked: Path, repository: Path, sampl
     words = ["+experiment=demo_sep", *SMALL_MODEL, "training.steps=5", f"run_root={tmp_path}"]
     words += [f"data.cache={sample_cache}", "training.validation_interval=5", "training.checkpoint_interval=5"]
     done = run_python(TRAINING, unpacked, str(repository), *words, "dry_run=true")
-    assert done.returncode == 0 and "dry run: the configuration is sound" in done.stdout, done.stderr
+    assert done.returncode == 0 and "dry run: the checks of a run" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
     done = run_python(TRAINING, unpacked, str(repository), *words)
     assert done.returncode == 0, done.stderr

@@ -181,7 +181,7 @@ def _add_recovery(commands: flags.Subcommands) -> None:
 
 
 def _run_recovery(arguments: argparse.Namespace) -> None:
-    for folder in (*arguments.runs, arguments.continued, arguments.source):
+    for folder in (*arguments.runs, arguments.continued):
         if folder is not None:
             flags.require_run(folder)
     from sepllm_train.analysis.recovery import recovery_command

@@ -106,6 +106,11 @@ def add_run(group: Group) -> None:
 def require_run(folder: Path) -> None:
     """Raise UserError unless `folder` is that of a run: before anything large is imported."""
     path = folder / "config.yaml"
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a transformers model, not a run: give its run, such as runs/NAME, or make one of it with "
+            f"`sepllm import {folder} OUTPUT`."
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the folder of a run, such as runs/NAME.")
 
@@ -151,17 +156,15 @@ def require_data(config: Config) -> None:
         prefix = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(prefix, str):
             require_dataset(prefix)
-    resumes = config.resume not in ("auto", "never")
-    asked = {"resume": config.resume if resumes else None}
-    # A run that goes on does not need its source any more.
-    if not resumes and not (Path(config.run_root).expanduser() / config.name).exists():
-        asked["init_from"] = config.init_from
-    for key, path in asked.items():
-        if path is not None and not Path(path).expanduser().exists():
-            raise UserError(
-                f"{key}={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN"
-                + (", or resume=auto or never." if key == "resume" else ".")
-            )
+    # What the run begins with: not read any more by one that continues, which training sees from its folder.
+    key = "init_from" if config.resume in ("auto", "never") else "resume"
+    path = getattr(config, key)
+    begun = (Path(config.run_root).expanduser() / config.name).exists()
+    if path is not None and not begun and not Path(path).expanduser().exists():
+        raise UserError(
+            f"{key}={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN"
+            + (", or resume=auto or never." if key == "resume" else ".")
+        )
 
 
 def require_dataset(prefix: str) -> None:

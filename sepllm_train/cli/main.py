@@ -86,8 +86,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"sepllm {version()}")
         return 0
-    asked = f"sepllm has no command {name!r}{_nearest(name)}: " if name else ""
-    print(f"error: {asked}sepllm --help lists the commands.", file=sys.stderr)
+    fault = f"sepllm has no command {name!r}{_nearest(name)}" if name else "no command was given"
+    print(f"error: {fault}: sepllm --help lists the commands.", file=sys.stderr)
     return 2
 
 

@@ -34,7 +34,7 @@ HYDRA = ("--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i")
 
 def main(words: Sequence[str]) -> int:
     """Train, or explain. Raises UserError, RunStopped."""
-    arguments, overrides = _parser().parse_known_args(words)
+    arguments, overrides = parser().parse_known_args(words)
     if arguments.help:
         _print_help()
         return 0
@@ -54,13 +54,14 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sepllm pretrain", usage=_USAGE, add_help=False, allow_abbrev=False)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options; what it does not know are overrides."""
+    found = argparse.ArgumentParser(prog="sepllm pretrain", usage=_USAGE, add_help=False, allow_abbrev=False)
+    add = found.add_argument
     add("-h", "--help", action="store_true", help="explain groups, keys and options")
     add("--keys", nargs="?", const="", metavar="PATTERN", help="print type, default and description of keys, such as"
         " --keys attention or --keys '*.window*'")  # fmt: skip
-    ranks = parser.add_argument_group("ranks (words and meanings are torchrun's)")
+    ranks = found.add_argument_group("ranks (words and meanings are torchrun's)")
     add = ranks.add_argument
     add("--nproc", type=int, default=1, metavar="N", help="processes to start on this node, one for each GPU (1)")
     add("--nnodes", type=int, default=1, metavar="N", help="nodes; the same command is started on each (1)")
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet: a port of one of them")
     add("--rdzv-id", metavar="NAME", help="name of the job, the same on all nodes")
     add("--max-restarts", type=int, default=0, metavar="N", help="times that crashed ranks are started again (0)")
-    return parser
+    return found
 
 
 def _print_help() -> None:
@@ -82,7 +83,7 @@ def _print_help() -> None:
         print(_wrapped(f"{name}={_shown(known[name].default)}", known[name].description.split(". ")[0].rstrip("."), 36))
     print("\nAll keys with type, default and description: sepllm pretrain --keys [PATTERN]")
     print("The configuration that a command line makes: sepllm pretrain ... --cfg job\n")
-    print(_parser().format_help().partition("\n\n")[2])
+    print(parser().format_help().partition("\n\n")[2])
 
 
 def print_keys(pattern: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sepllm_train.base.console import duration, quantity
+from sepllm_train.base.console import duration, flop_count, quantity
 from sepllm_train.base.statistics import Interval, geometric_mean
 from sepllm_train.compare.results import (
     AT_MOST,
@@ -229,16 +229,9 @@ def _seconds(variants: Sequence[Variant]) -> str:
     return "seconds" if variants[0].timing is None else "seconds (timed steps)"
 
 
-def flops_text(value: float) -> str:
-    """A number of FLOPs: 1.4e8 -> 140 MFLOPs."""
-    figure = quantity(value)
-    digits = figure.rstrip("kMGTPEZY")
-    return f"{digits} {figure[len(digits) :]}FLOPs"
-
-
 def columns(flops: str) -> list[tuple[str, Show]]:
     """Kinds of cost of a run: keys of the records with the way to show a number of each."""
-    return [(f"flops/{flops}", flops_text), ("seconds", duration), ("tokens", quantity)]
+    return [(f"flops/{flops}", flop_count), ("seconds", duration), ("tokens", quantity)]
 
 
 def ratio_text(ratio: Ratio, reference: bool = False, bounds: bool = True) -> str:

@@ -33,7 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "error: sepllm --help lists the commands."),
+        ([], "error: no command was given: sepllm --help lists the commands."),
         (["evalute"], "error: sepllm has no command 'evalute' (did you mean evaluate?): sepllm --help lists the"),
         (["--runs"], "error: sepllm has no command '--runs': sepllm --help lists the"),
     ],

@@ -32,8 +32,8 @@ def test_costs_to_reach_the_loss_that_both_reach(
     assert main([str(dense), str(sep), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     rows = cells(printed, "To reach validation loss 3.2500")
-    assert rows["dense"] == ["140 MFLOPs", "1.000x", "1m10s", "1.000x", "35k", "1.000x"]
-    assert rows["sep"] == ["120 MFLOPs", "0.857x", "1m00s", "0.857x", "40k", "1.143x"]
+    assert rows["dense"] == ["140 MFLOP", "1.000x", "1m10s", "1.000x", "35k", "1.000x"]
+    assert rows["sep"] == ["120 MFLOP", "0.857x", "1m00s", "0.857x", "40k", "1.143x"]
     assert "sep reached validation loss 3.2500 with 0.857x the FLOPs (flops/model)" in unwrapped(printed)
     assert "one run of each" in unwrapped(printed)
 
@@ -41,8 +41,8 @@ def test_costs_to_reach_the_loss_that_both_reach(
 def test_losses_at_equal_tokens(dense: Path, sep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(dense), str(sep), "--output", str(tmp_path / "out")]) == 0
     rows = cells(capsys.readouterr().out, "At 40k tokens")
-    assert rows["dense"] == ["3.0000", "-", "1.5000", "160 MFLOPs", "1.000x", "1m20s", "1.000x"]
-    assert rows["sep"] == ["3.2500", "+0.2500", "1.6250", "120 MFLOPs", "0.750x", "1m00s", "0.750x"]
+    assert rows["dense"] == ["3.0000", "-", "1.5000", "160 MFLOP", "1.000x", "1m20s", "1.000x"]
+    assert rows["sep"] == ["3.2500", "+0.2500", "1.6250", "120 MFLOP", "0.750x", "1m00s", "0.750x"]
     written = (tmp_path / "out" / "comparison.md").read_text(encoding="utf8")
     assert cells(written, "Validation loss at equal tokens")["10k"] == ["5.0000", "5.5000 (+0.5000)"]
 
@@ -52,8 +52,8 @@ def test_a_chosen_loss_and_convention(dense: Path, sep: Path, tmp_path: Path, ca
     arguments = ["--output", str(tmp_path / "out"), "--loss", "4.5", "--flops", "paper"]
     assert main([str(dense), str(sep), *arguments]) == 0
     rows = cells(capsys.readouterr().out, "To reach validation loss 4.5000")
-    assert rows["dense"][0] == "30 MFLOPs"
-    assert rows["sep"][:2] == ["27 MFLOPs", "0.900x"]
+    assert rows["dense"][0] == "30 MFLOP"
+    assert rows["sep"][:2] == ["27 MFLOP", "0.900x"]
 
 
 def test_a_loss_that_one_run_misses(dense: Path, sep: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -78,7 +78,7 @@ def test_a_loss_already_reached_at_the_first_point_is_a_bound(
     assert main([str(dense), str(late), "--output", str(tmp_path / "out"), "--loss", "4"]) == 0
     printed = capsys.readouterr().out
     assert cells(printed, "To reach validation loss 4.0000")["late"] == [
-        "at most 80 MFLOPs",
+        "at most 80 MFLOP",
         "-",
         "at most 40s",
         "-",

@@ -59,7 +59,7 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
     row = cells(found.markdown(), "To reach validation loss 5.0000")["sep"]
     assert row == [
         "3",
-        "75.6 MFLOPs",
+        "75.6 MFLOP",
         "1.500x [0.268, 8.392]",
         "38s",
         "1.500x [0.268, 8.392]",
@@ -67,7 +67,7 @@ def test_costs_are_paired_by_seed(make_seeds: Seeds) -> None:
         "2.000x [0.357, 11.190]",
     ]
     by_seed = found.markdown().split("**Seed by seed**")[1]
-    assert "| sep     |    3 |     5.0000 |   5.0000 |  120 MFLOPs | 3.000x |" in by_seed
+    assert "| sep     |    3 |     5.0000 |   5.0000 |   120 MFLOP | 3.000x |" in by_seed
 
 
 def test_losses_at_equal_tokens_are_paired_by_seed(make_seeds: Seeds) -> None:
@@ -152,7 +152,7 @@ def test_a_first_point_below_the_loss_bounds_too(make_seeds: Seeds) -> None:
     assert found.reaches[1].ratios["tokens"].at_most == pytest.approx(2)
     assert found.reaches[1].ratios["tokens"].at_least is None
     assert cells(found.console(), "To reach validation loss 5.0000")["sep"][1:3] == [
-        "at most 80 MFLOPs",
+        "at most 80 MFLOP",
         "at most 2.000x",
     ]
     assert "lies above a first validation point, so no mean is claimed" in found.verdict
@@ -166,7 +166,7 @@ def test_the_references_final_loss_is_taken_seed_by_seed(make_seeds: Seeds) -> N
     estimate = found.reaches[1].ratios["tokens"].estimate
     assert estimate is not None and estimate.mean == pytest.approx(0.5)
     title = "To reach the final validation loss of dense of the same seed (mean 3.0000)"
-    assert cells(found.console(), title)["dense"][1] == "160 MFLOPs"
+    assert cells(found.console(), title)["dense"][1] == "160 MFLOP"
     assert found.data()["loss"] == "reference"
 
 

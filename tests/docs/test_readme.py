@@ -23,7 +23,7 @@ from data_prep.separators import CLASSES
 from sepllm_train.base import errors
 from sepllm_train.cli.main import main
 from sepllm_train.cli.old import NEW
-from sepllm_train.cli.pretrain import _parser as pretrain_parser
+from sepllm_train.cli.pretrain import parser as pretrain_parser
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.config.validate import validate

@@ -20,6 +20,7 @@ from sepllm_train.generation.choice import (
     SETTINGS,
     WINDOW,
     AttentionChoice,
+    check_used,
 )
 
 if TYPE_CHECKING:
@@ -224,9 +225,15 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def choice(arguments: argparse.Namespace, option: str) -> AttentionChoice:
-    """The choice that was made with `add_attention`. Raises UserError for a number that is too small."""
+    """The choice that was made with `add_attention`.
+
+    Raises UserError for a number that is too small, or a setting that the cache does not have. The settings of an
+    attention may be meant for a baseline beside it.
+    """
     made = AttentionChoice(getattr(arguments, option), **settings(arguments))
     made.check()
+    if option == "cache":
+        check_used([made], settings(arguments), CACHES)
     return made
 
 

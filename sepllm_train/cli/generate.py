@@ -12,7 +12,6 @@ from sepllm_train.base.console import note
 from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags
 from sepllm_train.config.schema import require
-from sepllm_train.generation.choice import CACHES, check_used
 from sepllm_train.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ def _generate_with(arguments: argparse.Namespace) -> None:
     require(arguments.pipeline == 1, "generation has no pipeline parallelism: --tensor takes any run's checkpoints.")
     sampling = Sampling(flags.temperature(arguments), arguments.top_k, arguments.top_p, arguments.seed)
     choice = flags.choice(arguments, "cache")
-    check_used([choice], flags.settings(arguments), CACHES)
     flags.require_run(arguments.run_folder)
     flags.require_tokenizer(arguments.tokenizer)
 

@@ -12,7 +12,6 @@ its other seconds are means over the steps of the run.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
 from sepllm_train.base.statistics import Interval, ratio_estimate
 
 FILE = "timing.json"
@@ -86,13 +86,8 @@ class Timing:
 def read_timing(path: Path) -> Timing:
     """Read a timing file, or timing.json of a folder. Raises UserError when it is missing or not of this form."""
     path = path / FILE if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise UserError(f"--timing {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--timing {path} is not JSON: {error}.") from None
-    found = content.get("rows") if isinstance(content, dict) else None
+    content = read_json(path, "give --timing the file of a timing benchmark, or its folder")
+    found = content.get("rows")
     if not isinstance(found, dict) or not found:
         raise UserError(f"--timing {path} has no 'rows' object that names a row.")
     variants = {str(label): _variant(value, f"--timing {path}: row {label!r}") for label, value in found.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import read_json
 from sepllm_train.evaluation.tasks import TASKS
 from sepllm_train.generation.choice import ATTENTIONS
 
@@ -38,11 +38,10 @@ def result_path(folder: Path, task: str, label: str) -> Path:
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result; `file` in it says where it is from. Raises UserError when it is not one, or not a whole one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf8"))
-        form = result["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a result of `sepllm evaluate`.") from None
+    result = read_json(path, "give a result of `sepllm evaluate`", nan=True)
+    form = result.get("format")
+    if form is None:
+        raise UserError(f"{path} is not a result of `sepllm evaluate`.")
     if form != FORMAT:
         raise UserError(f"{path} is in format {form!r} and this version reads format {FORMAT}: evaluate again.")
     wrong = _wrong(result, _CONTENT)

@@ -67,7 +67,10 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
         model = _load(path, kind)
         found = load_tokenizer(tokenizer or _tokenizer_file(path))
     else:
-        raise UserError(f"{folder} is neither a run (config.yaml) nor a transformers model (config.json).")
+        raise UserError(
+            f"{folder} is neither a run (config.yaml) nor a transformers model (config.json): give runs/NAME, or "
+            "a folder that `sepllm export` wrote."
+        )
     if found.vocab_size > model.config.get_text_config().vocab_size:
         raise UserError(
             f"the tokenizer {found.path} has {found.vocab_size} entries, the model's vocabulary "
@@ -84,9 +87,11 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     """A transformers model. Raises UserError when its folder is not whole or not understood."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
     from sepllm_train.hf import load_model
 
+    logging.disable_progress_bar()
     try:
         # A cache decides what is seen; whatever has none attends fully.
         return load_model(str(folder), dense=True, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from sep_attention import FOREVER
 
 from data_prep.separators import CLASSES
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import read_json
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, require
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
@@ -95,13 +95,7 @@ def read_theirs(folder: Path) -> Any:
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)}): give the folder of a "
-            "transformers model."
-        ) from None
+    kind = read_json(path, "give the folder of a transformers model", nan=True).get("model_type")
     require(
         isinstance(kind, str) and kind in FAMILIES,
         f"{path} is of a {kind} model: those that can be imported are {', '.join(FAMILIES)}.",

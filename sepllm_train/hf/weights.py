@@ -5,7 +5,6 @@ Shape letters: L layers, G key-value heads, P query heads of each, D features of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.files import read_json
 from sepllm_train.config.schema import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -197,7 +197,7 @@ class SafetensorsFolder:
         index, single = self.folder / _INDEX, self.folder / _SINGLE
         try:
             if index.is_file():
-                files = dict(json.loads(index.read_text(encoding="utf8"))["weight_map"])
+                files = dict(read_json(index, "copy the model again")["weight_map"])
                 if all(Path(file).name == file for file in files.values()):
                     return files
                 raise ValueError("it names files outside of the folder")

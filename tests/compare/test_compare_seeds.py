@@ -263,7 +263,7 @@ def test_a_timing_is_found_by_the_name_of_a_run_too(make_seeds: Seeds, timing: C
     ("content", "words"),
     [
         ("{", "is not JSON"),
-        ("[]", "has no 'rows' object"),
+        ("[]", "does not hold a JSON object"),
         ('{"rows": {}}', "has no 'rows' object"),
         ('{"rows": {"dense": 3}}', "row 'dense' needs 'turns'"),
         ('{"rows": {"dense": {"step_seconds": 1, "turns": [1, 0]}}}', "a list of seconds above 0"),
@@ -273,7 +273,7 @@ def test_a_timing_is_found_by_the_name_of_a_run_too(make_seeds: Seeds, timing: C
             "different numbers of turns (dense 1, sep 2)",
         ),
         ('{"rows": {"dense": {"step_seconds": 1, "turns": [1]}}}', "has no row 'sep': it holds dense."),
-        (None, "cannot be read: No such file or directory."),
+        (None, "does not exist: give --timing the file of a timing benchmark"),
     ],
 )
 def test_timing_files_that_do_not_serve(

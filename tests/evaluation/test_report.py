@@ -167,4 +167,4 @@ def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
-    assert "x.json is not a result of `sepllm evaluate`" in capsys.readouterr().err
+    assert "x.json does not hold a JSON object: give a result of `sepllm evaluate`" in capsys.readouterr().err

@@ -29,11 +29,13 @@ main = commands.command("stream")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
-OPTIONS = ["--initial", "3", "--separators", "5", "--window", "6", "--capacity", "24", "--chunk", "16", "--every", "64"]
+SIZES = ["--initial", "3", "--separators", "5", "--window", "6", "--capacity", "24"]
 
 
 def command(model: Path, text: Path, output: Path, *options: str) -> list[str]:
-    return ["score", str(model), "--text", str(text), "--output", str(output), *OPTIONS, "--tokens", "128", *options]
+    sizes = [] if "--cache" in options else SIZES
+    common = ["--chunk", "16", "--every", "64", "--tokens", "128"]
+    return ["score", str(model), "--text", str(text), "--output", str(output), *sizes, *common, *options]
 
 
 def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -213,7 +215,7 @@ def test_chat_with_foreign_bytes_and_nobody_listening(repository: Path, model_fo
         "stream",
         "chat",
         str(model_folder),
-        *OPTIONS[:8],
+        *SIZES,
         "--tokens",
         "5",
     ]

@@ -5,6 +5,7 @@ They do nothing unless the call has one of our caches, or a pattern was put on t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -174,7 +175,16 @@ def cache_argument(model: Any) -> str:
 
 def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward by name."""
-    return {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
+    if not args:
+        return kwargs
+    names = _argument_names(getattr(base.forward, "__func__", base.forward), inspect.ismethod(base.forward))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.lru_cache(maxsize=64)
+def _argument_names(forward: Any, bound: bool) -> tuple[str, ...]:
+    """Names of the arguments of a forward; kept, since every call asks and a signature takes 0.1 ms."""
+    return tuple(inspect.signature(forward).parameters)[int(bound) :]
 
 
 def _check_call(base: Any, cache: TokenCache, valid: Tensor) -> None:
@@ -216,7 +226,7 @@ def tokens_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def give_masks(base: Any, masks: list[Tensor]) -> Tensor:
     """Additive mask [B, 1, N, W] of layer 0, from one bool [B, N, W] per layer; where layers differ, the hooks before
     them hand out the others."""
-    added = {id(mask): additive(mask, base.dtype) for mask in masks}
+    added = {number: additive(mask, base.dtype) for number, mask in {id(mask): mask for mask in masks}.items()}
     base.sepllm_layer_masks.masks = [added[id(mask)] for mask in masks] if len(added) > 1 else None
     return added[id(masks[0])]
 

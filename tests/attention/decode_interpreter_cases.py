@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_cases import (
+from hypothesis import given, settings
+from sep_attention import DecodeCache, advance, attend, write
+from sep_attention.decode.launch import launch_advance, launch_attend, launch_write
+from torch import Tensor
+
+from tests.attention.decode_cases import (
     PUBLIC,
     REACH,
     DecodeCase,
@@ -20,10 +25,6 @@ from decode_cases import (
     ragged,
     step,
 )
-from hypothesis import given, settings
-from sep_attention import DecodeCache, advance, attend, write
-from sep_attention.decode.launch import launch_advance, launch_attend, launch_write
-from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from attention_cases import Case, assert_matches, cases, run_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sep_attention import FOREVER, AttentionPlan, build_plan, sep_attention, visible_mask
@@ -20,6 +19,8 @@ from sep_attention.triton.op import document_end, triton_attention
 from sep_attention.triton.plan import plan_tensors
 from sep_attention.triton.tuning import KERNELS, Tile, forced_tiles
 from torch import Tensor
+
+from tests.attention.attention_cases import Case, assert_matches, cases, run_backend
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 # Wide and narrow tiles of queries and keys; 64 queries hold two heads of a group, split takes two launches for dK, dV.

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, assert_matches, cases, relative_error, run_backend
 from hypothesis import given, settings
 from sep_attention import FOREVER, build_plan, reference_attention, sep_attention
+
+from tests.attention.attention_cases import Case, assert_matches, cases, relative_error, run_backend
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 

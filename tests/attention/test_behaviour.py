@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import sep_attention.blocked as blocked
 import torch
-from attention_cases import Case, run_backend
 from sep_attention import AttentionPlan, build_plan, sep_attention
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from tests.attention.attention_cases import Case, run_backend
 
 PACKED = Case(length=400, batch=1, groups=2, window=24, dtype=torch.float32, horizons=(2**30, 50))
 STARTS = torch.tensor([0] * 150 + [150] * 117 + [267] * 133)[None]

@@ -11,11 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from decode_cases import PUBLIC, DecodeCase, check_against_oracle, copied, decode_cases, ragged, rotated, step
 from hypothesis import given, settings
-from interpreter_process import passes_in_the_interpreter
 from sep_attention import FOREVER, DecodeCache, advance, attend, write
 
+from tests.attention.decode_cases import (
+    PUBLIC,
+    DecodeCase,
+    check_against_oracle,
+    copied,
+    decode_cases,
+    ragged,
+    rotated,
+    step,
+)
+from tests.attention.interpreter_process import passes_in_the_interpreter
 from tests.support.triton_support import needs_triton
 from tests.support.waiting import HANG_SECONDS
 

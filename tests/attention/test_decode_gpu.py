@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_cases import PUBLIC, REACH, DecodeCase, copied, filled, ragged, step
 from sep_attention import DecodeCache, advance, attend, write
 from torch import Tensor
 
+from tests.attention.decode_cases import PUBLIC, REACH, DecodeCase, copied, filled, ragged, step
 from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)

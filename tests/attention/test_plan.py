@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, cases
 from hypothesis import given, settings
 from sep_attention import FOREVER, AttentionPlan, attended_pairs, build_plan, keys_per_query, visible_mask
+
+from tests.attention.attention_cases import Case, cases
 
 
 def test_plan_of_a_sentence() -> None:

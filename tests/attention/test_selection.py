@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case
 from sep_attention import available_backends, build_plan, select_backend, sep_attention
 
+from tests.attention.attention_cases import Case
 from tests.support.triton_support import needs_triton
 
 

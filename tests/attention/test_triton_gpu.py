@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, relative_error
 from sep_attention import FOREVER, AttentionPlan, build_plan, reference_attention, select_backend, sep_attention
 from torch import Tensor
 
+from tests.attention.attention_cases import Case, relative_error
 from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)

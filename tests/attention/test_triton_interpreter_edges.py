@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from interpreter_process import passes_in_the_interpreter
 
+from tests.attention.interpreter_process import passes_in_the_interpreter
 from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)

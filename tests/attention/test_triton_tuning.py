@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from decode_cases import REACH, DecodeCase
 
+from tests.attention.decode_cases import REACH, DecodeCase
 from tests.support.triton_support import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)

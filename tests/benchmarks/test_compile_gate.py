@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.conftest import Program
 from tests.support.triton_support import NO_TRITON
 from tests.support.waiting import HANG_SECONDS
-
-from .conftest import Program
 
 pytest.importorskip("triton", reason=NO_TRITON)
 

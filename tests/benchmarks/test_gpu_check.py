@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.conftest import Program
 from tests.support.triton_support import needs_triton
-
-from .conftest import Program
 
 CHECK = "scripts/gpu_check.py"
 

@@ -24,9 +24,8 @@ from benchmarks.attention.gpu import (
 )
 from benchmarks.common import write_json
 from sepllm_train.base.errors import UserError
+from tests.benchmarks.conftest import Program
 from tests.support.triton_support import needs_triton
-
-from .conftest import Program
 
 ATTENTION = "benchmarks.attention.gpu"
 DRAW = "benchmarks.attention.draw"

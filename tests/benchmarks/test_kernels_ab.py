@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Program
+from tests.benchmarks.conftest import Program
 
 BASE = "b31b21f"
 

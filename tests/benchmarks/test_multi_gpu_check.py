@@ -24,9 +24,8 @@ from benchmarks.multi_gpu.verdicts import BARS, judge
 from sepllm_train.base.errors import EXIT_INTERRUPTED, UserError
 from sepllm_train.config.load import configuration_of
 from sepllm_train.config.validate import validate
+from tests.benchmarks.conftest import Program
 from tests.support.waiting import HANG_SECONDS
-
-from .conftest import Program
 
 GPU = gpu_scale(80 * GIB)
 Rehearse = Callable[..., subprocess.CompletedProcess[str]]

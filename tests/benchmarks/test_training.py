@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Program
+from tests.benchmarks.conftest import Program
 
 BENCHMARK = "benchmarks.training"
 SMALL = (

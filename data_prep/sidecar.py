@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from data_prep.separators import CLASSES
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import FileInfo, read_json
+from sepllm_train.base.files import FileInfo
+from sepllm_train.base.parsing import read_json
 
 VERSION = 1
 DATA_SUFFIXES = (".bin", ".idx", ".sep.bin")

@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks.multi_gpu.cases import Case
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json_if_any, write_json
+from sepllm_train.base.files import write_json
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.load import config_folder
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Files and folders whose final name means that they are whole (write aside, fsync, rename), and the reader of JSON."""
+"""Files and folders whose final name means that they are whole (write aside, fsync, rename)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, NoReturn
+from typing import IO, Any, BinaryIO
 
 from sepllm_train.base.errors import UserError, first_line
 
 PARTIAL = ".partial"
 _HASH_CHUNK = 1 << 20
-# Larger than any JSON file that is read whole; a larger one is another file by mistake.
-LARGEST_JSON = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -142,46 +139,6 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
     """Write a small JSON file whole."""
     write_whole(path, (json.dumps(content, indent=indent) + "\n").encode())
-
-
-def read_json(path: Path, remedy: str, *, nan: bool = False) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    `remedy` ends the message of the UserError that is raised when there is no such file or it holds something else.
-    `nan`: accept NaN and infinities, which are not JSON but which Python writes.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is not a plain file: {remedy}.")
-        if status.st_size > LARGEST_JSON:
-            raise UserError(f"{path} has {status.st_size:,} bytes, too many for a JSON file of this kind: {remedy}.")
-        content = json.loads(path.read_text(encoding="utf8"), parse_constant=None if nan else _refuse_constant)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {remedy}.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: {remedy}.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}): {remedy}.") from None
-    except RecursionError:
-        raise UserError(f"{path} is not JSON of this kind (nested too deeply): {remedy}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: {remedy}.")
-    return content
-
-
-def read_json_if_any(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty where there is none that can be read."""
-    try:
-        return read_json(path, "", nan=True)
-    except UserError:
-        return {}
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise json.JSONDecodeError(f"{name} is not a number of JSON", "", 0)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json
+from sepllm_train.base.parsing import read_json
 from sepllm_train.base.statistics import Interval, ratio_estimate
 
 FILE = "timing.json"

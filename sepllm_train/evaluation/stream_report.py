@@ -8,7 +8,7 @@ from typing import Any
 
 from sepllm_train.base.console import quantity
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json
+from sepllm_train.base.parsing import read_json
 from sepllm_train.generation.choice import CACHES
 
 RESULT = "result.json"

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import read_json, restore_folder, whole_folder, write_json
+from sepllm_train.base.files import restore_folder, whole_folder, write_json
+from sepllm_train.base.parsing import read_json
 
 FOLDER = "state"
 _SLOTS = ("length", "limit", "seen", "position", "reach")

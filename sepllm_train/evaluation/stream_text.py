@@ -15,7 +15,8 @@ from data_prep.readers import Corpus
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import quantity, say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json_if_any, write_json
+from sepllm_train.base.files import write_json
+from sepllm_train.base.parsing import read_json_if_any
 
 TOKENS = "tokens.bin"
 _ABOUT = "tokens.json"

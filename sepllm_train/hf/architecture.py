@@ -10,7 +10,7 @@ from sep_attention import FOREVER
 
 from data_prep.separators import CLASSES
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import read_json
+from sepllm_train.base.parsing import read_json
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, require
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import hash_file, read_json_if_any, restore_folder, write_json
+from sepllm_train.base.files import hash_file, restore_folder, write_json
+from sepllm_train.base.parsing import read_json_if_any
 
 # Holds the SHA-256 of every other file of an exported model. A file of its own, since what is in config.json goes along
 # when transformers saves a model that was trained further.

@@ -16,7 +16,8 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import read_json_if_any, whole_folder, write_json, write_whole
+from sepllm_train.base.files import whole_folder, write_json, write_whole
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
 from sepllm_train.data.corpus import Corpus, open_corpus

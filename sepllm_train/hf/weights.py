@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import read_json
+from sepllm_train.base.parsing import read_json
 from sepllm_train.config.schema import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"

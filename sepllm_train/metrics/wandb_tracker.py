@@ -21,7 +21,8 @@ from urllib.parse import urlparse
 import psutil
 
 from sepllm_train.base.errors import first_line
-from sepllm_train.base.files import read_json_if_any, write_json
+from sepllm_train.base.files import write_json
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.schema import LoggingConfig
 from sepllm_train.metrics.flops import CONVENTIONS
 

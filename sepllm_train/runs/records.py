@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json
+from sepllm_train.base.parsing import read_json
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.

@@ -12,7 +12,7 @@ from data_prep.separators import classify
 from data_prep.sidecar import HEADER_SUFFIX, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json_if_any
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.compatibility import TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import DataConfig, require
 

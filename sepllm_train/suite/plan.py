@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sidecar import read_header
-from sepllm_train.base import files
+from sepllm_train.base import files, parsing
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.suite.config import SelectionConfig, SuiteSettings
 from sepllm_train.training.run_folder import git_state, read_run_json
@@ -147,7 +147,7 @@ def quoted(value: str | Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file, empty where there is no file. Raises UserError for one that cannot be read."""
-    return files.read_json(path, "restore or delete it", nan=True) if path.exists() else {}
+    return parsing.read_json(path, "restore or delete it", nan=True) if path.exists() else {}
 
 
 def finished(plan: Plan, run: PlannedRun) -> bool:
@@ -167,7 +167,7 @@ def fix_plan(plan: Plan) -> None:
         stamp = {"fixed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": git_state()}
         files.write_json(path, {**content, **stamp})
         return
-    earlier = files.read_json(path, "restore it, or choose another suite.root", nan=True)
+    earlier = parsing.read_json(path, "restore it, or choose another suite.root", nan=True)
     for key, value in content.items():
         if earlier.get(key) != value:
             what, then, now = _first_difference(key, earlier.get(key), value)
@@ -181,7 +181,7 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a suite's folder. Raises UserError where there is none."""
     path = folder / FILE
     try:
-        content = files.read_json(path, "restore it")
+        content = parsing.read_json(path, "restore it")
         runs = [PlannedRun(variant=run.pop("row"), **run) for run in content.pop("runs")]
         for key in ("fixed", "git"):
             content.pop(key)

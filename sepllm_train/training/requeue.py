@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from sepllm_train.base.errors import exit_on_user_error
-from sepllm_train.base.files import read_json_if_any, write_json
+from sepllm_train.base.files import write_json
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.load import run_with_hydra
 from sepllm_train.config.schema import Config
 

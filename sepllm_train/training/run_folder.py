@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import locked, read_json_if_any, write_json, write_whole
+from sepllm_train.base.files import locked, write_json, write_whole
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal

@@ -8,47 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sepllm_train.base import files
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import read_json, read_json_if_any, restore_folder, whole_folder, write_json
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "does not exist"),
-        (b'{"a": 1', "is not JSON (line 1: Expecting ',' delimiter)"),
-        (b'{"a":\n1,\n}', "is not JSON (line 3: "),
-        (b"[1]", "does not hold a JSON object"),
-        (b'"\xff"', "is not UTF-8 text"),
-        (b'{"a": NaN}', "is not JSON (line 1: NaN is not a number of JSON)"),
-        (b'{"a": -Infinity}', "is not JSON (line 1: -Infinity is not a number of JSON)"),
-        (b"[" * 100_000, "is not JSON of this kind (nested too deeply)"),
-        (b" " * 65, "has 65 bytes, too many"),
-    ],
-    ids=["none", "torn", "third line", "list", "bytes", "nan", "infinity", "deep", "large"],
-)
-def test_what_is_not_json_is_reported_in_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
-) -> None:
-    path = tmp_path / "some.json"
-    if content is not None:
-        path.write_bytes(content)
-        monkeypatch.setattr(files, "LARGEST_JSON", 64 if words.startswith("has") else files.LARGEST_JSON)
-    with pytest.raises(UserError) as refused:
-        read_json(path, "make it again")
-    message = str(refused.value)
-    assert message.startswith(f"{path} {words}") and message.endswith(": make it again.") and "\n" not in message
-    kept = {"nan", "infinity"} & set(words.lower().replace("-", "").split())
-    assert list(read_json_if_any(path)) == (["a"] if kept else [])
-
-
-def test_a_folder_or_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a plain file: no"):
-        read_json(tmp_path, "no")
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="link does not exist: no"):
-        read_json(tmp_path / "link", "no")
+from sepllm_train.base.files import restore_folder, whole_folder, write_json
+from sepllm_train.base.parsing import read_json
 
 
 def test_written_json_is_read_again(tmp_path: Path) -> None:

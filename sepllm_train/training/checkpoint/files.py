@@ -17,7 +17,8 @@ from typing import Any
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import PARTIAL, hash_file, read_json, sync_folder, write_whole
+from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
+from sepllm_train.base.parsing import read_json
 from sepllm_train.config.compatibility import with_current_keys
 
 FOLDER = "checkpoints"

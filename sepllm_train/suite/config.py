@@ -124,7 +124,7 @@ class SuiteConfig:
     # Folder for a copy of the figures without checkpoints, to keep or to publish.
     export: str | None = None
     # Figures in that copy, beside those it already has.
-    figures: list[str] = field(default_factory=lambda: ["loss_vs_flops", "loss_vs_learning_rate", "ratios"])
+    figures: list[str] = field(default_factory=lambda: ["loss_vs_flops", "loss_vs_learning_rate"])
     # Added to every run's, after the size's and before the variant's.
     overrides: list[str] = field(default_factory=list)
     # Say what would be run, and stop.

@@ -86,8 +86,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"sepllm {version()}")
         return 0
-    fault = f"sepllm has no command {name!r}{_nearest(name)}" if name else "no command was given"
-    print(f"error: {fault}: sepllm --help lists the commands.", file=sys.stderr)
+    if not words:
+        print(_help(), file=sys.stderr)
+    else:
+        print(
+            f"error: sepllm has no command {name!r}{_nearest(name)}: sepllm --help lists the commands.", file=sys.stderr
+        )
     return 2
 
 

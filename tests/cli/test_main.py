@@ -33,7 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "error: no command was given: sepllm --help lists the commands."),
+        ([], "usage: sepllm COMMAND ..."),
         (["evalute"], "error: sepllm has no command 'evalute' (did you mean evaluate?): sepllm --help lists the"),
         (["--runs"], "error: sepllm has no command '--runs': sepllm --help lists the"),
     ],

@@ -10,7 +10,9 @@ a large checkpoint takes longer than that. Options and everything else are torch
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -62,8 +64,10 @@ def launch(words: Sequence[str]) -> int:
         _signal_workers(signal.SIGTERM if number == signal.SIGINT else number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    # The agent logs at length what the workers print or `_exit_code` does.
+    # The agent logs at length what the workers print or `_exit_code` does, and torch's C++ a trace of the stack when
+    # another node ends first.
     logging.disable(logging.CRITICAL)
+    _import_torch_quietly()
     try:
         return _run(["--signals-to-handle=SIGHUP,SIGQUIT", *words], asked)
     finally:
@@ -99,6 +103,18 @@ def _run(words: Sequence[str], asked: list[str]) -> int:
         )
         return 1
     return 0
+
+
+def _import_torch_quietly() -> None:
+    """Import torch with its C++ silent below errors, which it decides then; the workers do not inherit that."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        return
+    os.environ[name] = "ERROR"
+    try:
+        importlib.import_module("torch")
+    finally:
+        del os.environ[name]
 
 
 def _signal_workers(number: int) -> None:

@@ -21,6 +21,7 @@ from sepllm_train.config.folder import config_folder
 from sepllm_train.config.keys import keys_of, matching
 from sepllm_train.config.schema import Config
 from tests.support.command import command
+from tests.support.free_ports import free_port
 from tests.support.small_run import SMALL_RUN
 from tests.support.waiting import HANG_SECONDS, wait_until
 
@@ -115,6 +116,29 @@ def test_two_ranks_train(ranks: Ranks) -> None:
     with ranks("training.steps=2", "resume=never") as process:
         _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_nodes_train(ranks: Ranks) -> None:
+    nodes = ("--nproc", "1", "--nnodes", "2", "parallel.tensor=2", "training.steps=2")
+
+    def both(*words: str) -> list[tuple[int, str, str]]:
+        words = (*nodes, "--rdzv-endpoint", f"localhost:{free_port()}", *words)
+        with ranks(*words) as one, ranks(*words) as other:
+            ends = [(node, *node.communicate(timeout=HANG_SECONDS)) for node in (one, other)]
+        return [(node.returncode, output, errors) for node, output, errors in ends]
+
+    ends = both()
+    assert [(code, errors) for code, _, errors in ends] == [(0, "")] * 2
+    # Rank 0 speaks, on the node it came to be on.
+    assert sum("2 processes" in output for _, output, _ in ends) == 1
+    # One node ends with the mistake of its rank, the other with the same code or for want of the first.
+    ends = both("resume=never")
+    assert {2} <= {code for code, _, _ in ends} <= {1, 2}
+    for code, _, errors in ends:
+        known = "has no contact with the other nodes" if code == 1 else "holds a finished run"
+        assert errors == "" or (errors.startswith("error: ") and errors.count("\n") == 1 and known in errors)
 
 
 @pytest.mark.distributed

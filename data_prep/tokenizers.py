@@ -10,6 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self) -> list[bytes | None]:
         """Byte string of each vocabulary entry, [vocab_size]; None for special and unused entries."""
+
+    @cached_property
+    def prefix_bytes(self) -> int:
+        """Bytes of the space that encoding puts in front of each text, 0 for most tokenizers: they are no text."""
+        table = self.token_bytes()
+        [ids] = self.encode_batch(["a"])
+        return int(b"".join(table[index] or b"" for index in ids).startswith(b" "))
 
     def split(self, text: str) -> list[str]:
         """Pieces of `text` whose ids, concatenated, are the ids of `text`; [text] where that is not certain."""

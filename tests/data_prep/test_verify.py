@@ -67,7 +67,7 @@ def test_headers_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
         (content.replace('"version": 1', '"version": 99'), r"has version 99, this program reads 1"),
         ("[]", r"set\.sep\.json does not hold a JSON object: make it again"),
         ("{}", r"has version None"),
-        (content.replace('"tokens"', '"tocens"'), r"set\.sep\.json is damaged \(bad or missing key"),
+        (content.replace('"tokens"', '"tocens"'), r"set\.sep\.json is damaged \(the header has no tokens\)"),
     ):
         path.write_text(damaged, encoding="utf8")
         with pytest.raises(UserError, match=message):
@@ -109,10 +109,13 @@ def test_token_outside_the_vocabulary(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header["classes"][0].update(ids=[9]), "another class table than its tokenizer gives"),
-        (lambda header: header["classes"][0].update(count=1), "counts its separators wrongly"),
+        (lambda header: header["classes"][0].update(ids=[400, 401]), "another class table than its tokenizer gives"),
+        (
+            lambda header: header["classes"][0].update(count=1, density=1 / header["tokens"]),
+            "counts its separators wrongly",
+        ),
         (lambda header: header["token_bytes"].reverse(), "other byte lengths than its tokenizer gives"),
-        (lambda header: header.update(documents=3), "40 documents and .* its header says .* 3 documents"),
+        (lambda header: header.update(documents=3), "40 documents where its header says .* 3 documents"),
     ],
 )
 def test_wrong_headers(dataset: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

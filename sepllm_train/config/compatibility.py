@@ -21,7 +21,7 @@ VALIDATION_FRACTION = "data.validation_fraction"
 EARLIER_DATA = "data.earlier"
 VOCABULARY = "model.vocabulary"
 
-# Later additions to the record of a data source: document boundaries and separators. Since they came, the weight is exact.
+# Later additions to the record of a data source: document boundaries and separators. With them, the weight is exact.
 _LATER = ("index", "separators")
 LATER_KEYS = tuple(f".{key}" for key in _LATER)
 

@@ -52,8 +52,13 @@ def settle_separators(config: Config, corpus: Corpus) -> tuple[Config, ClassChoi
     shares = densities(headers, corpus.weights())
     least, most = config.attention.density_budget
     selection = select(shares, least, most)
+    if not any(shares.values()):
+        raise UserError(
+            "attention.separators=auto: the data has no separators, no token of it has a class: train it with "
+            "attention=dense, or prepare text that has some."
+        )
     if not selection.numbers:
-        rarest = min((share for share in shares.values() if share > 0), default=0.0)
+        rarest = min(share for share in shares.values() if share > 0)
         raise UserError(
             f"attention.separators=auto: no separator class of the data has at most {most:.1%} of its tokens (the "
             f"rarest has {rarest:.1%}): raise attention.density_budget={config.attention.density_budget}, or name "

@@ -27,6 +27,7 @@ _CUT = re.compile(r"\n(?=[!-~])")
 _PIECE_CHARACTERS = 8192
 # Ids beyond are a mistake: every table of a vocabulary has an entry for each.
 _LARGEST_VOCABULARY = 1 << 22
+_LIBRARY_ERRORS = (RuntimeError, OSError, ValueError, TypeError, IndexError, OverflowError)
 _JSON_REMEDY = "give a tokenizer.json or a SentencePiece .model"
 
 
@@ -167,13 +168,15 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
 
-        with _refusals_of_the_library(f"{path} is not a SentencePiece model"):
+        what = f"{path} is not a SentencePiece model"
+        with _refusals_of_the_library(what):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         _check_size(path, self._model.get_piece_size())
         if self._model.eos_id() < 0:
             raise UserError(f"{path} has no end-of-sentence piece to end documents with: train it with an eos_id.")
         super().__init__(path, content, self._model.get_piece_size(), self._model.eos_id())
-        self._mark_ids = self._space_mark_ids()
+        with _refusals_of_the_library(what):
+            self._mark_ids = self._space_mark_ids()
 
     def _space_mark_ids(self) -> list[int] | None:
         """Byte pieces of U+2581, which SentencePiece reads as a space; None where the model rewrites text anyway."""
@@ -202,12 +205,13 @@ class SentencePieceTokenizer(Tokenizer):
     def token_bytes(self) -> list[bytes | None]:
         """See `Tokenizer.token_bytes`."""
         model = self._model
-        return [
-            None
-            if model.is_control(index) or model.is_unknown(index) or model.is_unused(index)
-            else _piece_bytes(model.id_to_piece(index))
-            for index in range(self.vocab_size)
-        ]
+        with _refusals_of_the_library(f"{self.path} is not a SentencePiece model"):
+            return [
+                None
+                if model.is_control(index) or model.is_unknown(index) or model.is_unused(index)
+                else _piece_bytes(model.id_to_piece(index))
+                for index in range(self.vocab_size)
+            ]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -230,9 +234,11 @@ def _refusals_of_the_library(what: str) -> Iterator[None]:
     """Turn what a tokenizer library raises into a UserError that begins with `what`."""
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:
-        # `tokenizers` raises bare Exception, or its panics; `sentencepiece` RuntimeError or OSError by version.
-        if type(error) not in (Exception, RuntimeError, OSError, ValueError, TypeError) and not _is_panic(error):
+        # `tokenizers` raises bare Exception, or its panics; `sentencepiece` others by version and by what is damaged.
+        if type(error) is not Exception and not isinstance(error, _LIBRARY_ERRORS) and not _is_panic(error):
             raise
         raise UserError(f"{what} ({first_line(error)}): {_JSON_REMEDY}.") from None
 

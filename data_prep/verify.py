@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def _check_tables(prefix: Path, header: SidecarHeader, tokenizer: Tokenizer) -> 
     if any([(token_bytes[i] or b"").decode("utf8") for i in entry.ids] != entry.strings for entry in header.classes):
         raise UserError(f"{prefix}.sep.json has other strings than its tokenizer gives: annotate it again.")
     prefix_bytes = tokenizer.prefix_bytes if header.version > 1 else 0
+    if tokenizer.prefix_bytes != prefix_bytes:
+        print(
+            f"note: {prefix}.sep.json counts the space that its tokenizer puts in front of each document as text, so "
+            "bits per byte are a little low: annotate it again to leave it out (checkpoints stay valid).",
+            file=sys.stderr,
+        )
     if header.token_bytes != token_lengths(token_bytes, tokenizer.eod, prefix_bytes).tolist():
         raise UserError(f"{prefix}.sep.json has other byte lengths than its tokenizer gives: annotate it again.")
 

@@ -172,7 +172,7 @@ def test_headers_of_wrong_values(dataset: Path, change: Callable[[dict[str, Any]
     [
         (
             lambda header: header["tokenizer"].update(eod=7),
-            "end token 7, where the tokenizer is sentencepiece, 600 and 1",
+            "end token 7, where the tokenizer is sentencepiece",
         ),
         (lambda header: header["classes"][0]["strings"].__setitem__(0, "!"), "other strings than its tokenizer gives"),
     ],

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.indexed import open_indexed, token_chunks
+from data_prep.indexed import check_dtype, open_indexed, token_chunks
 from data_prep.separators import classify
 from data_prep.sidecar import (
     HEADER_SUFFIX,
     SidecarHeader,
     build_header,
+    dataset_prefix,
     format_header,
     token_lengths,
     with_suffix,
@@ -31,14 +32,15 @@ def annotate(
     The text is not at hand, so the header's `bytes` are those of the tokens. Raises UserError when the dataset is
     missing or damaged, has a token outside the tokenizer's vocabulary, or has a side-car already.
     """
-    prefix = Path(prefix)
+    prefix = dataset_prefix(prefix)
     loaded = load_tokenizer(tokenizer)
     data = open_indexed(prefix)
     if not len(data.tokens):
         raise UserError(f"{with_suffix(prefix, '.bin')} holds no tokens.")
+    check_dtype(prefix, data, loaded.vocab_size)
     refuse_existing(prefix, (".sep.bin", HEADER_SUFFIX), overwrite)
     token_bytes = loaded.token_bytes()
-    class_of_token, lengths = classify(token_bytes), token_lengths(token_bytes, loaded.eod)
+    class_of_token, lengths = classify(token_bytes), token_lengths(token_bytes, loaded.eod, loaded.prefix_bytes)
     counts, text_bytes = np.zeros(256, dtype=np.int64), 0
     with (
         PartialFile(with_suffix(prefix, ".sep.bin")) as target,

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.sidecar import with_suffix
+from data_prep.sidecar import SidecarHeader, with_suffix
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.files import PartialFile
+from sepllm_train.base.files import PartialFile, hash_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -78,38 +78,125 @@ def write_index(target: PartialFile, lengths: DocumentLengths, dtype: type[np.in
 
 @dataclass(frozen=True)
 class IndexedData:
-    """An existing `.bin`/`.idx` pair: `tokens` is a read-only memory map of all tokens [T]."""
+    """An existing `.bin`/`.idx` pair: read-only memory maps of all tokens [T], of the lengths of its sequences in
+    tokens [N], and of the first sequence of each document with the number of sequences at the end [documents + 1]."""
 
     tokens: NDArray[np.integer[Any]]
-    documents: int
+    lengths: NDArray[np.integer[Any]]
+    boundaries: NDArray[np.integer[Any]]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.boundaries) - 1
 
 
 def open_indexed(prefix: str | Path) -> IndexedData:
-    """Open a `.bin`/`.idx` pair of any producer and check that its parts fit together.
+    """Open a `.bin`/`.idx` pair of any producer and check all of its index, so that no reader leaves the file.
 
-    Raises UserError when a file is missing, is not in this format, or has been cut short.
+    Raises UserError when a file is missing, is not in this format, has been cut short, or when sequences do not lie one
+    after the other in `.bin`, or documents not one after the other in the sequences.
     """
     index_path, bin_path = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
     for path in (bin_path, index_path):
         if not path.is_file():
             raise UserError(f"{path} is missing: give the path of a tokenised dataset without its suffix.")
-    with open(index_path, "rb") as stream:
+    dtype, sequences, boundaries = _read_index_header(index_path)
+    offsets = (_HEADER.size, _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences)
+    data = IndexedData(
+        _map(bin_path, dtype, 0, bin_path.stat().st_size // np.dtype(dtype).itemsize),
+        _map(index_path, np.int32, offsets[0], sequences),
+        _map(index_path, np.int64, offsets[2], boundaries),
+    )
+    _check_sequences(index_path, data, _map(index_path, np.int64, offsets[1], sequences))
+    _check_boundaries(index_path, data)
+    expected, size = int(data.lengths.sum(dtype=np.int64)), bin_path.stat().st_size
+    if size != expected * data.tokens.itemsize:
+        raise UserError(
+            f"{bin_path} holds {len(data.tokens):,} tokens where {index_path.name} says {expected:,}: copy or make it "
+            "again."
+        )
+    return data
+
+
+def open_described(prefix: str | Path, header: SidecarHeader) -> IndexedData:
+    """`open_indexed` of a dataset with a side-car, whose `header` must describe the index: its hash, the tokens, the
+    documents, and a vocabulary that the tokens' type can hold. Raises UserError."""
+    path = with_suffix(prefix, ".idx")
+    if path.is_file() and hash_file(path) != header.files[".idx"]:
+        raise UserError(f"{path} was changed after it was written (its SHA-256 differs): copy or make it again.")
+    data = open_indexed(prefix)
+    check_dtype(prefix, data, header.tokenizer.vocab_size)
+    if (len(data.tokens), data.documents) != (header.tokens, header.documents):
+        raise UserError(
+            f"{prefix} holds {len(data.tokens):,} tokens and {data.documents:,} documents where its header says "
+            f"{header.tokens:,} tokens and {header.documents:,} documents: annotate it again."
+        )
+    return data
+
+
+def check_dtype(prefix: str | Path, data: IndexedData, vocab_size: int) -> None:
+    """Raise UserError when the tokens' type cannot hold every id of the vocabulary: another type was declared."""
+    if np.iinfo(data.tokens.dtype).max < vocab_size - 1:
+        raise UserError(
+            f"{with_suffix(prefix, '.idx')} declares tokens of {data.tokens.dtype}, which cannot hold the tokenizer's "
+            f"{vocab_size:,} entries: it is damaged, or was made with another tokenizer."
+        )
+
+
+def _read_index_header(path: Path) -> tuple[type[np.integer[Any]], int, int]:
+    """(type of the tokens, number of sequences, number of document boundaries) of an `.idx` that has room for them."""
+    with open(path, "rb") as stream:
         start = stream.read(_HEADER.size)
     if len(start) < _HEADER.size or not start.startswith(_MAGIC):
-        raise UserError(f"{index_path} is not an index of megatron-core (bad first bytes): make it again.")
+        raise UserError(f"{path} is not an index of megatron-core (bad first bytes): make it again.")
     _, version, code, sequences, boundaries = _HEADER.unpack(start)
     if version != 1 or code not in _DTYPES:
-        raise UserError(f"{index_path} has version {version} and token type {code}, which hold no tokens known here.")
-    if index_path.stat().st_size < _HEADER.size + 12 * sequences + 8 * boundaries:
-        raise UserError(f"{index_path} is cut short (it announces {sequences:,} sequences): copy or make it again.")
-    lengths = _map(index_path, np.int32, _HEADER.size, sequences)
-    tokens = _map(bin_path, _DTYPES[code], 0, bin_path.stat().st_size // np.dtype(_DTYPES[code]).itemsize)
-    expected = int(lengths.sum(dtype=np.int64))
-    if bin_path.stat().st_size != expected * tokens.itemsize:
+        raise UserError(f"{path} has version {version} and token type {code}, which hold no tokens known here.")
+    if not boundaries:
+        raise UserError(f"{path} has no document boundaries: make it again.")
+    # Beyond the boundaries, multimodal data has a byte for each sequence.
+    more = path.stat().st_size - (_HEADER.size + 12 * sequences + 8 * boundaries)
+    if more < 0:
+        raise UserError(f"{path} is cut short (it announces {sequences:,} sequences): copy or make it again.")
+    if more not in (0, sequences):
+        raise UserError(f"{path} has {more:,} bytes more than its {sequences:,} sequences need: copy or make it again.")
+    return _DTYPES[code], sequences, boundaries
+
+
+def _check_sequences(path: Path, data: IndexedData, pointers: NDArray[np.integer[Any]]) -> None:
+    """Lengths are not negative, and each sequence begins where the one before it ends."""
+    position = 0
+    for start in range(0, len(data.lengths), _CHUNK):
+        lengths, found = data.lengths[start : start + _CHUNK], pointers[start : start + _CHUNK]
+        if (negative := np.flatnonzero(lengths < 0)).size:
+            number = int(negative[0])
+            raise UserError(
+                f"{path} is damaged (sequence {start + number + 1:,} has a length of {lengths[number]:,}): copy or "
+                "make it again."
+            )
+        ends = position + np.cumsum(lengths, dtype=np.int64) * data.tokens.itemsize
+        begins = np.concatenate([[position], ends[:-1]])
+        if (moved := np.flatnonzero(begins != found)).size:
+            number = int(moved[0])
+            raise UserError(
+                f"{path} is damaged (sequence {start + number + 1:,} lies at byte {found[number]:,}, not at "
+                f"{begins[number]:,}, where the one before it ends): copy or make it again."
+            )
+        position = int(ends[-1])
+
+
+def _check_boundaries(path: Path, data: IndexedData) -> None:
+    """Boundaries rise from 0 to the number of sequences; a document may hold none."""
+    boundaries, sequences = data.boundaries, len(data.lengths)
+    rise = boundaries[0] == 0 and boundaries[-1] == sequences
+    for start in range(0, len(boundaries), _CHUNK):
+        rise = rise and bool((np.diff(boundaries[start : start + _CHUNK + 1]) >= 0).all())
+    if not rise:
         raise UserError(
-            f"{bin_path} holds {len(tokens):,} tokens where {index_path.name} says {expected:,}: copy or make it again."
+            f"{path} is damaged (its document boundaries do not rise from 0 to its {sequences:,} sequences): copy or "
+            "make it again."
         )
-    return IndexedData(tokens, boundaries - 1)
 
 
 def _map(path: Path, dtype: type[np.integer[Any]], offset: int, count: int) -> NDArray[np.integer[Any]]:

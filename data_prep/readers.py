@@ -21,6 +21,10 @@ _CHUNK = 1 << 18
 # Of hard-wrapped lines, whose breaks would otherwise be counted as separators.
 _WIDEST_WRAP = 120
 _SLACK = 0.9
+_BOM = "\ufeff"
+# The largest window that zstd's own program writes, with --ultra --long=31.
+_LARGEST_WINDOW = 1 << 31
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ def _to_stderr(message: str) -> None:
 class Corpus:
     """The documents of `inputs`, in order.
 
-    `text_field` names the text in .jsonl lines, `label_field` a string beside it. A document that is not UTF-8 is
-    named on stderr, skipped and counted, or, when `strict`, an error. `unwrap` joins the hard-wrapped lines of books.
-    `skipped` and `empty` count as the corpus is read.
+    `text_field` names the text in .jsonl lines, `label_field` a string beside it. A document that is not UTF-8, or
+    whose text is null, is named on stderr and left out, or, when `strict`, an error. `unwrap` joins the hard-wrapped
+    lines of books. As the corpus is read, `skipped` counts documents that are not UTF-8, `empty` those without text. A
+    byte order mark at the start of a file or line is no text.
     """
 
     inputs: Sequence[Path]
@@ -87,11 +92,13 @@ class Corpus:
         stream = _decompressed(path, raw)
         if _kind(path) == ".jsonl":
             for number, line in enumerate(stream, start=1):
+                line = line.removeprefix(_BOM.encode())
                 if line.strip():
                     text, label = self._json_text(line, f"{path}:{number}")
                     yield from self._kept(text, f"{path}:{number}", label)
         else:
-            yield from self._kept(self._decoded(stream.read(), str(path)), str(path), None)
+            text = self._decoded(stream.read(), str(path))
+            yield from self._kept(text and text.removeprefix(_BOM), str(path), None)
 
     def _kept(self, text: str | None, source: str, label: str | None) -> Iterator[tuple[str, str, str | None]]:
         if text:
@@ -104,13 +111,24 @@ class Corpus:
         if decoded is None:
             return None, None
         try:
-            entry = json.loads(decoded)
+            # Numbers beside the text may be of any size: none is read.
+            entry = json.loads(decoded, parse_int=_number, parse_float=_number)
         except json.JSONDecodeError as error:
             raise UserError(f"{source} is not JSON ({error}).") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get(self.text_field), str):
+        except RecursionError:
+            raise UserError(f"{source} is not JSON (nested too deeply).") from None
+        if not isinstance(entry, dict) or self.text_field not in entry:
             found = f"it has {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "it is no object"
             raise UserError(f"{source} has no text field {self.text_field!r} ({found}): name it with --field.")
-        text: str = entry[self.text_field]
+        text = entry[self.text_field]
+        if text is None and not self.strict:
+            self.empty += 1
+            self.report(f"skipped {source}: its text is null")
+            return None, None
+        if not isinstance(text, str):
+            remedy = "fill it, or leave --strict" if text is None else "name another with --field"
+            kind = _KINDS.get(type(text), "a number")
+            raise UserError(f"{source} has {kind} for its text field {self.text_field!r}: {remedy}.")
         label = None if self.label_field is None else entry.get(self.label_field)
         # JSON can spell half a surrogate pair, which no UTF-8 text holds.
         kept = text if text.isascii() else self._decoded(text.encode("utf8", "surrogatepass"), source)
@@ -127,6 +145,11 @@ class Corpus:
             return None
 
 
+def _number(text: str) -> float:
+    """Stands for every number of a .jsonl line."""
+    return 0.0
+
+
 def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
@@ -139,7 +162,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 def _zstd() -> Any:
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
 
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -152,6 +175,8 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 class _Decompressed(io.RawIOBase):
     """Concatenated compressed streams as one; raises EOFError when the last is cut short.
+
+    Zeros between and after streams are padding: .xz has it, and tapes leave it behind a .gz.
 
     The standard readers decompress 8 KB at a time. Each call gives up the interpreter's lock and waits to get it back
     from the encoding threads, which made reading the slowest part; zstandard's reader does not notice a cut.
@@ -175,6 +200,10 @@ class _Decompressed(io.RawIOBase):
                 if self._begun and not self._stream.eof:
                     raise EOFError("its compressed stream has no end")
                 return 0
+            if self._begun and self._stream.eof:
+                self._input = self._input.lstrip(b"\0")
+                if not self._input:
+                    continue
             self._output = memoryview(self._decompress())
         count = min(len(buffer), len(self._output))
         buffer[:count] = self._output[:count]

@@ -64,6 +64,9 @@ NAMED_SETS: dict[str, tuple[int, ...]] = {"paper": PAPER, "all": ALL, "clause_mi
 SPLIT_OFF: dict[int, int] = {23: 15}
 """Classes that were part of an older one: side-cars without them in their header count their tokens as the older."""
 
+EARLIER_NAMES: dict[int, tuple[str, ...]] = {15: ("clause_mixed",)}
+"""Names that classes had when older side-cars were written."""
+
 _NUMBER = {entry.name: entry.number for entry in CLASSES}
 _EXACT = {string: number for number, string in enumerate(".,?!;: \t\n", start=1)}
 _CLAUSE = frozenset(",;:")

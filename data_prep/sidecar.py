@@ -7,6 +7,7 @@ a dataset with a header is complete. This module imports neither torch nor megat
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.separators import CLASSES
+from data_prep.header_check import BadHeader, check_header
+from data_prep.separators import CLASSES, SPLIT_OFF
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import FileInfo
 from sepllm_train.base.parsing import read_json
 
-VERSION = 1
+# Version 2: the bytes of the end of a document take back those of the space that the tokenizer puts before a text.
+VERSIONS = (1, 2)
 DATA_SUFFIXES = (".bin", ".idx", ".sep.bin")
 HEADER_SUFFIX = ".sep.json"
 
@@ -56,8 +59,10 @@ class SidecarHeader:
     """Everything `<prefix>.sep.json` holds.
 
     `bytes` are the UTF-8 bytes of the documents' text (of the tokens, where only tokens were at hand: see `annotate`).
-    `token_bytes[id]` is the byte length of each vocabulary entry, 0 for the end-of-document and special tokens, so
-    that bits per byte can be computed on any part of the data. `files` has an entry for each of DATA_SUFFIXES.
+    `token_bytes[id]` is the byte length of each vocabulary entry, 0 for special tokens, so that bits per byte can be
+    computed on any part of the data. It is 0 for the end-of-document token too, or -1 where the tokenizer puts a space
+    in front of each text, which is no text (version 2; version 1 counts it). `files` has an entry for each of
+    DATA_SUFFIXES.
     """
 
     version: int
@@ -75,10 +80,14 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
-def token_lengths(token_bytes: Sequence[bytes | None], eod: int) -> NDArray[np.int64]:
-    """Byte length of each vocabulary entry, i64 [V]; 0 for special entries and the end-of-document token."""
+def token_lengths(token_bytes: Sequence[bytes | None], eod: int, prefix_bytes: int = 0) -> NDArray[np.int64]:
+    """Byte length of each vocabulary entry, i64 [V]; 0 for special entries.
+
+    The end-of-document token has -prefix_bytes: it takes back the space that the tokenizer puts in front of each text,
+    so that the tokens of a document have the bytes of its text.
+    """
     lengths = np.array([len(entry or b"") for entry in token_bytes], dtype=np.int64)
-    lengths[eod] = 0
+    lengths[eod] = -prefix_bytes
     return lengths
 
 
@@ -101,14 +110,15 @@ def build_header(
         strings = [(token_bytes[index] or b"").decode("utf8") for index in ids]
         count = int(class_counts[entry.number])
         entries.append(ClassEntry(**asdict(entry), ids=ids, strings=strings, count=count, density=count / tokens))
+    lengths = token_lengths(token_bytes, tokenizer.eod, tokenizer.prefix_bytes)
     return SidecarHeader(
-        version=VERSION,
+        version=2 if lengths[tokenizer.eod] else 1,
         tokenizer=TokenizerInfo(tokenizer.kind, tokenizer_file, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod),
         classes=tuple(entries),
         tokens=tokens,
         documents=documents,
         bytes=text_bytes,
-        token_bytes=token_lengths(token_bytes, tokenizer.eod).tolist(),
+        token_bytes=lengths.tolist(),
         files=dict(files),
     )
 
@@ -123,23 +133,28 @@ def format_header(header: SidecarHeader) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read_header(prefix: str | Path) -> SidecarHeader:
+def read_header(prefix: str | Path, *, data: bool = True) -> SidecarHeader:
     """Read `<prefix>.sep.json` and compare the sizes of the data files with it (no hashing: see `verify`).
 
-    Raises UserError when a file is missing, unreadable, of an unknown version, or has another size.
+    Without `data` the data files are not looked at. Raises UserError when a file is missing, unreadable, of an unknown
+    version, has another size, or when a value of the header cannot be.
     """
     path = with_suffix(prefix, HEADER_SUFFIX)
     if not path.exists():
         raise UserError(_missing_header(prefix))
     content = read_json(path, "make it again with `sepllm prepare annotate`")
     version = content.get("version")
-    if version != VERSION:
-        raise UserError(f"{path} has version {version!r}, this program reads {VERSION}: make it again.")
+    if type(version) is not int or version not in VERSIONS:
+        raise UserError(
+            f"{path} has version {version!r}, this program reads {' and '.join(map(str, VERSIONS))}: make it again."
+        )
     try:
-        header = _header_from(content)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged (bad or missing key {error}): make it again.") from None
-    _check_sizes(prefix, header)
+        check_header(content, SidecarHeader, TokenizerInfo, ClassEntry, DATA_SUFFIXES)
+    except BadHeader as error:
+        raise UserError(f"{path} is damaged ({error}): make it again with `sepllm prepare annotate`.") from None
+    header = _header_from(content)
+    if data:
+        _check_sizes(prefix, header)
     return header
 
 
@@ -161,6 +176,34 @@ def _header_from(content: dict[str, Any]) -> SidecarHeader:
             "files": {suffix: FileInfo(**content["files"][suffix]) for suffix in DATA_SUFFIXES},
         }
     )
+
+
+def check_known(prefix: str | Path, header: SidecarHeader, tier: Sequence[int], key: str) -> None:
+    """Raise UserError when the side-car does not tell the classes apart that `tier` does: it was made before one of
+    them was there.
+
+    tier: what each class number gets, 0 for none [256]. key: the setting or option that chose the classes.
+    """
+    names, known = {entry.number: entry.name for entry in CLASSES}, {entry.number for entry in header.classes}
+    remedy = f"make the side-car again with `sepllm prepare annotate {prefix} --tokenizer FILE --overwrite`"
+    for number, name in names.items():
+        older = SPLIT_OFF.get(number)
+        if number in known:
+            continue
+        if older in known and tier[number] != tier[older]:
+            raise UserError(
+                f"{key} tells {names[older]} from {name}, which the side-car of {prefix} counts as one class, "
+                f"clause_mixed: name that, or {remedy}."
+            )
+        if older not in known and tier[number]:
+            raise UserError(f"{key} names {name}, a class that the side-car of {prefix} does not know: {remedy}.")
+
+
+def dataset_prefix(name: str | Path) -> Path:
+    """Prefix of a dataset from what a user typed: also the name of one of its files, and `~` for the home folder."""
+    text = os.path.expanduser(name)
+    suffix = next((suffix for suffix in (HEADER_SUFFIX, ".sep.bin", ".bin", ".idx") if text.endswith(suffix)), "")
+    return Path(text.removesuffix(suffix))
 
 
 def _missing_header(prefix: str | Path) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import token_chunks
 from data_prep.separators import class_numbers
-from data_prep.sidecar import ClassEntry, open_classes, read_header
+from data_prep.sidecar import ClassEntry, check_known, dataset_prefix, open_classes, read_header
 from sepllm_train.base.errors import UserError
 
 _CHUNK = 1 << 22
@@ -96,10 +96,12 @@ def statistics(
     """
     if initial < 0 or window < 1 or length < 1:
         raise UserError(f"initial={initial}, window={window}, length={length}: at least 0, 1 and 1 are needed.")
+    prefix = dataset_prefix(prefix)
     header = read_header(prefix)
     if length > header.tokens:
         raise UserError(f"A length of {length:,} is longer than the data ({header.tokens:,} tokens): choose less.")
     chosen = class_numbers(separators)
+    check_known(prefix, header, [number in chosen for number in range(256)], "--separators")
     is_chosen = np.zeros(256, dtype=bool)
     is_chosen[list(chosen)] = True
     classes = open_classes(prefix)

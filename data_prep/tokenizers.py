@@ -9,11 +9,14 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sepllm_train.base.errors import UserError
+from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.parsing import LARGEST_JSON, parse_json_object
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SPACE_MARK = "\u2581"
@@ -22,6 +25,10 @@ SPACE_MARK = "\u2581"
 # without it (see `_cuts_before_newlines`), so a document may be cut there.
 _CUT = re.compile(r"\n(?=[!-~])")
 _PIECE_CHARACTERS = 8192
+# Ids beyond are a mistake: every table of a vocabulary has an entry for each.
+_LARGEST_VOCABULARY = 1 << 22
+_LIBRARY_ERRORS = (RuntimeError, OSError, ValueError, TypeError, IndexError, OverflowError)
+_JSON_REMEDY = "give a tokenizer.json or a SentencePiece .model"
 
 
 class Tokenizer(ABC):
@@ -56,6 +63,13 @@ class Tokenizer(ABC):
     def token_bytes(self) -> list[bytes | None]:
         """Byte string of each vocabulary entry, [vocab_size]; None for special and unused entries."""
 
+    @cached_property
+    def prefix_bytes(self) -> int:
+        """Bytes of the space that encoding puts in front of each text, 0 for most tokenizers: they are no text."""
+        table = self.token_bytes()
+        [ids] = self.encode_batch(["a"])
+        return int(b"".join(table[index] or b"" for index in ids).startswith(b" "))
+
     def split(self, text: str) -> list[str]:
         """Pieces of `text` whose ids, concatenated, are the ids of `text`; [text] where that is not certain."""
         return [text]
@@ -72,29 +86,57 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, *, ends_documents: bool = True) -> None:
         import tokenizers
 
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf8"))
-            self._definition: dict[str, Any] = json.loads(content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A document that spells out "<|endoftext|>" must not end there.
-        self._tokenizer.encode_special_tokens = True
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod = next((vocabulary[name] for name in EOD_NAMES if name in vocabulary), -1)
-        if eod < 0 and ends_documents:
+        self._definition = parse_json_object(content, path, _JSON_REMEDY, nan=True)
+        what = f"{path} is not a Hugging Face tokenizer.json"
+        with _refusals_of_the_library(what):
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        end = next((name for name in EOD_NAMES if name in vocabulary), None)
+        if end is None and ends_documents:
             raise UserError(f"{path} has no end-of-document token: one of {', '.join(EOD_NAMES)} is needed.")
-        super().__init__(path, content, max(vocabulary.values()) + 1, eod)
+        size = max(vocabulary.values(), default=-1) + 1
+        _check_size(path, size)
+        with _refusals_of_the_library(what):
+            if (marked := _with_special(self._definition, end)) != self._definition:
+                self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(marked))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            # A document that spells out "<|endoftext|>" must not end there.
+            self._tokenizer.encode_special_tokens = True
+        super().__init__(path, content, size, -1 if end is None else vocabulary[end])
         self._can_cut = _cuts_before_newlines(self._definition)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with _refusals_of_the_library(f"{self.path} cannot encode a text"):
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        found = [encoding.ids for encoding in encoded]
+        return [self._without_end(text) if self.eod in ids else ids for text, ids in zip(texts, found, strict=True)]
+
+    def _without_end(self, text: str) -> list[int]:
+        """Ids of a text from which the model itself makes the end-of-document token: the text is cut inside of it."""
+        with _refusals_of_the_library(f"{self.path} cannot encode a text"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, start = [], 0
+        spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == self.eod]
+        if not spans:
+            return encoding.ids
+        for begin, end in spans:
+            # Before its last character: the rest is shorter than the token, and what is in front has no end to it.
+            cut = max(begin + 1, end - 1)
+            if not start < cut < len(text) or end - begin < 2:
+                raise UserError(
+                    f"{self.path} makes its end-of-document token of {text[begin:end]!r} in a text, which would end "
+                    "the document there: give another tokenizer, or text without it."
+                )
+            ids += self._without_end(text[start:cut])
+            start = cut
+        return ids + self._without_end(text[start:])
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _refusals_of_the_library(f"{self.path} cannot decode its tokens"):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes | None]:
         """See `Tokenizer.token_bytes`."""
@@ -126,14 +168,15 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
 
-        try:
+        what = f"{path} is not a SentencePiece model"
+        with _refusals_of_the_library(what):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except Exception as error:  # the library raises RuntimeError or OSError by version
-            raise UserError(f"{path} is not a SentencePiece model ({error}).") from None
+        _check_size(path, self._model.get_piece_size())
         if self._model.eos_id() < 0:
             raise UserError(f"{path} has no end-of-sentence piece to end documents with: train it with an eos_id.")
         super().__init__(path, content, self._model.get_piece_size(), self._model.eos_id())
-        self._mark_ids = self._space_mark_ids()
+        with _refusals_of_the_library(what):
+            self._mark_ids = self._space_mark_ids()
 
     def _space_mark_ids(self) -> list[int] | None:
         """Byte pieces of U+2581, which SentencePiece reads as a space; None where the model rewrites text anyway."""
@@ -145,9 +188,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
-            return self._model.encode(texts, num_threads=1)
-        return [self._encode_with_marks(text, self._mark_ids) for text in texts]
+        with _refusals_of_the_library(f"{self.path} cannot encode a text"):
+            if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+                return self._model.encode(texts, num_threads=1)
+            return [self._encode_with_marks(text, self._mark_ids) for text in texts]
 
     def _encode_with_marks(self, text: str, mark_ids: list[int]) -> list[int]:
         first, *rest = self._model.encode(text.split(SPACE_MARK), num_threads=1)
@@ -155,17 +199,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._model.decode(ids)
+        with _refusals_of_the_library(f"{self.path} cannot decode its tokens"):
+            return self._model.decode(ids)
 
     def token_bytes(self) -> list[bytes | None]:
         """See `Tokenizer.token_bytes`."""
         model = self._model
-        return [
-            None
-            if model.is_control(index) or model.is_unknown(index) or model.is_unused(index)
-            else _piece_bytes(model.id_to_piece(index))
-            for index in range(self.vocab_size)
-        ]
+        with _refusals_of_the_library(f"{self.path} is not a SentencePiece model"):
+            return [
+                None
+                if model.is_control(index) or model.is_unknown(index) or model.is_unused(index)
+                else _piece_bytes(model.id_to_piece(index))
+                for index in range(self.vocab_size)
+            ]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -175,10 +221,48 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a tokenizer: {_JSON_REMEDY}.")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
     return HuggingFaceTokenizer(path, content) if path.suffix == ".json" else SentencePieceTokenizer(path, content)
+
+
+@contextmanager
+def _refusals_of_the_library(what: str) -> Iterator[None]:
+    """Turn what a tokenizer library raises into a UserError that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # `tokenizers` raises bare Exception, or its panics; `sentencepiece` others by version and by what is damaged.
+        if type(error) is not Exception and not isinstance(error, _LIBRARY_ERRORS) and not _is_panic(error):
+            raise
+        raise UserError(f"{what} ({first_line(error)}): {_JSON_REMEDY}.") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """True for a panic of a library in Rust, whose class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raise UserError for a vocabulary that has no entries, or ids that no vocabulary has."""
+    if not 0 < size <= _LARGEST_VOCABULARY:
+        raise UserError(f"{path} has ids up to {size - 1:,}, which is no vocabulary: {_JSON_REMEDY}.")
+
+
+def _with_special(definition: dict[str, Any], end: str | None) -> dict[str, Any]:
+    """A tokenizer.json in which the token `end` is special: one that is not would be found in text."""
+    added = definition.get("added_tokens") or []
+    if all(token["special"] for token in added if token["content"] == end):
+        return definition
+    return {
+        **definition,
+        "added_tokens": [{**token, "special": token["special"] or token["content"] == end} for token in added],
+    }
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -230,7 +314,7 @@ def _cuts_before_newlines(definition: dict[str, Any]) -> bool:
         lambda: all(step["type"] == "NFC" for step in _components(definition.get("normalizer"))),
         lambda: (
             [
-                (step["type"], step["add_prefix_space"], step.get("use_regex", True))
+                (step["type"], step.get("add_prefix_space"), step.get("use_regex", True))
                 for step in _components(definition.get("pre_tokenizer"))
             ]
             == [("ByteLevel", False, True)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import DocumentLengths, token_dtype, write_index
 from data_prep.separators import classify
-from data_prep.sidecar import HEADER_SUFFIX, SidecarHeader, build_header, format_header, with_suffix
+from data_prep.sidecar import HEADER_SUFFIX, SidecarHeader, build_header, dataset_prefix, format_header, with_suffix
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import PartialFile, write_whole
@@ -40,7 +40,7 @@ class DatasetWriter:
     """
 
     def __init__(self, prefix: str | Path, tokenizer: Tokenizer, *, overwrite: bool = False) -> None:
-        self.prefix = Path(prefix)
+        self.prefix = dataset_prefix(prefix)
         self.tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._token_bytes = tokenizer.token_bytes()

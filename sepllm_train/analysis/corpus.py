@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from data_prep.density import STRENGTHS
 from data_prep.indexed import token_chunks
 from data_prep.readers import COMPRESSIONS, Corpus, Document
-from data_prep.separators import CLASSES, NAMED_SETS, class_numbers, classify
-from data_prep.sidecar import open_classes, read_header
+from data_prep.separators import ALL, CLASSES, NAMED_SETS, class_numbers, classify
+from data_prep.sidecar import check_known, dataset_prefix, open_classes, read_header
 from data_prep.stats import Gaps
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.analysis import plots
@@ -101,9 +101,9 @@ def corpus_command(
     files = [Path(name) for name in inputs if _is_text(name)]
     if files and tokenizer is None:
         raise UserError(f"{files[0]} is text: name the tokenizer to read it with by --tokenizer FILE.")
-    prefixes = _each_once([name for name in inputs if not _is_text(name)])
-    for prefix in prefixes:
-        read_header(prefix)  # all of them are looked at before the first is counted
+    prefixes = _each_once([str(dataset_prefix(name)) for name in inputs if not _is_text(name)])
+    for prefix in prefixes:  # all of them are looked at before the first is counted
+        check_known(prefix, read_header(prefix), [number in ALL for number in range(256)], "`all`")
     domains = [_read_dataset(prefix) for prefix in prefixes]
     if tokenizer is not None and files:
         domains += _read_texts(Corpus(files, unwrap=unwrap, label_field="source"), load_tokenizer(tokenizer))

@@ -25,7 +25,7 @@ from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.variants import ALLOWED, check_comparable
-from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_FRACTION
+from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_FRACTION, same_data
 from sepllm_train.config.schema import AttentionConfig, Config, require
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.distributed.launch import alone
@@ -204,7 +204,7 @@ def _check_alike(runs: Sequence[PostTrained]) -> None:
     compared += [(f"the source {run.source.path}", run.source.identity) for run in runs if run.source.tokens]
     for name, identity in compared:
         for key, what in SHARED.items():
-            if identity[key] != first.newest.identity[key]:
+            if not same_data(identity[key], first.newest.identity[key]):
                 raise UserError(f"{name} and {first.folder} have different {what}: their losses do not compare.")
     for run in runs:
         if run.source.tokens:

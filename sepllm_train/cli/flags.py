@@ -170,9 +170,9 @@ def require_data(config: Config) -> None:
 
 def require_dataset(prefix: str) -> None:
     """Raise UserError for a dataset that is not there or not whole."""
-    from data_prep.sidecar import read_header
+    from data_prep.sidecar import dataset_prefix, read_header
 
-    read_header(os.path.abspath(os.path.expanduser(prefix.removesuffix(".bin").removesuffix(".idx"))))
+    read_header(os.path.abspath(dataset_prefix(prefix)))
 
 
 def prepare_device(arguments: argparse.Namespace) -> str:

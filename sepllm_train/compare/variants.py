@@ -15,6 +15,7 @@ import yaml
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.timing import VariantTiming
+from sepllm_train.config.compatibility import LATER_KEYS, same_data
 from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, tell_apart
 
 # What may differ between the seeds of a variant.
@@ -267,8 +268,11 @@ def check_comparable(runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         other = flatten(run.info["comparable"])
         for key in [*REQUIRED, *sorted((first.keys() | run.info["comparable"].keys()) - REQUIRED.keys() - {ALLOWED})]:
+            if same_data(first.get(key), run.info["comparable"].get(key)):
+                continue
             for name in sorted(n for n in settings.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
-                if settings.get(name) != other.get(name):
+                absent = name not in settings or name not in other
+                if settings.get(name) != other.get(name) and not (absent and name.endswith(LATER_KEYS)):
                     raise UserError(
                         f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
                         f"{settings.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.density import TOLERANCE, class_names, densities, missing_splits, select
-from data_prep.separators import CLASSES
+from data_prep.sidecar import check_known
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus
@@ -47,13 +47,18 @@ def settle_separators(config: Config, corpus: Corpus) -> tuple[Config, ClassChoi
     """
     headers = [source.header for source in corpus.sources]
     if config.attention.pattern != "sep" or config.attention.separators != AUTO:
-        _check_side_cars(config, corpus)
+        check_side_cars(config, corpus)
         return config, None
     shares = densities(headers, corpus.weights())
     least, most = config.attention.density_budget
     selection = select(shares, least, most)
+    if not any(shares.values()):
+        raise UserError(
+            "attention.separators=auto: the data has no separators, no token of it has a class: train it with "
+            "attention=dense, or prepare text that has some."
+        )
     if not selection.numbers:
-        rarest = min((share for share in shares.values() if share > 0), default=0.0)
+        rarest = min(share for share in shares.values() if share > 0)
         raise UserError(
             f"attention.separators=auto: no separator class of the data has at most {most:.1%} of its tokens (the "
             f"rarest has {rarest:.1%}): raise attention.density_budget={config.attention.density_budget}, or name "
@@ -67,18 +72,13 @@ def settle_separators(config: Config, corpus: Corpus) -> tuple[Config, ClassChoi
         budget=(least, most),
         left_out={name: left[n] for n in sorted(left) for name in class_names([n], split)},
     )
-    return replace(config, attention=replace(config.attention, separators=choice.names)), choice
+    config = replace(config, attention=replace(config.attention, separators=choice.names))
+    check_side_cars(config, corpus)
+    return config, choice
 
 
-def _check_side_cars(config: Config, corpus: Corpus) -> None:
-    """Raise UserError when classes get different tiers that a side-car counts as one, made before they were two."""
+def check_side_cars(config: Config, corpus: Corpus) -> None:
+    """Raise UserError when classes get different tiers that a side-car does not tell apart, or does not know."""
     _, tier = tiers_of_classes(config.attention)
-    names = {entry.number: entry.name for entry in CLASSES}
     for source in (*corpus.sources, *corpus.validation):
-        for number, older in missing_splits([source.header]).items():
-            if tier[number] != tier[older]:
-                raise UserError(
-                    f"attention.separators tells {names[older]} from {names[number]}, which the side-car of "
-                    f"{source.prefix} counts as one class, clause_mixed: name that, or make the side-car again with "
-                    f"`sepllm prepare annotate {source.prefix} --tokenizer FILE --overwrite`."
-                )
+        check_known(source.prefix, source.header, tier.tolist(), "attention.separators")

@@ -11,21 +11,33 @@ from typing import Any
 import torch.distributed as dist
 
 from data_prep import sample
-from data_prep.sidecar import DATA_SUFFIXES, SidecarHeader, read_header, with_suffix
+from data_prep.indexed import open_described
+from data_prep.sidecar import DATA_SUFFIXES, SidecarHeader, dataset_prefix, read_header, with_suffix
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import DataConfig
+from sepllm_train.data.blend import exact_weight
 from sepllm_train.distributed.collectives import on_all_ranks
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of the blend. `weight` is its fraction of the training sequences, None for its fraction of tokens."""
+    """One dataset of the blend. `weight` is its fraction of the training sequences, None for its fraction of tokens.
+    `sequences` is the number of sequences in its .idx, of which a document may hold several."""
 
     prefix: str
     name: str
     weight: float | None
     header: SidecarHeader
+    sequences: int
+
+    def record(self) -> dict[str, Any]:
+        """Hashes of everything that its samples depend on: tokens, document boundaries, separators."""
+        files = self.header.files
+        hashes = {"sha256": ".bin", "index": ".idx", "separators": ".sep.bin"}
+        # Earlier versions took each sequence for a document.
+        packing = {} if self.sequences == self.header.documents else {"packing": "documents"}
+        return {**{key: files[suffix].sha256 for key, suffix in hashes.items()}, **packing}
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,15 @@ class Corpus:
         return [float(w) / sum(raw) for w in raw]
 
     def identity(self) -> dict[str, Any]:
-        """Values that are equal when two runs have read the same data: name -> hash of the tokens, and weight."""
+        """Values that are equal when two runs have read the same data: name -> `Source.record` and weight."""
         return {
-            source.name: {"sha256": source.header.files[".bin"].sha256, "weight": round(weight, 6)}
+            source.name: {**source.record(), "weight": float(exact_weight(weight))}
             for source, weight in zip(self.sources, self.weights(), strict=True)
         }
 
-    def validation_identity(self) -> dict[str, str]:
-        """Name -> hash of the tokens of the datasets of data.validation_prefixes."""
-        return {source.name: source.header.files[".bin"].sha256 for source in self.validation}
+    def validation_identity(self) -> dict[str, Any]:
+        """Name -> `Source.record` of the datasets of data.validation_prefixes."""
+        return {source.name: source.record() for source in self.validation}
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -75,7 +87,7 @@ def cache_folder(data: DataConfig) -> Path:
 def open_corpus(data: DataConfig) -> Corpus:
     """Open the datasets of the configuration, making the sample corpus if that is what is asked for.
 
-    Raises UserError for a missing, truncated or mismatching dataset.
+    Raises UserError for a missing, truncated, damaged or mismatching dataset.
     """
     if data.source == "sample":
         say(
@@ -111,11 +123,9 @@ def _open_source(entry: Any) -> Source:
     weight = fields.get("weight")
     if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
         raise UserError(f"data.prefixes entry {fields['path']}: weight {weight} must be a finite number above 0.")
-    prefix = fields["path"]
-    if prefix.endswith((".bin", ".idx")):
-        prefix = prefix[:-4]
-    prefix = os.path.abspath(os.path.expanduser(prefix))
-    return Source(prefix, Path(prefix).name, weight, read_header(prefix))
+    prefix = os.path.abspath(dataset_prefix(fields["path"]))
+    header = read_header(prefix)
+    return Source(prefix, Path(prefix).name, weight, header, len(open_described(prefix, header).lengths))
 
 
 def _open_validation(entry: Any) -> Source:

@@ -7,22 +7,20 @@ it follows from the seed, and the order is the same however long the run is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data_prep.sidecar import open_classes
+from sepllm_train.base.errors import UserError
 
-# Samples after which a blend repeats its pattern of sources; weights are met to one part in this.
-BLEND_PERIOD = 65536
+_LONGEST_DOCUMENT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,58 @@ class _Mapped:
 
 
 class TokenStore(IndexedDataset):
-    """A .bin/.idx pair and the separator class of each of its tokens (`classes`, u8)."""
+    """The documents of a .bin/.idx pair and the separator class of each token (`classes`, u8).
+
+    megatron-core takes each sequence of the .idx for a document; here the sequences of a document are one.
+    """
 
     def __init__(self, prefix: str) -> None:
         super().__init__(prefix, multimodal=False, mmap=True)
-        self.classes = open_classes(prefix)
+        self._open()
 
     def __setstate__(self, state: Any) -> None:
         """megatron-core's dataset pickles its prefix alone: workers that are not forks open the classes again."""
         super().__setstate__(state)
+        self._open()
+
+    def _open(self) -> None:
         self.classes = open_classes(self.path_prefix)
+        boundaries = self.index.document_indices
+        self._starts: NDArray[np.int64] | None = None
+        if len(boundaries) != len(self.index) + 1 or (np.diff(boundaries) != 1).any():
+            ends = np.cumsum(self.index.sequence_lengths, dtype=np.int64)
+            self._starts = np.concatenate([[0], ends])[boundaries]
+            self._lengths = np.diff(self._starts)
+            if self._lengths.max(initial=0) > _LONGEST_DOCUMENT:
+                raise UserError(
+                    f"{self.path_prefix}.idx has a document of {self._lengths.max():,} tokens, more than megatron-core "
+                    "can index: split it."
+                )
+            self._lengths = self._lengths.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, document: int) -> NDArray[np.integer]:
+        return self.get(document)
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, by the name that megatron-core has for them."""
+        return self.index.sequence_lengths if self._starts is None else self._lengths
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> NDArray[np.integer]:
+        """`length` tokens of a document from token `offset` on; None: all that are left."""
+        if self._starts is None:
+            return super().get(document, offset, length)
+        count = int(self._lengths[document]) - offset if length is None else length
+        start = (self.first_token(document) + offset) * DType.size(self.index.dtype)
+        return self.bin_reader.read(dtype=self.index.dtype, count=count, offset=start)
 
     def first_token(self, document: int) -> int:
         """Position of a document's first token in the file, in tokens."""
+        if self._starts is not None:
+            return int(self._starts[document])
         return int(self.index.sequence_pointers[document]) // DType.size(self.index.dtype)
 
 
@@ -136,32 +173,3 @@ class Epochs(Dataset):
             self.permutation = np.arange(samples, dtype=np.int32 if samples < 2**31 else np.int64)
             np.random.default_rng((self.seed, epoch)).shuffle(self.permutation)
         return int(self.permutation[place])
-
-
-class Blend(Dataset):
-    """Samples of several endless datasets in proportion to `weights` (which sum to 1), evenly interleaved.
-
-    megatron-core's blending fills one period; period after period, each source continues where it was.
-    """
-
-    def __init__(self, datasets: Sequence[Any], weights: list[float]) -> None:
-        self.datasets = datasets
-        self.source = np.zeros(BLEND_PERIOD, dtype=np.int16)
-        self.place = np.zeros(BLEND_PERIOD, dtype=np.int64)
-        helpers.build_blending_indices(self.source, self.place, weights, len(datasets), BLEND_PERIOD, False)
-        self.per_period = np.bincount(self.source, minlength=len(datasets))
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        source, place = self._place(number)
-        return self.datasets[source][place]
-
-    def documents(self, number: int) -> tuple[str, list[int]]:
-        """(prefix of the dataset, numbers of the documents) that sample `number` is cut from."""
-        source, place = self._place(number)
-        return self.datasets[source].documents(place)
-
-    def _place(self, number: int) -> tuple[int, int]:
-        """(source, its sample) that sample `number` of the blend is."""
-        period, offset = divmod(number, BLEND_PERIOD)
-        source = int(self.source[offset])
-        return source, period * int(self.per_period[source]) + int(self.place[offset])

@@ -19,23 +19,28 @@ from torch.utils.data import Dataset
 from data_prep.sample import cache_remedy
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import lock_waiting, whole_folder
+from sepllm_train.config.compatibility import LATEST_BLEND_ORDER
 from sepllm_train.config.schema import Config
+from sepllm_train.data.blend import blend_of
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
-from sepllm_train.data.dataset import Blend, Epochs, SeparatorDataset, TokenStore
+from sepllm_train.data.dataset import Epochs, SeparatorDataset, TokenStore
 from sepllm_train.data.placement import PlacedDataset, Placement, placement_of
 from sepllm_train.distributed.collectives import on_all_ranks
 
 
-def build_datasets(config: Config, corpus: Corpus) -> tuple[Dataset, dict[str, Dataset]]:
+def build_datasets(
+    config: Config, corpus: Corpus, *, blend_order: int = LATEST_BLEND_ORDER
+) -> tuple[Dataset, dict[str, Dataset]]:
     """The endless training dataset of the blend, and by name a validation dataset for each source that holds documents
     out and each of data.validation_prefixes.
 
-    Rank 0 writes the index of an epoch into the cache, the others read it; every rank calls this. Raises UserError
+    blend_order: see `blend_of`. Rank 0 writes the index of an epoch into the cache, the others read it; every rank
+    calls this. Raises UserError
     when a source is too short for the sequence length, or the cache cannot be written or is not seen by a rank.
     """
     folder = _index_folder(config, corpus)
     on_all_ranks(lambda: _write_indices(config, corpus, folder) if dist.get_rank() == 0 else None)
-    return on_all_ranks(lambda: _read_datasets(config, corpus, folder))
+    return on_all_ranks(lambda: _read_datasets(config, corpus, folder, blend_order))
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class SourceSplit:
 
 def source_splits(corpus: Corpus, dataset: Any, validation: dict[str, Any]) -> list[SourceSplit]:
     """Split of each source of the corpus; `dataset` and `validation` are what `build_datasets` gave."""
-    parts = dataset.datasets if isinstance(dataset, Blend) else [dataset]
+    parts = [dataset] if isinstance(dataset, Epochs) else dataset.datasets
     splits = []
     for source, endless in zip(corpus.sources, parts, strict=True):
         # With data.validation_prefixes nothing of it is held out, and one of those may have its name.
@@ -78,7 +83,9 @@ def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
                 _whole(config, source, partial)
 
 
-def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Dataset, dict[str, Dataset]]:
+def _read_datasets(
+    config: Config, corpus: Corpus, folder: Path, blend_order: int
+) -> tuple[Dataset, dict[str, Dataset]]:
     """The datasets over an index folder that is there."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not there on every node: data.cache must be on a filesystem that all nodes see.")
@@ -87,19 +94,19 @@ def _read_datasets(config: Config, corpus: Corpus, folder: Path) -> tuple[Datase
     placement = placement_of(config.attention, config.seed)
     for source in corpus.sources:
         train, held_out = _source_datasets(config, source, folder)
-        training.append(Epochs(_placed(train, placement), config.seed))
+        training.append(Epochs(_placed(train, source, placement), config.seed))
         if held_out is not None:
-            validation[source.name] = _placed(held_out, placement)
+            validation[source.name] = _placed(held_out, source, placement)
     for source in corpus.validation:
-        validation[source.name] = _placed(_whole(config, source, folder), placement)
-    return (training[0] if len(training) == 1 else Blend(training, corpus.weights())), validation
+        validation[source.name] = _placed(_whole(config, source, folder), source, placement)
+    return blend_of(training, corpus.weights(), blend_order), validation
 
 
-def _placed(dataset: SeparatorDataset, placement: Placement | None) -> Dataset:
+def _placed(dataset: SeparatorDataset, source: Source, placement: Placement | None) -> Dataset:
     """The dataset with its separators where `placement` has them."""
     if placement is None:
         return dataset
-    return PlacedDataset(dataset, placement, f"{dataset.dataset_path} {dataset.index_split.name}")
+    return PlacedDataset(dataset, placement, f"{source.header.files['.bin'].sha256} {dataset.index_split.name}")
 
 
 def _source_datasets(config: Config, source: Source, folder: Path) -> tuple[SeparatorDataset, SeparatorDataset | None]:
@@ -150,7 +157,7 @@ def _split(
             f"data.sequence_length={settings.sequence_length} and its label: {remedy}shorten the sequence or add text."
         )
     # Named by its content, not its place: the index stays good when the data moves.
-    name = source.header.files[".bin"].sha256
+    name = " ".join(source.header.files[suffix].sha256 for suffix in (".bin", ".idx"))
     return SeparatorDataset(store, name, documents.astype(np.int32), None, split, settings)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_DATA, VOCABULARY
+from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_DATA, VOCABULARY, same_data
 from sepllm_train.config.schema import Config, require
+from sepllm_train.data.choice import check_side_cars
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.training import checkpoint as checkpoints
@@ -91,16 +92,17 @@ def check_data(folder: Path, config: Config, corpus: Corpus, identity: dict[str,
             f"({corpus.vocabulary:,} entries, the model has {identity[VOCABULARY]:,})."
         )
     trained = identity[DATA]
-    if own and corpus.identity() != trained:
+    if own and not same_data(trained, corpus.identity()):
         raise UserError(
             f"{names} is no longer the data that {folder} was trained on, so what was held out is not known: give "
             "--data PREFIX of other text."
         )
-    if own and corpus.validation_identity() != identity.get(VALIDATION_DATA, {}):
+    if own and not same_data(identity.get(VALIDATION_DATA, {}), corpus.validation_identity()):
         raise UserError(
             f"data.validation_prefixes of {folder} are no longer what it was validated on: give --data PREFIX of other "
             "text and --held-out SHARE."
         )
+    check_side_cars(config, corpus)
     hashes = {entry["sha256"] for entry in corpus.identity().values()}
     for seen in checkpoints.trained_on(identity):
         fraction, shared = seen["validation_fraction"], hashes & {entry["sha256"] for entry in seen["data"].values()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_json
-from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
+from sepllm_train.config.compatibility import DATA, EARLIER_DATA, same_data, with_current_keys
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
@@ -139,9 +139,9 @@ def _same_model(ours: Any, theirs: Any) -> bool:
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True
     earlier = theirs.get(EARLIER_DATA) or [{}]
-    switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
+    switched = same_data(earlier[-1].get("data"), ours.get(DATA)) and not same_data(earlier, ours.get(EARLIER_DATA))
     told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
-    return all(ours.get(key, value) == value for key, value in told.items())
+    return all(same_data(ours.get(key, value), value) for key, value in told.items())
 
 
 def _went_on_at(origin: Path, first: Record) -> int:

@@ -9,10 +9,9 @@ import numpy as np
 
 from data_prep.sample import prepare_sample
 from data_prep.separators import classify
-from data_prep.sidecar import HEADER_SUFFIX, with_suffix
+from data_prep.sidecar import HEADER_SUFFIX, SidecarHeader, dataset_prefix, read_header, with_suffix
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.compatibility import TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import DataConfig, require
 
@@ -59,34 +58,30 @@ def pad_classes(classes: np.ndarray, vocabulary: int) -> np.ndarray:
     return np.pad(classes, (0, vocabulary - len(classes)))
 
 
-def header_classes(header: dict[str, Any]) -> np.ndarray:
-    """u8 [entries of the tokenizer]: the classes that a side-car's header (its JSON) gives to the vocabulary."""
-    classes = np.zeros(header["tokenizer"]["vocab_size"], dtype=np.uint8)
-    for entry in header["classes"]:
-        classes[entry["ids"]] = entry["number"]
+def header_classes(header: SidecarHeader) -> np.ndarray:
+    """u8 [entries of the tokenizer]: the classes that a side-car's header gives to the vocabulary."""
+    classes = np.zeros(header.tokenizer.vocab_size, dtype=np.uint8)
+    for entry in header.classes:
+        classes[entry.ids] = entry.number
     return classes
 
 
-def _headers(data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
+def _headers(data: DataConfig) -> list[tuple[Path, SidecarHeader]]:
     """(prefix, header) of each dataset of a run whose header is there; the other files may be gone."""
     if data.source == "sample":
         made = prepare_sample(data.cache, vocab_size=data.sample_vocabulary, source=data.sample_text)
-        prefixes = [str(made)]
+        prefixes = [made]
     else:
-        paths = [entry["path"] if isinstance(entry, dict) else str(entry) for entry in data.prefixes]
-        prefixes = [path.removesuffix(".bin").removesuffix(".idx") for path in paths]
-    found = []
-    for prefix in prefixes:
-        header = read_json_if_any(with_suffix(Path(prefix).expanduser(), HEADER_SUFFIX))
-        if header:
-            found.append((prefix, header))
-    return found
+        entries = data.prefixes
+        prefixes = [dataset_prefix(entry["path"] if isinstance(entry, dict) else str(entry)) for entry in entries]
+    there = [prefix for prefix in prefixes if with_suffix(prefix, HEADER_SUFFIX).is_file()]
+    return [(prefix, read_header(prefix, data=False)) for prefix in there]
 
 
-def _beside(headers: list[tuple[str, dict[str, Any]]], folder: Path, data: DataConfig) -> Path:
+def _beside(headers: list[tuple[Path, SidecarHeader]], folder: Path, data: DataConfig) -> Path:
     """The tokenizer's copy beside the data. Raises UserError when there is none."""
     for prefix, header in headers:
-        path = Path(prefix).expanduser().parent / header["tokenizer"]["file"]
+        path = prefix.parent / header.tokenizer.file
         if path.is_file():
             return path
     where = ", ".join(str(entry) for entry in data.prefixes) or "the sample corpus"
@@ -95,9 +90,9 @@ def _beside(headers: list[tuple[str, dict[str, Any]]], folder: Path, data: DataC
     )
 
 
-def _classes(headers: list[tuple[str, dict[str, Any]]], tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
+def _classes(headers: list[tuple[Path, SidecarHeader]], tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
     """u8 [vocabulary]: as the data was annotated for training, or else from the tokenizer's strings."""
     for _, header in headers:
-        if header["tokenizer"]["sha256"] == tokenizer.sha256:
+        if header.tokenizer.sha256 == tokenizer.sha256:
             return pad_classes(header_classes(header), vocabulary)
     return pad_classes(classify(tokenizer.token_bytes()), vocabulary)

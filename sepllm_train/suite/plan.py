@@ -32,7 +32,8 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a suite. `data` and `tokenizer` are hashes of what the runs read; `folder` is the suite's."""
+    """The runs of a suite. `data`, `index`, `separators` and `tokenizer` are hashes of what the runs read (older plans
+    do not have all); `folder` is the suite's."""
 
     folder: Path
     suite: str
@@ -48,6 +49,8 @@ class Plan:
     data: str | None
     tokenizer: str | None
     runs: list[PlannedRun]
+    index: str | None = None
+    separators: str | None = None
 
     @property
     def run_root(self) -> Path:
@@ -103,6 +106,8 @@ def make_plan(config: SuiteSettings, prefix: str | None, *, read: bool = True) -
         processes=size.processes,
         prefix=prefix,
         data=None if header is None else header.files[".bin"].sha256,
+        index=None if header is None else header.files[".idx"].sha256,
+        separators=None if header is None else header.files[".sep.bin"].sha256,
         tokenizer=None if header is None else header.tokenizer.sha256,
         runs=runs,
     )
@@ -169,7 +174,8 @@ def fix_plan(plan: Plan) -> None:
         return
     earlier = parsing.read_json(path, "restore it, or choose another suite.root", nan=True)
     for key, value in content.items():
-        if earlier.get(key) != value:
+        # Plans of before do not have all hashes of the data.
+        if earlier.get(key) != value and (key in earlier or key not in ("index", "separators")):
             what, then, now = _first_difference(key, earlier.get(key), value)
             raise UserError(
                 f"{path} was fixed before the first run with {what} {then!r} where it is now {now!r}: choose another "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.readers import Corpus
-from data_prep.sidecar import HEADER_SUFFIX, with_suffix
+from data_prep.sidecar import HEADER_SUFFIX, dataset_prefix, with_suffix
 from data_prep.tokenize import tokenize_files, usable_cores
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.base.console import quantity, say
@@ -26,7 +26,7 @@ def data_prefix(config: SuiteSettings, folder: Path) -> str | None:
     """
     suite = config.suite
     if suite.prefix is not None:
-        return os.path.abspath(os.path.expanduser(suite.prefix))
+        return os.path.abspath(dataset_prefix(suite.prefix))
     if not suite.text:
         return None
     _corpus(config)

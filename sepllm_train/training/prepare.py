@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from sepllm_train.base.console import fold, say
 from sepllm_train.base.errors import UserError
-from sepllm_train.config.compatibility import EARLIER_DATA
+from sepllm_train.config.compatibility import BLEND_ORDER, EARLIER_DATA, LATEST_BLEND_ORDER
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import ClassChoice, settle_separators
 from sepllm_train.data.corpus import Corpus, DataFiles, open_corpus_on_all_ranks
@@ -51,9 +51,11 @@ class Prepared:
 
     @property
     def recorded_identity(self) -> dict[str, Any]:
-        """The identity as checkpoints and run.json record it: with the data of earlier steps if that was other."""
-        earlier = self.entry.earlier_data
-        return {**self.identity, **({EARLIER_DATA: earlier} if earlier else {})}
+        """The identity as checkpoints and run.json record it: with the data of earlier steps if that was other, and
+        the order of the blend that the run began with."""
+        earlier, order = self.entry.earlier_data, self.entry.blend_order
+        recorded = {**self.identity, **({EARLIER_DATA: earlier} if earlier else {})}
+        return {**recorded, BLEND_ORDER: order} if BLEND_ORDER in recorded else recorded
 
 
 def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
@@ -78,7 +80,7 @@ def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     entry = run_folder.settle(config, identity, schedule)
     # A run that resumes has no more need of them: they may be gone.
     initial = on_all_ranks(lambda: find_initial_weights(config, identity) if entry.checkpoint is None else None)
-    dataset, validation = build_datasets(config, corpus)
+    dataset, validation = build_datasets(config, corpus, blend_order=entry.blend_order)
     splits = source_splits(corpus, dataset, validation)
     facts = derive(config, steps, corpus, splits, dataset, world_size, device)
     say(fold(optional_packages()))
@@ -86,6 +88,8 @@ def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
         say(line)
     if choice is not None:
         say(fold(str(choice)))
+    if BLEND_ORDER in identity and entry.blend_order != LATEST_BLEND_ORDER:
+        say(fold("data: the blend keeps the order that this run began with, which meets weights to 1/65,536"))
     return Prepared(
         config, choice, steps, corpus, files, dataset, validation, facts, entry, identity, schedule, initial
     )

@@ -24,7 +24,7 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
 from sepllm_train.base.parsing import read_json_if_any
-from sepllm_train.config.compatibility import with_current_keys
+from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
 from sepllm_train.training import checkpoint
@@ -41,7 +41,7 @@ class Entry:
 
     `step` is the checkpoint's (0 from scratch), and `skipped` names newer checkpoints that are damaged, each with the
     reason. `origin` is the absolute path of the resume=PATH that the folder's run began with, and `content` differs
-    when another run has been in the folder since. `earlier_data`: see `checkpoint.earlier_data`.
+    when another run has been in the folder since. `earlier_data`, `blend_order`: see the functions of `checkpoint`.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Entry:
     origin: str | None
     content: Any
     earlier_data: list[dict[str, Any]]
+    blend_order: int
 
 
 def settle(config: Config, identity: dict[str, Any], schedule: dict[str, Any]) -> Entry:
@@ -185,19 +186,19 @@ def enter(
         remedy = "choose another name=, or delete it"
         checkpoint.check_identity(visit.earlier["identity"], identity, str(folder), remedy)
         checkpoint.check_identity(visit.earlier["schedule"], schedule, str(folder), remedy)
-    step = 0
+    step, order = 0, LATEST_BLEND_ORDER
     earlier_data: list[dict[str, Any]] = []
     if found is not None:
-        step, earlier_data = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
+        step, earlier_data, order = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
     kept = visit.earlier.get("origin") if in_place else None
-    return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data)
+    return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data, order)
 
 
 def _check_checkpoint(
     config: Config, found: Path, identity: dict[str, Any], schedule: dict[str, Any], folder: Path | None
-) -> tuple[int, list[dict[str, Any]]]:
-    """Check that the run may continue from `found`, in place in `folder` or in another one (None); gives its step and
-    `checkpoint.earlier_data`. Raises UserError."""
+) -> tuple[int, list[dict[str, Any]], int]:
+    """Check that the run may continue from `found`, in place in `folder` or in another one (None); gives its step,
+    `checkpoint.earlier_data` and `checkpoint.blend_order`. Raises UserError."""
     stored = checkpoint.read_state(found)
     step = int(stored["state"]["step"])
     other_data = config.resume_other_data and folder is None
@@ -221,7 +222,9 @@ def _check_checkpoint(
             f"{found} is at step {step}, nothing is left of training.steps={config.training.steps}: give more "
             "steps, or start a new run."
         )
-    return step, checkpoint.earlier_data(stored["identity"], identity)
+    earlier = checkpoint.earlier_data(stored["identity"], identity)
+    switched = len(earlier) > len(stored["identity"].get(EARLIER_DATA, []))
+    return step, earlier, LATEST_BLEND_ORDER if switched else checkpoint.blend_order(stored["identity"], step)
 
 
 def _content(folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sepllm_train.base.console import say
+from sepllm_train.config.compatibility import BLEND_ORDER
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus
@@ -76,6 +77,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "curriculum": curriculum_of(config) or None,
         "comparable": {
             "data": corpus.identity(),
+            **({BLEND_ORDER: order} if (order := prepared.recorded_identity.get(BLEND_ORDER, 1)) > 1 else {}),
             "tokenizer": corpus.tokenizer_sha256,
             "vocabulary": facts.vocabulary,
             "sequence_length": config.data.sequence_length,

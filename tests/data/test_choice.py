@@ -19,6 +19,7 @@ from sepllm_train.config.schema import AttentionConfig, Config, DataConfig
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.model.pattern import resolve_pattern
+from tests.support.datasets import copy_dataset, edit_header
 
 NUMBER = {entry.name: entry.number for entry in CLASSES}
 
@@ -108,6 +109,32 @@ def test_what_an_old_side_car_cannot_tell_is_refused(prefixes: tuple[str, str], 
         settled([prefixes[0], old], separators=["comma_mixed"])
     config, _ = settled([prefixes[1]], separators=["comma_mixed"])
     assert config.attention.separators == ["comma_mixed"]
+
+
+def test_a_class_that_came_after_the_side_car_is_refused(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    """In training by name, in `all` and where another dataset of the blend has it for auto, and in stats."""
+    old = str(copy_dataset(prefixes[0], tmp_path, "old"))
+    number = NUMBER["other_sentence"]
+    edit_header(old, lambda header: header.update(classes=[c for c in header["classes"] if c["number"] != number]))
+    words = r"names other_sentence, a class that the side-car of .*old does not know: make .*annotate .*old --tok"
+    for separators in ("all", ["paper", "other_sentence"]):
+        with pytest.raises(UserError, match=words):
+            settled([old], separators=separators)
+        with pytest.raises(UserError, match=words):
+            statistics(old, separators=",".join([separators] if separators == "all" else separators), length=64)
+    with pytest.raises(UserError, match=words):
+        settled([prefixes[1], old], separators="all")
+    assert settled([old], separators="paper")[1] is None
+
+
+def test_auto_on_data_without_separators(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    bare = str(copy_dataset(prefixes[0], tmp_path, "bare"))
+    edit_header(bare, lambda header: [entry.update(count=0, density=0.0) for entry in header["classes"]])
+    with pytest.raises(
+        UserError, match="attention.separators=auto: the data has no separators.*attention=dense"
+    ) as got:
+        settled([bare], density_budget=[0.1, 0.2])
+    assert "rarest" not in str(got.value)
 
 
 def test_auto_takes_what_an_old_side_car_holds_as_one(prefixes: tuple[str, str], old: str) -> None:

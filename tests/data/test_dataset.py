@@ -19,8 +19,9 @@ from data_prep.sidecar import read_header
 from data_prep.tokenizers import load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config, DataConfig, TrainingConfig
+from sepllm_train.data.blend import PeriodicBlend
 from sepllm_train.data.corpus import open_corpus
-from sepllm_train.data.dataset import Blend, TokenStore
+from sepllm_train.data.dataset import TokenStore
 from sepllm_train.data.loader import MaskedDataset, MicroBatchSampler, PaddedSampler, micro_batches
 from sepllm_train.data.splits import SourceSplit, build_datasets, held_out_from, source_splits
 
@@ -107,9 +108,9 @@ def test_blend_follows_the_weights(prefixes: tuple[str, str], tmp_path: Path) ->
 
 
 def test_blend_goes_on_where_each_source_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sepllm_train.data.dataset.BLEND_PERIOD", 16)
+    monkeypatch.setattr("sepllm_train.data.blend.PERIOD", 16)
     sources: Any = [[{"n": (name, n)} for n in range(100)] for name in "ab"]
-    blend = Blend(sources, [0.75, 0.25])
+    blend = PeriodicBlend(sources, [0.75, 0.25])
     read = [blend[number]["n"] for number in range(48)]
     for name, count in (("a", 36), ("b", 12)):
         assert [n for source, n in read if source == name] == list(range(count))

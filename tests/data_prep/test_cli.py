@@ -45,6 +45,20 @@ def test_from_text_to_statistics(tmp_path: Path, texts: list[str], capsys: pytes
     assert result["documents"] == 1 and result["visible"]["window"] == 9 and 0 < result["density"] < 1
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".sep.bin", ".sep.json"])
+def test_a_dataset_may_be_named_by_one_of_its_files(dataset: Path, small_tokenizer: Path, suffix: str) -> None:
+    """As training takes it: shells complete file names."""
+    name = f"{dataset}{suffix}"
+    assert main(["stats", name, "--length", "128"]) == 0
+    assert main(["verify", name]) == 0
+    assert main(["annotate", name, "--tokenizer", str(small_tokenizer), "--overwrite"]) == 0
+    corpus = dataset.parent / "text.txt"
+    corpus.write_text("some text")
+    output = f"{dataset.parent / 'new'}{suffix}"
+    assert main(["tokenize", str(corpus), "--tokenizer", str(small_tokenizer), "--output", output]) == 0
+    assert main(["verify", str(dataset.parent / "new")]) == 0
+
+
 def test_skipped_documents_are_named_and_counted(
     tmp_path: Path, small_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

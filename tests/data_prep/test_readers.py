@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from data_prep import readers
 from data_prep.readers import Corpus, unwrap_lines
 from sepllm_train.base.errors import UserError
 
@@ -60,6 +61,70 @@ def test_damaged_compression(tmp_path: Path, suffix: str, damage: str) -> None:
         _read(path)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+def test_zeros_between_and_after_streams(
+    tmp_path: Path, texts: list[str], suffix: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stream padding of .xz, and what tapes and block devices leave behind a .gz."""
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    path = tmp_path / f"a.jsonl{suffix}"
+    compress = COMPRESS[suffix]
+    path.write_bytes(compress(b"".join(lines[:7])) + bytes(8) + compress(b"".join(lines[7:])) + bytes(512))
+    assert _read(path) == texts
+
+
+def test_legal_zstd_streams(tmp_path: Path) -> None:
+    """A window beyond the 128 MiB that zstd takes by itself (`zstd --ultra --long=31`), and frames to skip."""
+    path = tmp_path / "a.jsonl.zst"
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    line = b'{"text": "a long window"}\n'
+    wide = stream.compress(line) + stream.flush()
+    assert zstandard.get_frame_parameters(wide).window_size == 1 << 28
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path.write_bytes(skipped + wide + skipped + COMPRESS[".zst"](line) + skipped)
+    assert _read(path) == ["a long window"] * 2
+
+
+def test_byte_order_marks(tmp_path: Path) -> None:
+    """At the start of a file, and where files were joined; a mark inside a text stays."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one")
+    assert _read(tmp_path / "a.txt") == ["one"]
+    (tmp_path / "a.jsonl").write_bytes(
+        mark + b'{"text": "one"}\r\n \r\n' + mark + b'{"text": "t\xef\xbb\xbfwo"}\n' + mark
+    )
+    assert _read(tmp_path / "a.jsonl") == ["one", "t\ufeffwo"]
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(mark))
+    assert _read(tmp_path / "b.txt.gz") == []
+
+
+def test_a_document_whose_text_is_null(tmp_path: Path) -> None:
+    """It is a document without text: named, counted and left out, or an error when strict."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n')
+    messages: list[str] = []
+    corpus = Corpus([path], report=messages.append)
+    assert [document.text for document in corpus] == ["one", "two"]
+    assert (corpus.skipped, corpus.empty) == (0, 2)
+    assert messages == [f"skipped {path}:2: its text is null"]
+    with pytest.raises(UserError, match=r"a\.jsonl:2 has null for its text field 'text': fill it, or leave --strict"):
+        _read(path, strict=True)
+
+
+def test_fields_beside_the_text_are_not_read(tmp_path: Path) -> None:
+    """Numbers of any size, NaN, and objects deeper than other readers take."""
+    path = tmp_path / "a.jsonl"
+    deep = "[" * 200 + "]" * 200
+    path.write_text(f'{{"id": {"9" * 5000}, "score": NaN, "weight": 1e999, "tree": {deep}, "text": "one"}}\n')
+    assert _read(path) == ["one"]
+    path.write_text(f'{{"tree": {"[" * 100_000}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1 is not JSON \(nested too deeply\)"):
+        _read(path)
+
+
 def test_documents_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n{"text": ""}\n{"text": "two"}\n')
@@ -76,7 +141,10 @@ def test_documents_that_are_not_utf8(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"body": "x"}', r"a\.jsonl:2 has no text field 'text' \(it has 'body'\): name it with --field"),
-        ('{"text": 3}', r"a\.jsonl:2 has no text field 'text'"),
+        ('{"text": 3}', r"a\.jsonl:2 has a number for its text field 'text': name another with --field"),
+        ('{"text": ["x"]}', r"a\.jsonl:2 has a list for its text field 'text': name another with --field"),
+        ('{"text": {"a": 1}}', r"a\.jsonl:2 has an object for its text field 'text'"),
+        ('{"text": true}', r"a\.jsonl:2 has true or false for its text field 'text'"),
         ('["text"]', r"a\.jsonl:2 has no text field 'text' \(it is no object\)"),
         ('{"text": "x"', r"a\.jsonl:2 is not JSON"),
     ],

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import bz2
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import tokenizers
+from data_prep.annotate import annotate
+from data_prep.tokenize import tokenize_files
 from data_prep.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from data_prep.train_tokenizer import sample_lines, train_tokenizer
+from data_prep.verify import verify
 from sepllm_train.base.errors import UserError
+from tests.support.datasets import edit_header
 
 # Examples share what fixtures made, and may take any time.
 UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -42,6 +49,89 @@ def test_special_tokens_in_text_are_text(shared_data: Path) -> None:
     [ids] = tokenizer.encode_batch(["a<|endoftext|>b"])
     assert tokenizer.eod not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def _definition(model: dict[str, object], added: list[dict[str, object]], **parts: object) -> dict[str, object]:
+    """A tokenizer.json; `added` tokens have only what differs from the usual."""
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = [usual | token for token in added]
+    return {"version": "1.0", "model": model, "added_tokens": tokens, **parts}
+
+
+_LETTERS = {letter: number for number, letter in enumerate("<>/s|end abcdoft")}
+_MERGES = [["<", "/"], ["</", "s"], ["</s", ">"]]
+END_IN_VOCABULARY = {**_LETTERS, "</": 20, "</s": 21, "</s>": 22}
+END_TOKENIZERS = {
+    "added and not special": _definition(
+        {"type": "BPE", "vocab": _LETTERS, "merges": []}, [{"id": 30, "content": "</s>", "special": False}]
+    ),
+    "added, normalized and not special": _definition(
+        {"type": "BPE", "vocab": _LETTERS, "merges": []},
+        [{"id": 30, "content": "</s>", "special": False, "normalized": True}],
+        normalizer={"type": "Lowercase"},
+    ),
+    "made by merges": _definition({"type": "BPE", "vocab": END_IN_VOCABULARY, "merges": _MERGES}, []),
+    "made by merges and special": _definition(
+        {"type": "BPE", "vocab": END_IN_VOCABULARY, "merges": _MERGES}, [{"id": 22, "content": "</s>"}]
+    ),
+    "a piece of a unigram model": _definition(
+        {"type": "Unigram", "unk_id": 0, "vocab": [["?", -9.0], ["</s>", -1.0], *([c, -5.0] for c in _LETTERS)]}, []
+    ),
+    "a word": _definition(
+        {"type": "WordLevel", "vocab": {"?": 0, "</s>": 1, "a": 2, "b": 3}, "unk_token": "?"},
+        [],
+        pre_tokenizer={"type": "WhitespaceSplit"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", END_TOKENIZERS)
+@pytest.mark.parametrize("text", ["a</s>b", "</s>", "a </s> </s> b", "a</S>b", "</s></s>"])
+def test_no_text_yields_the_end_token(tmp_path: Path, kind: str, text: str) -> None:
+    """However the vocabulary has it: a document that spells it out does not end there."""
+    (tmp_path / "end.json").write_text(json.dumps(END_TOKENIZERS[kind]))
+    tokenizer = load_tokenizer(tmp_path / "end.json")
+    [ids, other] = tokenizer.encode_batch([text, "ab"])
+    assert tokenizer.eod not in ids
+    assert ids and other == tokenizer.encode_batch(["ab"])[0]
+    if kind.startswith(("added and", "made")):
+        table = tokenizer.token_bytes()
+        kept = "".join(character for character in text if character in _LETTERS)
+        assert b"".join(table[index] or b"" for index in ids).decode() == kept
+
+
+def test_the_space_in_front_of_a_text_is_no_text(texts: list[str], tmp_path: Path) -> None:
+    """Of SentencePiece's dummy prefix and its like: the tokens of short documents have the bytes of their text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).split("\n")), model_writer=model, vocab_size=600, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "dummy.model").write_bytes(model.getvalue())
+    short = [f"document {number} ends here" for number in range(50)] + [" a", "  ", "b "]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in short))
+    prefix = tmp_path / "short"
+    header, _ = tokenize_files([tmp_path / "short.jsonl"], prefix, tmp_path / "dummy.model", progress=False)
+    text_bytes = sum(len(text.encode()) for text in short)
+    tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    assert np.array(header.token_bytes)[tokens].sum() == header.bytes == text_bytes
+    assert verify(prefix) == header and annotate(prefix, tmp_path / "dummy.model", overwrite=True) == header
+    # A side-car of before counts it, and stays valid.
+    edit_header(prefix, lambda old: (old.update(version=1), old["token_bytes"].__setitem__(header.tokenizer.eod, 0)))
+    assert verify(prefix).version == 1
+
+
+def test_spaces_in_front_by_the_kind_of_tokenizer(shared_data: Path, tmp_path: Path, trained: Path) -> None:
+    folder = shared_data / "tokenizers"
+    definition = json.loads((folder / "gpt2_tokenizer.json").read_text(encoding="utf8"))
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "space.json").write_text(json.dumps(definition))
+    found = {
+        path.name: load_tokenizer(path).prefix_bytes
+        for path in (folder / "gpt2_tokenizer.json", folder / "mistral_v1_tokenizer.model", tmp_path / "space.json")
+    }
+    assert found == {"gpt2_tokenizer.json": 0, "mistral_v1_tokenizer.model": 1, "space.json": 1}
+    assert load_tokenizer(trained).prefix_bytes == 0
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +216,7 @@ def test_sampling_is_bounded_even_and_reproducible() -> None:
 def test_unusable_tokenizer_files(tmp_path: Path) -> None:
     for name in ("bad.json", "bad.model"):
         (tmp_path / name).write_text("not a tokenizer")
-        with pytest.raises(UserError, match=f"{name} is not a"):
+        with pytest.raises(UserError, match=f"{name} is not (JSON|a SentencePiece)"):
             load_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match=r"Cannot read the tokenizer .*missing\.model: No such file"):
         load_tokenizer(tmp_path / "missing.model")

@@ -67,7 +67,7 @@ def test_headers_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
         (content.replace('"version": 1', '"version": 99'), r"has version 99, this program reads 1"),
         ("[]", r"set\.sep\.json does not hold a JSON object: make it again"),
         ("{}", r"has version None"),
-        (content.replace('"tokens"', '"tocens"'), r"set\.sep\.json is damaged \(bad or missing key"),
+        (content.replace('"tokens"', '"tocens"'), r"set\.sep\.json is damaged \(the header has no tokens\)"),
     ):
         path.write_text(damaged, encoding="utf8")
         with pytest.raises(UserError, match=message):
@@ -109,13 +109,77 @@ def test_token_outside_the_vocabulary(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header["classes"][0].update(ids=[9]), "another class table than its tokenizer gives"),
-        (lambda header: header["classes"][0].update(count=1), "counts its separators wrongly"),
+        (lambda header: header["classes"][0].update(ids=[400, 401]), "another class table than its tokenizer gives"),
+        (
+            lambda header: header["classes"][0].update(count=1, density=1 / header["tokens"]),
+            "counts its separators wrongly",
+        ),
         (lambda header: header["token_bytes"].reverse(), "other byte lengths than its tokenizer gives"),
-        (lambda header: header.update(documents=3), "40 documents and .* its header says .* 3 documents"),
+        (lambda header: header.update(documents=3), "40 documents where its header says .* 3 documents"),
     ],
 )
 def test_wrong_headers(dataset: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    _edit_header(dataset, change)
+    with pytest.raises(UserError, match=message):
+        verify(dataset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header["tokenizer"].update(eod=2**40), r"tokenizer\.eod is 1099511627776, not a whole number"),
+        (lambda header: header["tokenizer"].update(eod=-1), r"tokenizer\.eod is -1, not a whole number"),
+        (lambda header: header["tokenizer"].update(eod=True), r"tokenizer\.eod is True, not a whole number"),
+        (lambda header: header["tokenizer"].update(vocab_size="600"), r"tokenizer\.vocab_size is '600', not a whole"),
+        (lambda header: header["tokenizer"].update(kind="words"), r"tokenizer\.kind is 'words', not huggingface or"),
+        (lambda header: header["tokenizer"].update(file="../set"), r"tokenizer\.file is '\.\./set', not the name"),
+        (lambda header: header["tokenizer"].update(sha256=None), r"tokenizer\.sha256 is None, not a SHA-256"),
+        (lambda header: header.update(tokenizer=[]), r"tokenizer is \[\], not an object"),
+        (lambda header: header["classes"][0].update(number=24), r"classes\[0\]\.number is 24, not a separator class"),
+        (lambda header: header["classes"][0].update(number=300), r"classes\[0\]\.number is 300, not a whole number"),
+        (lambda header: header["classes"][0].update(number="1"), r"classes\[0\]\.number is '1', not a whole number"),
+        (lambda header: header["classes"][0].update(number=2), r"classes\[0\]\.name is 'period', not the name of"),
+        (lambda header: header["classes"].append(header["classes"][0]), r"classes\[23\]\.number is 1, .* listed once"),
+        (lambda header: header["classes"][0].update(ids=None), r"classes\[0\]\.ids is None, not a list of entries"),
+        (lambda header: header["classes"][0].update(ids=[600, 3]), r"classes\[0\]\.ids is \[600, 3\], not a list"),
+        (lambda header: header["classes"][0].update(strings=[]), r"classes\[0\]\.strings is \[\], not a list with"),
+        (lambda header: header["classes"][1].update(ids=header["classes"][0]["ids"]), r"classes\[1\]\.ids is .* once"),
+        (lambda header: header["classes"][0].update(count=-1), r"classes\[0\]\.count is -1, not a whole number"),
+        (lambda header: header["classes"][0].update(density=0.5), r"classes\[0\]\.density is 0\.5, not count / tok"),
+        (lambda header: header.update(classes={}), r"classes is \{\}, not a list"),
+        (lambda header: header.update(token_bytes=[1]), r"token_bytes is \[1\], not a list of 600 lengths"),
+        (lambda header: header["token_bytes"].__setitem__(9, -1), r"token_bytes\[9\] is -1, not the bytes of an entry"),
+        (lambda header: header.update(tokens=0), r"tokens is 0, not a whole number from 1"),
+        (lambda header: header.update(documents=1.5), r"documents is 1\.5, not a whole number"),
+        (lambda header: header.update(bytes=-3), r"bytes is -3, not a whole number"),
+        (lambda header: header.update(more=1), r"the header has a key 'more' that is not known"),
+        (lambda header: header["files"].pop(".idx"), r"files has no \.idx"),
+        (lambda header: header["files"][".idx"].update(size="1"), r"files\[\.idx\]\.size is '1', not a whole number"),
+        (lambda header: header.update(tokens=header["tokens"] * 2), r".*(density|size) is .*, not (count|the)"),
+        (lambda header: header.update(version=True), r"has version True, this program reads 1"),
+    ],
+)
+def test_headers_of_wrong_values(dataset: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    """One check, which training, stats and verify read through."""
+    _edit_header(dataset, change)
+    for read in (read_header, verify):
+        with pytest.raises(UserError, match=rf"set\.sep\.json (is damaged \()?{message}"):
+            read(dataset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda header: header["tokenizer"].update(eod=7),
+            "end token 7, where the tokenizer is sentencepiece",
+        ),
+        (lambda header: header["classes"][0]["strings"].__setitem__(0, "!"), "other strings than its tokenizer gives"),
+    ],
+)
+def test_headers_that_the_tokenizer_contradicts(
+    dataset: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     _edit_header(dataset, change)
     with pytest.raises(UserError, match=message):
         verify(dataset)

@@ -11,10 +11,21 @@ from typing import Any
 import pytest
 
 from data_prep.sidecar import read_header
-from sepllm_train.config.compatibility import DATA, EARLIER_DATA
+from sepllm_train.base.errors import UserError
+from sepllm_train.config.compatibility import BLEND_ORDER, DATA, EARLIER_DATA, LATEST_BLEND_ORDER
+from sepllm_train.config.schema import Config
 from sepllm_train.runs.records import read_run
-from sepllm_train.training.checkpoint import digests, earlier_data, read_state, trained_on
+from sepllm_train.training.checkpoint import (
+    blend_order,
+    check_identity,
+    digests,
+    earlier_data,
+    identity,
+    read_state,
+    trained_on,
+)
 from tests.support.command import command
+from tests.support.datasets import copy_dataset, index_bytes, index_lengths, rewrite
 
 main = command("prepare")
 
@@ -83,6 +94,44 @@ def test_with_the_same_data_it_is_the_plain_resume(trainer: Any, finished: Calla
     ends = [trainer.root / name / "checkpoints" / "step_00000004" for name in ("one", "same_data")]
     assert EARLIER_DATA not in read_state(ends[1])["identity"]
     assert dict(digests(ends[1])) == dict(digests(ends[0]))
+
+
+def test_data_that_was_exchanged_is_other_data(trainer: Any, finished: Callable, other: str, tmp_path: Path) -> None:
+    """The same tokens under the same name with other separators or other documents: what the run read is gone."""
+    prefix = copy_dataset(other, tmp_path / "first")
+    data = ("data=prefixes", f"data.prefixes=[{prefix}]")
+    source = f"resume={trainer.root / finished('exchanged', *data)}"
+    lengths = index_lengths(prefix)
+    changes = {
+        "separators": (".sep.bin", bytes(sum(lengths))),
+        "document boundaries": (".idx", index_bytes([lengths[0] - 1, lengths[1] + 1, *lengths[2:]])),
+    }
+    for what, (suffix, content) in changes.items():
+        changed = copy_dataset(other, tmp_path / suffix.strip("."))
+        rewrite(changed, suffix, content)
+        outcome = trainer.here("name=again", source, "data=prefixes", f"data.prefixes=[{changed}]", "training.steps=6")
+        assert outcome.code == 2 and f"other {what} in the data source lines" in outcome.sentence, outcome.errors[
+            -2000:
+        ]
+    # A record of before has neither: it is compared in what it has.
+    found = read_state(trainer.root / "exchanged" / "checkpoints" / "step_00000004")["identity"]
+    now = {**found, DATA: json.loads(json.dumps(found[DATA]))}
+    old = {**found, DATA: {"lines": {"sha256": found[DATA]["lines"]["sha256"], "weight": 1.0}}}
+    now[DATA]["lines"]["separators"] = "0" * 64
+    check_identity(old, now, "", "")
+    with pytest.raises(UserError, match="other separators in the data source lines"):
+        check_identity(found, now, "", "")
+
+
+def test_a_blend_goes_on_in_the_order_that_it_began_with() -> None:
+    """Whichever order a checkpoint has on record, none is refused; before the first step there is nothing to keep."""
+    data = {name: {"sha256": name, "index": name, "separators": name, "weight": 0.5} for name in "ab"}
+    wanted = identity(Config(), 10, data, "t")
+    assert wanted[BLEND_ORDER] == LATEST_BLEND_ORDER
+    found = {key: value for key, value in wanted.items() if key != BLEND_ORDER}
+    check_identity(found, wanted, "", "")
+    assert (blend_order(found, 3), blend_order(found, 0), blend_order(wanted, 3)) == (1, 2, 2)
+    assert BLEND_ORDER not in identity(Config(), 10, {"a": data["a"]}, "t")
 
 
 def test_it_needs_a_checkpoint(trainer: Any) -> None:

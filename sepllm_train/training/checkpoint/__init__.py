@@ -17,6 +17,7 @@ from sepllm_train.training.checkpoint.files import (
     tidy,
 )
 from sepllm_train.training.checkpoint.identity import (
+    blend_order,
     check_identity,
     check_unseen,
     earlier_data,
@@ -39,6 +40,7 @@ __all__ = [
     "Outcome",
     "Saver",
     "altered_on_any_rank",
+    "blend_order",
     "check_identity",
     "check_unseen",
     "checkpoints_of",

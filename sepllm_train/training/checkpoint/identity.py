@@ -8,12 +8,16 @@ from typing import Any
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.compatibility import (
+    BLEND_ORDER,
     DATA,
     EARLIER_DATA,
+    LATEST_BLEND_ORDER,
     TOKENIZER,
     VALIDATION_DATA,
     VALIDATION_FRACTION,
     VOCABULARY,
+    same_data,
+    source_differences,
 )
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import AttentionConfig, Config
@@ -23,6 +27,7 @@ _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
+_CONTENT = {"sha256": "other tokens", "index": "other document boundaries", "separators": "other separators"}
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
     VALIDATION_DATA: {},
@@ -41,7 +46,7 @@ def identity(
     vocabulary: int,
     data: dict[str, Any],
     tokenizer: str,
-    validation: dict[str, str] | None = None,
+    validation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Values by key that a checkpoint must have in common with the run that continues from it.
 
@@ -53,6 +58,7 @@ def identity(
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
         DATA: data,
         VALIDATION_DATA: validation or {},
+        **({BLEND_ORDER: LATEST_BLEND_ORDER} if len(data) > 1 else {}),
         TOKENIZER: tokenizer,
         "data.sequence_length": config.data.sequence_length,
         VALIDATION_FRACTION: config.data.validation_fraction,
@@ -76,7 +82,13 @@ def earlier_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str
     found: identity of the checkpoint that the run continues from.
     """
     *earlier, last = trained_on(found)
-    return earlier if last == _own_data(wanted) else [*earlier, last]
+    return earlier if same_data(last, _own_data(wanted)) else [*earlier, last]
+
+
+def blend_order(found: dict[str, Any], step: int) -> int:
+    """Order in which the run of a checkpoint of identity `found` blends its data sources, which a run that continues
+    from it keeps. Before the first step it is the latest."""
+    return int(found.get(BLEND_ORDER, 1)) if step else LATEST_BLEND_ORDER
 
 
 def trained_on(identity: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,7 +107,7 @@ def check_unseen(found: dict[str, Any], wanted: dict[str, Any], where: str) -> N
     """
     for seen in trained_on(found):
         hashes = {entry["sha256"] for entry in seen["data"].values()}
-        again = [name for name, sha256 in wanted.get(VALIDATION_DATA, {}).items() if sha256 in hashes]
+        again = [name for name, entry in wanted.get(VALIDATION_DATA, {}).items() if _tokens(entry) in hashes]
         if again:
             raise UserError(f"data.validation_prefixes: {where} was trained on {again[0]}; validate on other text.")
         again = [name for name, entry in wanted[DATA].items() if entry["sha256"] in hashes]
@@ -124,7 +136,10 @@ def check_identity(
     found = {**_BEFORE, **found}
     for key, value in json.loads(json.dumps(wanted)).items():
         before = found.get(key)
-        if before == value or (key == _SEPARATORS and _same_separators(before, value)):
+        # A run that continues keeps the order of the checkpoint: see `blend_order`.
+        if key == BLEND_ORDER or same_data(before, value):
+            continue
+        if key == _SEPARATORS and _same_separators(before, value):
             continue
         if other_data and key in _DATA_KEYS:
             continue
@@ -151,9 +166,20 @@ def _same_separators(one: Any, other: Any) -> bool:
     return horizons == other_horizons and bool((tiers == other_tiers).all())
 
 
-def _names(validation: dict[str, str]) -> str:
-    """Datasets that are validated on, each with the first digits of the hash of its tokens."""
-    return ", ".join(f"{name} (SHA-256 {_short(sha256)})" for name, sha256 in validation.items()) or "none"
+def _tokens(entry: dict[str, Any] | str) -> str:
+    """Hash of the tokens of a dataset that is validated on, from a record of any age."""
+    return entry if isinstance(entry, str) else str(entry["sha256"])
+
+
+def _names(validation: dict[str, Any]) -> str:
+    """Datasets that are validated on, each with the first digits of its hashes of tokens, documents and separators."""
+    keys = ("sha256", "index", "separators")
+
+    def hashes(entry: dict[str, Any] | str) -> str:
+        record = {"sha256": entry} if isinstance(entry, str) else entry
+        return ", ".join(_short(record[key]) for key in keys if key in record)
+
+    return ", ".join(f"{name} (SHA-256 {hashes(entry)})" for name, entry in validation.items()) or "none"
 
 
 def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -161,12 +187,13 @@ def _data_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     if found.keys() != wanted.keys():
         before, now = (", ".join(sources) or "none" for sources in (found, wanted))
         return f"the data sources {before}, this run has {now}"
-    for name, source in found.items():
-        if source["sha256"] != wanted[name]["sha256"]:
-            before, now = (_short(entry["sha256"]) for entry in (source, wanted[name]))
-            return f"other tokens in the data source {name}: their SHA-256 is {before}, this run has {now}"
-    name = next(name for name in found if found[name] != wanted[name])
-    return f"weight {found[name]['weight']:g} of the data source {name}, this run has {wanted[name]['weight']:g}"
+    name, key = next((name, key) for name in found for key in source_differences(found[name], wanted[name]))
+    before, now = found[name].get(key), wanted[name].get(key)
+    if key == "weight":
+        return f"weight {before:g} of the data source {name}, this run has {now:g}"
+    if key == "packing":
+        return f"each sequence of the data source {name} taken for a document, this run takes its documents"
+    return f"{_CONTENT[key]} in the data source {name}: their SHA-256 is {_short(before)}, this run has {_short(now)}"
 
 
 def _short(sha256: str | None) -> str:

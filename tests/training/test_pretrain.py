@@ -77,6 +77,42 @@ def test_layouts_agree_with_one_process(trainer: Any, finished: Callable, name: 
         np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=1e-4, err_msg=key)
 
 
+LARGE = (
+    "model=pythia14m",
+    "model.vocabulary=50304",
+    "data.sequence_length=128",
+    "data.workers=0",
+    "training.steps=5",
+    "training.global_batch=2",
+    "training.micro_batch=2",
+    "training.validation_interval=0",
+    "training.validation_samples=0",
+    "training.checkpoint_interval=0",
+    "logging.interval=1",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("large_tensor2", ["parallel.tensor=2"]),
+        ("large_pipeline2", ["parallel.pipeline=2"]),
+        ("large_sharded2", ["parallel.sharded_optimizer=true", "training.micro_batch=1"]),
+    ],
+)
+def test_gradient_norms_of_large_matrices_do_not_depend_on_the_layout(
+    trainer: Any, finished: Callable, name: str, overrides: list[str]
+) -> None:
+    """The gradient of an embedding of 6.4 million elements is where sums in single precision show."""
+    one = finished("large_one", *LARGE)
+    other = finished(name, *LARGE, *overrides, processes=2)
+    for key in ("train/loss", "train/grad_norm"):
+        np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=2e-6, err_msg=key)
+    assert len(trainer.values(one, "train/grad_norm")) == 5
+
+
 @pytest.mark.distributed
 def test_counts_do_not_depend_on_the_layout(
     trainer: Any, finished: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]

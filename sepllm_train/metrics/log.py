@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
+from sepllm_train.base.parsing import parse_json_object
+
+# FLOPs have more digits than 64 bits.
+_WIDEST = 10**60
 
 
 class MetricsLog:
@@ -61,7 +66,7 @@ class MetricsLog:
         """
         if not self.path.exists():
             return
-        lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = [line + b"\n" for line in self.path.read_bytes().split(b"\n")[:-1]]
         kept = []
         for number, line in enumerate(lines, 1):
             at = _step(line)
@@ -77,17 +82,23 @@ class MetricsLog:
 
     def has(self, step: int, key: str) -> bool:
         """True when there is a record of `step` with `key`."""
-        records = [json.loads(line) for line in self.waiting]
+        lines: list[bytes | str] = list(self.waiting)
         if self.path.exists():
-            records += [json.loads(line) for line in self.path.read_bytes().splitlines() if _step(line) == step]
-        return any(record["step"] == step and key in record for record in records)
+            lines += self.path.read_bytes().split(b"\n")
+        records = (record for line in lines if (record := _record(line)) is not None)
+        return any(record.get("step") == step and key in record for record in records)
 
 
 def _step(line: bytes) -> int | None:
     """The step of a line, None when it is no record."""
+    record = _record(line)
+    step = None if record is None else record.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _record(line: bytes | str) -> dict[str, Any] | None:
+    """The record in a line, None where there is none."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        return parse_json_object(line, "", "", nan=True, widest=_WIDEST)
+    except UserError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import torch
@@ -23,7 +25,8 @@ from omegaconf import OmegaConf
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
-from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.parsing import read_json, read_json_if_any
+from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
@@ -31,6 +34,14 @@ from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
 
+# What a run that enters its folder again reads of run.json; imported models have less.
+_RUN_SHAPE = {
+    "status?": str,
+    "origin?": (str, NoneType),
+    "identity?": checkpoint.IDENTITY_SHAPE,
+    "schedule?": dict,
+    "initial_weights?": (dict, NoneType),
+}
 # Seconds until a file of another node must be seen. NFS shows it as soon as its folder is listed.
 _SEEN_WITHIN = 30.0
 
@@ -184,7 +195,7 @@ def enter(
         # A run that was stopped before its first checkpoint starts again, but not as another run.
         remedy = "choose another name=, or delete it"
         checkpoint.check_identity(visit.earlier["identity"], identity, str(folder), remedy)
-        checkpoint.check_identity(visit.earlier["schedule"], schedule, str(folder), remedy)
+        checkpoint.check_identity(visit.earlier.get("schedule", {}), schedule, str(folder), remedy)
     step = 0
     earlier_data: list[dict[str, Any]] = []
     if found is not None:
@@ -226,17 +237,24 @@ def _check_checkpoint(
 
 def _content(folder: Path) -> Any:
     """Content of `folder` that changes when a run begins or ends there or writes a checkpoint; equal when none did."""
-    checkpoints = folder / checkpoint.FOLDER
+    checkpoints, run = folder / checkpoint.FOLDER, b""
+    with contextlib.suppress(OSError):
+        run = (folder / "run.json").read_bytes()
     try:
         # Listing makes a network filesystem look anew.
-        return read_run_json(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+        return run, sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
     except OSError:
-        return read_run_json(folder), [], 0
+        return run, [], 0
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """run.json, or nothing where there is none that can be read."""
-    return with_current_keys(read_json_if_any(folder / "run.json"))
+    """run.json, or nothing where there is none. Raises UserError for one that no run has written."""
+    path, remedy = folder / "run.json", "put back a copy of it, or choose another name="
+    if not path.exists():
+        return {}
+    found = with_current_keys(read_json(path, remedy, nan=True))
+    require_shape(found, _RUN_SHAPE, path, remedy)
+    return found
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

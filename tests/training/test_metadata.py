@@ -148,7 +148,7 @@ def negative(metadata: Any) -> None:
         (record_of_another, "is not whole: a part of it is"),
         (record_beyond_its_file, "is not whole: __0_0.distcp ends before a part of it"),
         (record_of_few_bytes, "is not whole: a part of it is stored in too few bytes"),
-        (record_in_another_folder, "refers to files outside of the checkpoint"),
+        (record_in_another_folder, "refers to '../run.json', which is no file of tensors"),
         (record_in_no_file, "is not whole: __9_0.distcp ends before a part of it"),
         (transformed, "stored transformed"),
         (negative, "a shape that no tensor has"),

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or not there, of any layout, written while the run continues.
 
 identity  what a checkpoint must have in common with the run that continues from it
+metadata  torch's description of the tensors, read without running it
 files     folders: manifest, which are whole, which is the newest, which are dropped
 shards    what a rank holds: model, optimizer, RNG state as parts of whole tensors
 save      the writer in the background
@@ -17,6 +18,7 @@ from sepllm_train.training.checkpoint.files import (
     tidy,
 )
 from sepllm_train.training.checkpoint.identity import (
+    IDENTITY_SHAPE,
     check_identity,
     check_unseen,
     earlier_data,
@@ -36,6 +38,7 @@ from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
     "FOLDER",
+    "IDENTITY_SHAPE",
     "Outcome",
     "Saver",
     "altered_on_any_rank",

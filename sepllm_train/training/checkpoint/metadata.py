@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from sepllm_train.base.parsing import read_bytes
+from sepllm_train.training.checkpoint.files import METADATA as NAME
+from sepllm_train.training.checkpoint.files import TENSORS
 
-NAME = ".metadata"
 # Checkpoints of thousands of ranks have less, and what is made of it in memory is some fifty times as large.
 LARGEST = 1 << 26
 # Axes of a tensor: a parameter of all layers has three, an RNG state four.
@@ -192,8 +193,8 @@ def _index(made: Any) -> MetadataIndex:
 def _place(made: Any) -> _StorageInfo:
     state = _state(made, "_StorageInfo")
     path, offset, length = _text(state["relative_path"]), _number(state["offset"]), _number(state["length"])
-    if Path(path).name != path or "\0" in path:
-        raise pickle.UnpicklingError(f"{NAME} refers to files outside of the checkpoint")
+    if Path(path).name != path or "\0" in path or not path.endswith(TENSORS):
+        raise pickle.UnpicklingError(f"{NAME} refers to {path[:80]!r}, which is no file of tensors in the checkpoint")
     if state.get("transform_descriptors"):
         raise pickle.UnpicklingError(f"{NAME} describes tensors that are stored transformed")
     return _StorageInfo(path, offset, length)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from sepllm_train.base.console import say
+from sepllm_train.base.console import fold, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
 from sepllm_train.base.parsing import read_json, read_json_if_any
@@ -30,10 +30,13 @@ from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
+from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
 
+# Its records: of steps, and of steps that were left out.
+LOGS = ("metrics.jsonl", "bad_steps.jsonl")
 # What a run that enters its folder again reads of run.json; imported models have less.
 _RUN_SHAPE = {
     "status?": str,
@@ -328,10 +331,32 @@ def _listed(mark: Path) -> bool:
 def tidy(entry: Entry) -> None:
     """Report the checkpoints that were skipped and make the folder ready to continue: half-written folders of a killed
     run go, damaged checkpoints get another name."""
+    _keep_records(entry)
     for path, reason in entry.skipped.items():
         say(f"skipped the damaged checkpoint {path}: {reason}")
     for renamed in checkpoint.tidy(entry.folder, entry.step):
         say(f"kept aside, its step is trained again: {renamed}")
+
+
+def _keep_records(entry: Entry) -> None:
+    """Copy the logs of a run whose checkpoints are gone, with a warning: they are about to be cut to the step that it
+    begins again at."""
+    logs = [MetricsLog(entry.folder / name) for name in LOGS]
+    last = logs[0].last_step()
+    if last <= entry.step:
+        return
+    named = checkpoint.named_by_latest(entry.folder)
+    own = entry.checkpoint is not None and entry.checkpoint.resolve().parent.parent == entry.folder.resolve()
+    if own and (named is None or named.exists()):
+        return
+    lost = f"{named}, which its records go on from, is not there" if own else "it has no checkpoint"
+    kept = [str(log.keep_copy()) for log in logs if log.path.exists()]
+    say(
+        fold(
+            f"warning: {entry.folder} was trained to step {last}, and {lost}: the run begins again at step "
+            f"{entry.step} | its records are kept in {', '.join(kept)}"
+        )
+    )
 
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:

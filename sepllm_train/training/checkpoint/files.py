@@ -247,6 +247,15 @@ def succeed(target: Path, keep: int, keep_every: int) -> None:
         say(f"warning: {target} is written, but older checkpoints could not be dropped for it ({reason}): they stay.")
 
 
+def named_by_latest(run_folder: Path) -> Path | None:
+    """The checkpoint that was written last, there or not; None where that is not known."""
+    try:
+        name = (run_folder / FOLDER / LATEST).read_text(encoding="utf8").strip()
+    except (OSError, ValueError):
+        return None
+    return run_folder / FOLDER / name if _NAME.fullmatch(name) else None
+
+
 def drop_old(checkpoints: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0 = none)."""
     for old in checkpoints_of(checkpoints.parent)[:-keep]:

@@ -11,6 +11,7 @@ import math
 import re
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -29,16 +30,22 @@ _WIDEST_INTEGER = 1 << 64
 _MAYBE_OUT_OF_RANGE = re.compile(r"\d{19}|[eE]\+?\d{3}")
 
 
-def parse_json(text: str | bytes, where: str | Path, remedy: str, *, nan: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, where: str | Path, remedy: str, *, nan: bool = False, widest: int = _WIDEST_INTEGER
+) -> Any:
     """The value that a JSON text holds. where: names the text, as in "tasks.jsonl line 3". A byte order mark is passed
-    over. nan: accept NaN and infinities, which are not JSON but which Python writes."""
+    over. nan: accept NaN and infinities, which are not JSON but which Python writes. widest: whole numbers from here on
+    are refused."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf8")
         text = text.removeprefix("\ufeff")
         bounded: dict[str, Any] = {}
         if _MAYBE_OUT_OF_RANGE.search(text):
-            bounded = {"parse_int": _whole_number, "parse_float": float if nan else _finite_number}
+            bounded = {
+                "parse_int": partial(_whole_number, widest=widest),
+                "parse_float": float if nan else _finite_number,
+            }
         value = json.loads(text, parse_constant=None if nan else _refuse_constant, **bounded)
         _check_depth(value)
     except UnicodeDecodeError:
@@ -52,9 +59,11 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str, *, nan: bool =
     return value
 
 
-def parse_json_object(text: str | bytes, where: str | Path, remedy: str, *, nan: bool = False) -> dict[str, Any]:
-    """The JSON object that a text holds."""
-    content = parse_json(text, where, remedy, nan=nan)
+def parse_json_object(
+    text: str | bytes, where: str | Path, remedy: str, *, nan: bool = False, widest: int = _WIDEST_INTEGER
+) -> dict[str, Any]:
+    """The JSON object that a text holds, as `parse_json`."""
+    content = parse_json(text, where, remedy, nan=nan, widest=widest)
     if not isinstance(content, dict):
         raise UserError(f"{where} does not hold a JSON object: {remedy}.")
     return content
@@ -62,7 +71,7 @@ def parse_json_object(text: str | bytes, where: str | Path, remedy: str, *, nan:
 
 def read_json(path: Path, remedy: str, *, nan: bool = False) -> dict[str, Any]:
     """The JSON object in a file."""
-    return parse_json_object(_read(path, remedy, LARGEST_JSON, "JSON"), path, remedy, nan=nan)
+    return parse_json_object(read_bytes(path, remedy), path, remedy, nan=nan)
 
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
@@ -76,7 +85,7 @@ def read_json_if_any(path: Path) -> dict[str, Any]:
 def read_json_lines(path: Path, remedy: str, *, nan: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects in a file of one per line, with the numbers of their lines from 1; blank lines are
     passed over."""
-    content = _read(path, remedy, LARGEST_JSON, "JSON")
+    content = read_bytes(path, remedy)
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             yield number, parse_json_object(line, f"{path} line {number}", remedy, nan=nan)
@@ -84,7 +93,7 @@ def read_json_lines(path: Path, remedy: str, *, nan: bool = False) -> Iterator[t
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     """The mapping in a YAML file that was stored: no interpolation, no aliases, no dates; 1e-3 is a number."""
-    return parse_yaml(_read(path, remedy, LARGEST_YAML, "YAML"), path, remedy)
+    return parse_yaml(read_bytes(path, remedy, LARGEST_YAML, "YAML"), path, remedy)
 
 
 def parse_yaml(text: str | bytes, where: str | Path, remedy: str) -> dict[str, Any]:
@@ -145,8 +154,9 @@ _StoredYaml.add_constructor("tag:yaml.org,2002:float", _StoredYaml.construct_num
 _StoredYaml.add_constructor("tag:yaml.org,2002:int", _StoredYaml.construct_number)
 
 
-def _read(path: Path, remedy: str, largest: int, kind: str) -> bytes:
-    """The bytes of a file of at most `largest`."""
+def read_bytes(path: Path, remedy: str, largest: int | None = None, kind: str = "JSON") -> bytes:
+    """The bytes of a plain file of at most `largest` (default: LARGEST_JSON)."""
+    largest = LARGEST_JSON if largest is None else largest
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -160,8 +170,9 @@ def _read(path: Path, remedy: str, largest: int, kind: str) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
 
 
-def _whole_number(text: str) -> int:
-    if len(text) > 20 or not -_WIDEST_INTEGER < (value := int(text)) < _WIDEST_INTEGER:
+def _whole_number(text: str, widest: int = _WIDEST_INTEGER) -> int:
+    # Python's own limit is 4,300 digits, whose conversion takes its time.
+    if len(text) > 64 or not -widest < (value := int(text)) < widest:
         raise _OutOfRange(f"a number of {len(text)} digits")
     return value
 

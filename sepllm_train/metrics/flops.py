@@ -48,8 +48,9 @@ CONVENTIONS = {
 class ModelShape:
     """Sizes that the matrix multiplications of a transformer depend on.
 
-    `vocabulary` counts the entries the LM head multiplies, padding included; `ffn` is the width after the gate;
-    `gated`: the MLP has a gate of the same width beside its input projection.
+    `vocabulary` counts the entries of the LM head without the padding of a layout, which a model does not need and
+    which differs between layouts of one model; `ffn` is the width after the gate; `gated`: the MLP has a gate of the
+    same width beside its input projection.
     """
 
     layers: int
@@ -68,8 +69,8 @@ class ModelShape:
         return attention + (3 if self.gated else 2) * self.hidden * self.ffn
 
 
-def shape_of(model: ModelConfig, padded_vocabulary: int) -> ModelShape:
-    """Shape of `model` with an LM head of `padded_vocabulary` entries."""
+def shape_of(model: ModelConfig, vocabulary: int) -> ModelShape:
+    """Shape of `model` with an LM head of `vocabulary` entries."""
     return ModelShape(
         layers=model.layers,
         hidden=model.hidden,
@@ -77,7 +78,7 @@ def shape_of(model: ModelConfig, padded_vocabulary: int) -> ModelShape:
         heads=model.heads,
         kv_heads=model.query_groups,
         head_dim=model.head_dim,
-        vocabulary=padded_vocabulary,
+        vocabulary=vocabulary,
         gated=model.activation == "swiglu",
     )
 
@@ -134,9 +135,9 @@ class FlopsCounter:
         return 2 * shape.layers * shape.block_weights * tokens + attention
 
 
-def parameter_count(model: ModelConfig, padded_vocabulary: int) -> int:
-    """Trained parameters of `model` with `padded_vocabulary` entries, without sinks or query-key norms."""
-    embeddings = padded_vocabulary * model.hidden * (1 if model.tied_embeddings else 2)
+def parameter_count(model: ModelConfig, vocabulary: int) -> int:
+    """Trained parameters of `model` with `vocabulary` entries, without sinks or query-key norms."""
+    embeddings = vocabulary * model.hidden * (1 if model.tied_embeddings else 2)
     return embeddings + model.layers * sum(layer_parameters(model)) + norm_parameters(model)
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sepllm_train.base.console import note
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import hash_file
+from sepllm_train.base.shapes import require_shape
+from sepllm_train.config.compatibility import DATA, TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, LoggingConfig, ParallelConfig, require
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from sepllm_train.model.pattern import AttentionPattern
 
 
+_IDENTITY = {VOCABULARY: int, TOKENIZER: str, DATA: dict}
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """Folder of a checkpoint and the content of its state.json."""
@@ -36,10 +41,13 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Read state.json. Raises UserError when that fails."""
+        """Read state.json. Raises UserError when that fails, or it lacks what every run and imported model records."""
         from sepllm_train.training.checkpoint import read_state
+        from sepllm_train.training.checkpoint.files import STATE
 
-        return cls(path, read_state(path))
+        state = read_state(path)
+        require_shape(state, {"identity": _IDENTITY}, path / STATE, "choose another checkpoint with --checkpoint")
+        return cls(path, state)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,7 +73,13 @@ class Checkpoint:
     def attention(self) -> AttentionConfig:
         """The attention it was trained with."""
         settings = {key: value for key, value in self.identity.items() if key.startswith("attention.")}
-        return AttentionConfig(**{key.removeprefix("attention."): value for key, value in settings.items()})
+        try:
+            return AttentionConfig(**{key.removeprefix("attention."): value for key, value in settings.items()})
+        except (TypeError, UserError) as error:
+            raise UserError(
+                f"{self.path / 'state.json'} has settings of attention that this version does not know "
+                f"({first_line(error)}): choose another checkpoint."
+            ) from None
 
     @cached_property
     def manifest_sha256(self) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import read_json
+from sepllm_train.base.parsing import parse_json_object, read_bytes, read_json
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, same_data, with_current_keys
+from sepllm_train.runs.padding import without_padding
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
+# No run has counted so far, and Python's floats, in which counts are compared and drawn, reach further.
+_MOST = 10**40
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 Record = dict[str, Any]
@@ -85,6 +86,7 @@ def read_run(folder: Path) -> Run:
     """
     info = _read_info(folder)
     records, gap = _history(folder, info, [])
+    info, _ = without_padding(info)
     run = Run(folder, str(info.get("name") or folder.name), info, gap=gap)
     for record in records:
         if LOSS in record:
@@ -110,7 +112,8 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
 
     `later`: the runs that continue this one. Raises UserError when the run's own records cannot be read.
     """
-    own = _latest(_records(folder / "metrics.jsonl"))
+    _, corrected = without_padding(info)
+    own = _latest(map(corrected, _records(folder / "metrics.jsonl")))
     later = [*later, folder.resolve()]
     if not own or not isinstance(info.get("origin"), str):
         return own, ""
@@ -156,49 +159,39 @@ def _went_on_at(origin: Path, first: Record) -> int:
     return max((step for step in steps if step < first["step"]), default=int(first["step"]) - 1)
 
 
-def _read(path: Path, hint: str) -> str:
-    """Text of a file; `hint` says where it should have come from."""
-    try:
-        return path.read_text(encoding="utf8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {hint}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-
-
 def _records(path: Path) -> Iterator[Record]:
     """Records of a metrics.jsonl in file order; a last line without its end is still being written and left out."""
-    lines = _read(path, "the run has logged nothing yet").split("\n")
+    lines = read_bytes(path, "the run has logged nothing yet").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json_object(line, where, "repair or delete that line", nan=True, widest=10 * _MOST)
+        except UserError:
             if number == len(lines):
                 return
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): repair or delete that line.") from None
-        yield _checked(record, f"{path} line {number}")
+            raise
+        yield _checked(record, where)
 
 
-def _checked(record: Any, where: str) -> Record:
+def _checked(record: Record, where: str) -> Record:
     """The record with null read as nan; raises UserError unless it counts what every record must count."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object.")
     record = {key: math.nan if value is None else value for key, value in record.items()}
+    if not isinstance(record.get("step"), int):
+        raise UserError(f"{where} has no whole number for 'step': every record must have one.")
     for key in ("step", *CUMULATIVE):
         if not _is_count(record.get(key)):
             raise UserError(f"{where} has no number of 0 or more for {key!r}: every record must have one.")
-    for key in record:
-        if key.endswith("loss") and not isinstance(record[key], int | float):
-            raise UserError(f"{where}: {key!r} must be a number, not {record[key]!r}.")
+    for key, value in record.items():
+        # Metrics have a group in their names: train/loss.
+        if "/" in key and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{where}: {key!r} must be a number, not {str(value)[:40]!r}.")
     return record
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _latest(records: Iterable[Record]) -> list[Record]:

@@ -16,7 +16,6 @@ from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import launch_from_environment, reading_group
 from sepllm_train.metrics.flops import FlopsCounter, shape_of
-from sepllm_train.model.build import padded_vocabulary
 from sepllm_train.runs.evaluate import evaluate_run
 from sepllm_train.runs.open import open_run
 from sepllm_train.suite.plan import Plan, PlannedRun, finished, read_json
@@ -102,9 +101,9 @@ def shares_of(config: Config) -> PatternShares:
             keys = keys_per_query(plan, layer.window, layer.horizons)
             pairs += int(keys.sum())
             last += int(keys[0, -1])
-    padded = padded_vocabulary(config.model.vocabulary or corpus.vocabulary, config.parallel.tensor)
+    vocabulary = config.model.vocabulary or corpus.vocabulary
     counters = {
-        phase.length: FlopsCounter(shape_of(config.model, padded), phase.length, dense=pattern.dense)
+        phase.length: FlopsCounter(shape_of(config.model, vocabulary), phase.length, dense=pattern.dense)
         for phase in schedule.phases
     }
     tokens = number * length

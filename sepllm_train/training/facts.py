@@ -65,7 +65,8 @@ class Facts:
     """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training.
 
     `attended_share` and `flops_per_token` are means over the steps of the run, and over the windows where steps draw
-    them; `phases` has those of each phase of a curriculum. `counters` count the FLOPs at each sequence length.
+    them; `phases` has those of each phase of a curriculum. `counters` count the FLOPs at each sequence length. They and
+    `parameters` leave out the padding of the vocabulary, which differs between layouts.
     `micro_batches`: of a step on each replica. `passes`: how often the run reads its training documents.
     """
 
@@ -116,7 +117,7 @@ def derive(
     model, training, length = config.model, config.training, schedule.length
     vocabulary = model.vocabulary or corpus.vocabulary
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
-    shape, dense = shape_of(model, padded), schedule.base.dense
+    shape, dense = shape_of(model, vocabulary), schedule.base.dense
     counters = {phase.length: FlopsCounter(shape, phase.length, dense=dense) for phase in schedule.phases}
     samples = [dataset[number] for number in range(PROBED_SAMPLES)]
     phases = [phase_facts(schedule, phase, counters[phase.length], samples) for phase in schedule.phases]
@@ -126,7 +127,7 @@ def derive(
         replicas=replicas,
         vocabulary=vocabulary,
         padded_vocabulary=padded,
-        parameters=parameter_count(model, padded),
+        parameters=parameter_count(model, vocabulary),
         micro_batches=training.global_batch // (training.micro_batch * replicas),
         tokens_per_step=training.global_batch * length,
         attended_share=mean_over_steps(phases, [facts.attended_share for facts in phases]),

@@ -14,6 +14,7 @@ from torch._dynamo.callback import callback_handler
 from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.data.corpus import DataFiles
 from sepllm_train.distributed.collectives import on_all_ranks
+from sepllm_train.training.folder_watch import Disturbance, FolderWatch
 from sepllm_train.training.signals import StopRequest
 from sepllm_train.training.watchdog import Watchdog
 
@@ -61,12 +62,14 @@ class Compilation:
 
 @dataclass
 class Guards:
-    """Of this rank. `lost_workers` counts data workers that were replaced since the last `numbers`."""
+    """Of this rank. `folder` watches the run's folder, on rank 0 once the run is described there. `lost_workers` counts
+    data workers that were replaced since the last `numbers`."""
 
     stop: StopRequest
     watchdog: Watchdog
     files: DataFiles
     compilation: Compilation
+    folder: FolderWatch | None = field(default=None, init=False)
     lost_workers: int = field(default=0, init=False)
 
     def numbers(self) -> list[float]:
@@ -77,6 +80,12 @@ class Guards:
     def check_data(self) -> None:
         """Raise UserError on every rank when rank 0 sees a file of the data changed. Every rank calls it."""
         on_all_ranks(lambda: self.files.check() if dist.get_rank() == 0 else None)
+
+    def disturbed_folder(self) -> Disturbance | None:
+        """What rank 0 sees that was done to the run's folder, or None. Every rank calls it."""
+        found = [None if self.folder is None else self.folder.check()]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def worker_lost(self, message: str) -> None:
         """Count and report a lost data worker of this rank. Raises RankError when the data was changed under it."""

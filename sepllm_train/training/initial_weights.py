@@ -8,11 +8,12 @@ from typing import Any
 from sepllm_train.base.console import note
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
+from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import TOKENIZER
 from sepllm_train.config.schema import Config
 from sepllm_train.training import checkpoint
-from sepllm_train.training.checkpoint.files import MANIFEST
-from sepllm_train.training.run_folder import read_run_json
+from sepllm_train.training.checkpoint.files import MANIFEST, STATE
 from sepllm_train.training.setup import Training
 
 _WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
@@ -36,6 +37,7 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
     for skipped, reason in damaged.items():
         note(f"skipped the damaged checkpoint {skipped} ({reason})")
     stored = checkpoint.read_state(found)["identity"]
+    require_shape(stored, {TOKENIZER: str}, found / STATE, "name another checkpoint")
     for key, value in identity.items():
         weights = key.startswith("model.") and not key.startswith("model.init")
         if (weights or key in _WEIGHTS_OF_ATTENTION) and stored.get(key) != value:
@@ -67,7 +69,9 @@ def initial_record(found: Path | None, resumed: Path | None) -> dict[str, Any] |
     found: the checkpoint, when the run begins; resumed: the one it continues from, whose run has it on record.
     """
     if resumed is not None:
-        return read_run_json(resumed.parent.parent).get("initial_weights")
+        # It may be another run's folder, whose record is not what this run stands on.
+        recorded = read_json_if_any(resumed.parent.parent / "run.json").get("initial_weights")
+        return recorded if isinstance(recorded, dict) else None
     if found is None:
         return None
     state = checkpoint.read_state(found)["state"]

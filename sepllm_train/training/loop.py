@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from sepllm_train.base.console import fold, say
+from sepllm_train.base.errors import UserError
 from sepllm_train.data.loader import Batch, MicroBatchSampler, micro_batches
 from sepllm_train.training.checkpoint import Saver
 from sepllm_train.training.console_lines import StepProgress
@@ -41,6 +42,7 @@ class Loop:
 
         When any rank is asked to stop, the step is finished and saved, and that is the end: `stopping` is true.
         Raises UserError when a file of the data changes; nothing that was trained since the last look is saved then.
+        Raises UserError when the run's folder is disturbed, after saving what can be.
         Raises BadSteps after training.max_bad_steps bad steps in a row, and in place of the last save when every step
         was bad or the last validation loss is not finite.
         """
@@ -67,6 +69,7 @@ class Loop:
             save = end or _due(step, training.checkpoint_interval)
             if log or validate or save:
                 live.guards.check_data()
+                self.check_folder()
             if log:
                 self.logger.log()
             if validate:
@@ -166,6 +169,24 @@ class Loop:
         self.logger.log()
         self.live.guards.watchdog.beat(f"saving step {self.live.state.step}")
         self.saver.save(self.live.state)
+
+    def check_folder(self) -> None:
+        """Raise UserError on every rank when rank 0 sees that the run's folder was disturbed, after saving this step
+        where that can be."""
+        disturbed = self.live.guards.disturbed_folder()
+        if disturbed is None:
+            return
+        step = self.live.state.step
+        if not disturbed.usable:
+            raise UserError(f"{disturbed.message}.")
+        self.logger.log()
+        self.live.guards.watchdog.beat(f"saving step {step}")
+        self.saver.save(self.live.state, again=True)
+        self._finish_checkpoint()
+        raise UserError(
+            f"{disturbed.message}; step {step} is saved in {self.live.folder}, and the same command continues from "
+            "there."
+        )
 
     def _finish_checkpoint(self) -> None:
         """Wait for the checkpoint in flight. Raises UserError when it could not be written."""

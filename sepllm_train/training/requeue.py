@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.base.files import write_json
-from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.parsing import read_json
+from sepllm_train.base.shapes import Range, require_shape
 from sepllm_train.config.load import run_with_hydra
 from sepllm_train.config.schema import Config
 
@@ -22,7 +23,8 @@ def decide(folder: Path, job: str) -> tuple[bool, str]:
     """(requeue?, reason) for the run in `folder`, interrupted in `job`; a yes is recorded there.
 
     The answer is no when the newest whole checkpoint is still that of the job's previous requeue: the time limit is
-    then too short for a start and one step, and the job would be requeued without end.
+    then too short for a start and one step, and the job would be requeued without end. Raises UserError for a record
+    that cannot be read.
     """
     # Imported late: it takes seconds, which a typo on the command line should not cost.
     from sepllm_train.training import checkpoint
@@ -30,9 +32,11 @@ def decide(folder: Path, job: str) -> tuple[bool, str]:
     found = checkpoint.newest(folder)
     step = -1 if found is None else int(checkpoint.read_state(found)["state"]["step"])
     saved = "no checkpoint" if found is None else f"step {step}"
-    record = folder / "requeue.json"
-    earlier = read_json_if_any(record)
-    if earlier.get("job") == job and step <= earlier["step"]:
+    record, remedy = folder / "requeue.json", "delete it"
+    earlier = read_json(record, remedy) if record.exists() else None
+    if earlier is not None:
+        require_shape(earlier, {"job": str, "step": Range(-1)}, record, remedy)
+    if earlier is not None and earlier["job"] == job and step <= earlier["step"]:
         return False, (
             f"not requeued: {folder} has {saved}, as when job {job} was requeued before; give the job a longer time "
             "limit, or an earlier --signal."

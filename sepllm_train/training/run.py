@@ -65,12 +65,17 @@ def _train(
     """Train in a run folder that is ours, and record in run.json how it ended."""
     live = _live_run(prepared, guards, device)
     resumed = None if prepared.entry.checkpoint is None else live.state.step
-    journal = Journal(prepared, resumed, launch.world_size, device) if launch.main else None
+    journal = None
+    if launch.main:
+        journal = Journal(prepared, resumed, launch.world_size, device)
+        guards.folder = journal.watch
     dist.barrier()
     loop = _loop(prepared, live, journal)
     try:
         with memory:
             loop.run(prepared.dataset)
+            # The last checkpoint takes its time.
+            loop.check_folder()
     except BaseException as error:
         if isinstance(error, UserError | RunStopped):
             if journal is not None:

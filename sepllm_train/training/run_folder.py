@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -14,23 +15,36 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from sepllm_train.base.console import say
+from sepllm_train.base.console import fold, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
-from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.parsing import read_json, read_json_if_any
+from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
+from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training import checkpoint
 
 PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine", "apex", "numpy", "sepllm-train")
 
+# Its records: of steps, and of steps that were left out.
+LOGS = ("metrics.jsonl", "bad_steps.jsonl")
+# What a run that enters its folder again reads of run.json; imported models have less.
+_RUN_SHAPE = {
+    "status?": str,
+    "origin?": (str, NoneType),
+    "identity?": checkpoint.IDENTITY_SHAPE,
+    "schedule?": dict,
+    "initial_weights?": (dict, NoneType),
+}
 # Seconds until a file of another node must be seen. NFS shows it as soon as its folder is listed.
 _SEEN_WITHIN = 30.0
 
@@ -185,7 +199,7 @@ def enter(
         # A run that was stopped before its first checkpoint starts again, but not as another run.
         remedy = "choose another name=, or delete it"
         checkpoint.check_identity(visit.earlier["identity"], identity, str(folder), remedy)
-        checkpoint.check_identity(visit.earlier["schedule"], schedule, str(folder), remedy)
+        checkpoint.check_identity(visit.earlier.get("schedule", {}), schedule, str(folder), remedy)
     step, order = 0, LATEST_BLEND_ORDER
     earlier_data: list[dict[str, Any]] = []
     if found is not None:
@@ -229,17 +243,24 @@ def _check_checkpoint(
 
 def _content(folder: Path) -> Any:
     """Content of `folder` that changes when a run begins or ends there or writes a checkpoint; equal when none did."""
-    checkpoints = folder / checkpoint.FOLDER
+    checkpoints, run = folder / checkpoint.FOLDER, b""
+    with contextlib.suppress(OSError):
+        run = (folder / "run.json").read_bytes()
     try:
         # Listing makes a network filesystem look anew.
-        return read_run_json(folder), sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
+        return run, sorted(os.listdir(checkpoints)), checkpoints.stat().st_mtime_ns
     except OSError:
-        return read_run_json(folder), [], 0
+        return run, [], 0
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """run.json, or nothing where there is none that can be read."""
-    return with_current_keys(read_json_if_any(folder / "run.json"))
+    """run.json, or nothing where there is none. Raises UserError for one that no run has written."""
+    path, remedy = folder / "run.json", "put back a copy of it, or choose another name="
+    if not path.exists():
+        return {}
+    found = with_current_keys(read_json(path, remedy, nan=True))
+    require_shape(found, _RUN_SHAPE, path, remedy)
+    return found
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -313,10 +334,32 @@ def _listed(mark: Path) -> bool:
 def tidy(entry: Entry) -> None:
     """Report the checkpoints that were skipped and make the folder ready to continue: half-written folders of a killed
     run go, damaged checkpoints get another name."""
+    _keep_records(entry)
     for path, reason in entry.skipped.items():
         say(f"skipped the damaged checkpoint {path}: {reason}")
     for renamed in checkpoint.tidy(entry.folder, entry.step):
         say(f"kept aside, its step is trained again: {renamed}")
+
+
+def _keep_records(entry: Entry) -> None:
+    """Copy the logs of a run whose checkpoints are gone, with a warning: they are about to be cut to the step that it
+    begins again at."""
+    logs = [MetricsLog(entry.folder / name) for name in LOGS]
+    last = logs[0].last_step()
+    if last <= entry.step:
+        return
+    named = checkpoint.named_by_latest(entry.folder)
+    own = entry.checkpoint is not None and entry.checkpoint.resolve().parent.parent == entry.folder.resolve()
+    if own and (named is None or named.exists()):
+        return
+    lost = f"{named}, which its records go on from, is not there" if own else "it has no checkpoint"
+    kept = [str(log.keep_copy()) for log in logs if log.path.exists()]
+    say(
+        fold(
+            f"warning: {entry.folder} was trained to step {last}, and {lost}: the run begins again at step "
+            f"{entry.step} | its records are kept in {', '.join(kept)}"
+        )
+    )
 
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:

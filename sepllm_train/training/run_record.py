@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sepllm_train.base.console import say
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.compatibility import BLEND_ORDER
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
@@ -17,6 +18,7 @@ from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.metrics.trackers import start_mirror
 from sepllm_train.training import run_folder
 from sepllm_train.training.facts import Facts
+from sepllm_train.training.folder_watch import FolderWatch
 from sepllm_train.training.initial_weights import initial_record
 from sepllm_train.training.prepare import Prepared
 
@@ -32,9 +34,10 @@ class Journal:
         config, self.folder = prepared.config, prepared.entry.folder
         self.run = run_record(config, prepared, world_size, device)
         run_folder.describe(self.folder, config, self.run)
-        self.metrics, self.bad_steps = (MetricsLog(self.folder / name) for name in ("metrics.jsonl", "bad_steps.jsonl"))
+        self.metrics, self.bad_steps = (MetricsLog(self.folder / name) for name in run_folder.LOGS)
         for log in (self.metrics, self.bad_steps):
             log.rewind(-1 if resumed is None else resumed)
+        self.watch = FolderWatch(self.folder, (self.metrics, self.bad_steps))
         self.mirror = start_mirror(
             config.logging,
             self.metrics,
@@ -50,12 +53,14 @@ class Journal:
 
     def write_status(self, status: str) -> None:
         """Record the status in run.json; a disk that cannot take it gives a warning."""
+        file = self.folder / "run.json"
         try:
-            run_folder.write_run(self.folder, {**self.run, "status": status})
-        except OSError as error:
+            if self.watch.owns_folder():
+                run_folder.write_run(self.folder, {**self.run, "status": status})
+        except (OSError, UserError) as error:
             # How the run ended must not be hidden by a disk that is full.
-            file = self.folder / "run.json"
-            say(f"warning: {file} cannot be written ({error.strerror}): it does not say {status!r}.")
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
+            say(f"warning: {file} cannot be written ({reason}): it does not say {status!r}.")
 
     def close_mirror(self, status: str) -> None:
         """Let the tracker finish."""

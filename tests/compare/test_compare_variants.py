@@ -135,7 +135,8 @@ BROKEN = {
         "'flops/paper'",
     ),
     "negative": ([validation(0, 6), validation(10, 5) | {"seconds": -1}], "no number of 0 or more for 'seconds'"),
-    "huge": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**400}], "for 'flops/model'"),
+    "huge": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**40}], "for 'flops/model'"),
+    "beyond_numbers": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**400}], "a number of 401 digits"),
     "falls": (
         [validation(0, 6), validation(10, 5), fall(20)],
         "has tokens fall from 10,000 at step 10 to 5 at step 20",

@@ -31,7 +31,17 @@ from sepllm_train.config.schema import Config, ModelConfig, TrainingConfig
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.model import initialization
 from sepllm_train.training import run_folder
-from sepllm_train.training.checkpoint import Saver, digest, digests, files, load, load_for_evaluation, newest, save
+from sepllm_train.training.checkpoint import (
+    Saver,
+    digest,
+    digests,
+    files,
+    load,
+    load_for_evaluation,
+    load_weights,
+    newest,
+    save,
+)
 from sepllm_train.training.checkpoint.shards import rectangles
 from sepllm_train.training.setup import Training, build_training
 from sepllm_train.training.state import TrainState
@@ -512,7 +522,67 @@ def test_files_outside_of_the_checkpoint_are_not_read(tmp_path: Path, training: 
     index = next(iter(metadata.storage_data))
     metadata.storage_data[index] = _StorageInfo("../../../elsewhere", 0, 10)
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="outside of the checkpoint"):
+    with pytest.raises(UserError, match="elsewhere', which is no file of tensors in the checkpoint"):
+        load(saved, training)
+
+
+def first_part_missing(entry: Any) -> None:
+    del entry.chunks[0]
+
+
+def last_part_twice(entry: Any) -> None:
+    entry.chunks[0] = entry.chunks[-1]
+
+
+def parts_overlap(entry: Any) -> None:
+    """As many elements as the whole has, and the first ones in no part."""
+    entry.chunks[0].offsets = torch.Size([0, 1, *entry.chunks[0].offsets[2:]])
+
+
+def part_beyond_the_shape(entry: Any) -> None:
+    entry.chunks[-1].offsets = torch.Size([entry.size[0], *entry.chunks[-1].offsets[1:]])
+
+
+def shape_beyond_the_parts(entry: Any) -> None:
+    entry.size = torch.Size([entry.size[0], entry.size[1] + 1, *entry.size[2:]])
+
+
+@pytest.mark.parametrize("prefix", ["", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."])
+@pytest.mark.parametrize(
+    "harm", [first_part_missing, last_part_twice, parts_overlap, part_beyond_the_shape, shape_beyond_the_parts]
+)
+def test_tensor_that_is_not_whole_is_refused_before_anything_is_loaded(
+    tmp_path: Path, training: Training, prefix: str, harm: Callable[[Any], None]
+) -> None:
+    """What no part of the checkpoint covers would be whatever the memory held before."""
+    (saved,) = save_steps(tmp_path, training, 2)
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    name = f"{prefix}decoder.layers.mlp.linear_fc1.weight"
+    harm(metadata.state_dict_metadata[name])
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(saved)
+    update(training)
+    before = [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
+    for attempt in (lambda: load(saved, training), lambda: load_weights(saved, training.modules)):
+        with pytest.raises(UserError, match=f"cannot be loaded.*{name} is not whole"):
+            attempt()
+    assert all(torch.equal(a, b) for a, b in zip(before, training.chunks[0].parameters(), strict=True))
+    with pytest.raises(UserError, match=f"{name} is not whole"):
+        digest(saved)
+
+
+def test_embedding_of_fewer_entries_than_the_vocabulary_is_refused(tmp_path: Path, training: Training) -> None:
+    """Its rows may be more or fewer than those of another layout's padding, and those that lack are 0."""
+    (saved,) = save_steps(tmp_path, training, 2)
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"identity": {"model.vocabulary": 1000}}))
+    load(saved, training)
+    name = "embedding.word_embeddings.weight"
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata[name]
+    entry.size = entry.chunks[0].sizes = torch.Size([999, 64])
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"embedding.word_embeddings.weight has the shape \[999, 64\]"):
         load(saved, training)
 
 

@@ -20,6 +20,7 @@ from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.setup import build_scheduler, learning_rate
+from tests.support.command import command
 from tests.support.small_run import SMALL_RUN
 
 COUNTERS = {"step", "tokens", "seconds", "flops/model", "flops/dense", "flops/paper"}
@@ -74,6 +75,65 @@ def test_layouts_agree_with_one_process(trainer: Any, finished: Callable, name: 
     one, other = finished("one"), finished(name, *overrides, processes=2)
     for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/attended_share", "flops/model"):
         np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=1e-4, err_msg=key)
+
+
+LARGE = (
+    "model=pythia14m",
+    "model.vocabulary=50304",
+    "data.sequence_length=128",
+    "data.workers=0",
+    "training.steps=5",
+    "training.global_batch=2",
+    "training.micro_batch=2",
+    "training.validation_interval=0",
+    "training.validation_samples=0",
+    "training.checkpoint_interval=0",
+    "logging.interval=1",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("large_tensor2", ["parallel.tensor=2"]),
+        ("large_pipeline2", ["parallel.pipeline=2"]),
+        ("large_sharded2", ["parallel.sharded_optimizer=true", "training.micro_batch=1"]),
+    ],
+)
+def test_gradient_norms_of_large_matrices_do_not_depend_on_the_layout(
+    trainer: Any, finished: Callable, name: str, overrides: list[str]
+) -> None:
+    """The gradient of an embedding of 6.4 million elements is where sums in single precision show."""
+    one = finished("large_one", *LARGE)
+    other = finished(name, *LARGE, *overrides, processes=2)
+    for key in ("train/loss", "train/grad_norm"):
+        np.testing.assert_allclose(trainer.values(other, key), trainer.values(one, key), rtol=2e-6, err_msg=key)
+    assert len(trainer.values(one, "train/grad_norm")) == 5
+
+
+@pytest.mark.distributed
+def test_counts_do_not_depend_on_the_layout(
+    trainer: Any, finished: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4,100 entries are padded to 4,352 in two tensor-parallel processes and to 4,224 in one: no part of the model."""
+    entries = "model.vocabulary=4100"
+    finished("entries_tensor2", entries, "parallel.tensor=2", processes=2)
+    middle = trainer.root / "entries_tensor2" / "checkpoints" / "step_00000002"
+    finished("entries_crossed", entries, f"resume={middle}")
+    finished("entries_one", entries)
+    names = ("entries_tensor2", "entries_crossed", "entries_one")
+    runs = [json.loads((trainer.root / name / "run.json").read_text()) for name in names]
+    assert {run["parameters"] for run in runs} == {2 * 64 * 4100 + 67072}
+    assert len({tuple(run["flops_per_token"].items()) for run in runs}) == 1
+    records = [record for name in names for record in trainer.records(name) if record["tokens"]]
+    forward = 2 * 2 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 64 * 4100 + 2 * 2 * 64 * 129
+    assert {record["flops/dense"] / record["tokens"] for record in records} == {3 * forward}
+    assert len({(record["step"], record["flops/model"]) for record in records}) == 4
+    folders = [str(trainer.root / name) for name in names]
+    assert command("compare")([*folders, "--output", str(tmp_path / "compared"), "--no-groups"]) == 0
+    assert "different sizes" not in "".join(capsys.readouterr())
 
 
 def test_dense_and_sep_read_the_same_tokens(trainer: Any, finished: Callable) -> None:

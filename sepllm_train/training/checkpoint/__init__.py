@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or not there, of any layout, written while the run continues.
 
 identity  what a checkpoint must have in common with the run that continues from it
+metadata  torch's description of the tensors, read without running it
 files     folders: manifest, which are whole, which is the newest, which are dropped
 shards    what a rank holds: model, optimizer, RNG state as parts of whole tensors
 save      the writer in the background
@@ -11,12 +12,14 @@ from sepllm_train.training.checkpoint.files import (
     FOLDER,
     checkpoints_of,
     find,
+    named_by_latest,
     newest,
     read_state,
     refuse_if_all_damaged,
     tidy,
 )
 from sepllm_train.training.checkpoint.identity import (
+    IDENTITY_SHAPE,
     blend_order,
     check_identity,
     check_unseen,
@@ -37,6 +40,7 @@ from sepllm_train.training.checkpoint.save import Outcome, Saver
 
 __all__ = [
     "FOLDER",
+    "IDENTITY_SHAPE",
     "Outcome",
     "Saver",
     "altered_on_any_rank",
@@ -52,6 +56,7 @@ __all__ = [
     "load",
     "load_for_evaluation",
     "load_weights",
+    "named_by_latest",
     "newest",
     "read_state",
     "refuse_if_all_damaged",

@@ -12,20 +12,51 @@ import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.console import say
-from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import PARTIAL, hash_file, sync_folder, write_whole
 from sepllm_train.base.parsing import read_json
+from sepllm_train.base.shapes import COUNT, SECONDS, Range, require_shape
 from sepllm_train.config.compatibility import with_current_keys
+from sepllm_train.training.checkpoint.identity import IDENTITY_SHAPE
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 DAMAGED = ".damaged"
+METADATA = ".metadata"
+# Names of the files of tensors end so.
+TENSORS = ".distcp"
+# Name of a file of a checkpoint.
+_FILE = re.compile(r"[\w.+-]{1,255}", re.ASCII)
+_MANIFEST_SHAPE = {"files": {str: {"bytes": COUNT, "sha256": str}}}
+_NUMBER = Range(-1e308, 1e308, whole=False)
+_TRACKED = Range(-(1 << 31), 1 << 31)
+_STATE_SHAPE = {
+    "state": {
+        "step": COUNT,
+        "tokens": COUNT,
+        "pairs": COUNT,
+        "finished_pairs?": [COUNT],
+        "seconds": SECONDS,
+        "bad_steps": COUNT,
+        "bad_in_a_row": COUNT,
+        "overflows?": COUNT,
+        "recent_norms": [_NUMBER],
+    },
+    "optimizer": {
+        "step": Range(whole=False),
+        "grad_scaler?": {"scale": Range(whole=False), "growth_tracker": _TRACKED, "hysteresis_tracker": _TRACKED},
+    },
+    "layout": {str: (COUNT, str)},
+    "identity": IDENTITY_SHAPE,
+    "schedule": dict,
+}
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -102,17 +133,30 @@ def damage(checkpoint: Path) -> str | None:
     """Damage of a checkpoint, by the names and sizes of its files and the content of `state.json`; None when whole."""
     try:
         files = read_manifest(checkpoint)
+        unlisted = next((name for name in _parts(checkpoint) if name not in files), None)
     except UserError as error:
-        return str(error)
+        return str(error).rstrip(".")
+    except OSError as error:
+        return f"{checkpoint} cannot be read ({error.strerror})"
+    if unlisted is not None:
+        return f"{checkpoint / MANIFEST} does not list {unlisted}"
     for name, entry in files.items():
         try:
-            size = (checkpoint / name).stat().st_size
+            status = (checkpoint / name).stat()
         except OSError:
             return f"{checkpoint / name} is missing"
-        if size != entry["bytes"]:
-            return f"{checkpoint / name} has {size} bytes, {entry['bytes']} were written"
+        if not stat.S_ISREG(status.st_mode):
+            return f"{checkpoint / name} is not a plain file"
+        if status.st_size != entry["bytes"]:
+            return f"{checkpoint / name} has {status.st_size} bytes, {entry['bytes']} were written"
     # The one file whose content decides how a run begins, before the others are hashed.
-    return _altered(checkpoint, STATE, files[STATE]) if STATE in files else f"{checkpoint / MANIFEST} lacks {STATE}"
+    return _altered(checkpoint, STATE, files[STATE])
+
+
+def _parts(checkpoint: Path) -> list[str]:
+    """Names of the files that make a checkpoint: those of any, and the tensors' files that are there. What else lies in
+    its folder is never read."""
+    return [STATE, METADATA, *sorted(name for name in os.listdir(checkpoint) if name.endswith(TENSORS))]
 
 
 def altered(checkpoint: Path, part: int, parts: int) -> str | None:
@@ -140,20 +184,23 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     path = checkpoint / MANIFEST
     if not path.exists():
         raise UserError(f"{path} is missing")
-    try:
-        files = read_json(path, "it is damaged")["files"]
-        # Names of files in this folder only, whoever wrote the manifest.
-        plain = all(Path(name).name == name and {"bytes", "sha256"} <= entry.keys() for name, entry in files.items())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
-    if not plain:
-        raise UserError(f"{path} is not a manifest of this folder's files")
+    remedy = "the checkpoint is damaged"
+    content = read_json(path, remedy)
+    require_shape(content, _MANIFEST_SHAPE, path, remedy)
+    files: dict[str, dict[str, Any]] = content["files"]
+    # Names of files in this folder only, whoever wrote the manifest.
+    strange = next((name for name in files if not _FILE.fullmatch(name) or name in (".", "..", MANIFEST)), None)
+    if strange is not None:
+        raise UserError(f"{path} names {strange[:80]!r}, which is no file of this folder: {remedy}.")
     return files
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Counters and identities of a checkpoint. Raises UserError when they cannot be read."""
-    return with_current_keys(read_json(checkpoint / STATE, "resume from another checkpoint"))
+    """Counters and identities of a checkpoint. Raises UserError when they cannot be read, or are not of their types."""
+    path, remedy = checkpoint / STATE, "choose another checkpoint"
+    content = with_current_keys(read_json(path, remedy, nan=True))
+    require_shape(content, _STATE_SHAPE, path, remedy)
+    return content
 
 
 def publish(aside: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -198,6 +245,15 @@ def succeed(target: Path, keep: int, keep_every: int) -> None:
     except (OSError, UserError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         say(f"warning: {target} is written, but older checkpoints could not be dropped for it ({reason}): they stay.")
+
+
+def named_by_latest(run_folder: Path) -> Path | None:
+    """The checkpoint that was written last, there or not; None where that is not known."""
+    try:
+        name = (run_folder / FOLDER / LATEST).read_text(encoding="utf8").strip()
+    except (OSError, ValueError):
+        return None
+    return run_folder / FOLDER / name if _NAME.fullmatch(name) else None
 
 
 def drop_old(checkpoints: Path, keep: int, keep_every: int) -> None:

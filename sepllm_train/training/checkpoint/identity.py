@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.shapes import Range
 from sepllm_train.config.compatibility import (
     BLEND_ORDER,
     DATA,
@@ -23,6 +24,17 @@ from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.model.pattern import tiers_of_classes
 
+_DATA_SHAPE = {str: {"sha256": str, "weight": Range(high=1e300, whole=False)}}
+_HELD_OUT = Range(0, 1, whole=False)
+# What the identity on record holds where it holds it. Other keys are settings, compared as they are.
+IDENTITY_SHAPE = {
+    f"{DATA}?": _DATA_SHAPE,
+    f"{VALIDATION_DATA}?": {str: (str, dict)},
+    f"{VALIDATION_FRACTION}?": _HELD_OUT,
+    f"{TOKENIZER}?": str,
+    f"{VOCABULARY}?": Range(1, 1 << 40),
+    f"{EARLIER_DATA}?": [{"data": _DATA_SHAPE, "validation_fraction": _HELD_OUT}],
+}
 _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.

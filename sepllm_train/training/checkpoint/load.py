@@ -1,8 +1,8 @@
 """Loading a checkpoint, of any layout, without running anything that is in it.
 
-Two things in a checkpoint are pickles: torch's `.metadata`, read here with an unpickler that knows the types it is made
-of and no others, and each tensor's record, which torch reads with weights_only=True. Nothing else is unpickled: objects
-beside tensors, which torch would load without restriction, are not among those types.
+Two things in a checkpoint are pickles: torch's `.metadata`, which `metadata` reads without making an object that it
+names, and each tensor's record, which torch reads with weights_only=True. Nothing else is unpickled: objects beside
+tensors, which torch would load without restriction, are refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.checkpointable import (
     CheckpointableShardedTensor,
     LocalShardsContainer,
@@ -26,15 +27,16 @@ from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.config.compatibility import VOCABULARY
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.training.checkpoint.files import altered, find, read_state
+from sepllm_train.training.checkpoint.metadata import read_metadata
 from sepllm_train.training.checkpoint.shards import (
     Shards,
     complete_adam,
@@ -50,20 +52,6 @@ from sepllm_train.training.state import TrainState
 
 # Counters that differ between equal runs: wall-clock.
 NOT_COUNTED = ("seconds",)
-_ALLOWED = {
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        "_MEM_FORMAT_ENCODING",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    ),
-}
 
 
 def load(checkpoint: Path, training: Training) -> TrainState:
@@ -117,7 +105,7 @@ def read_into(checkpoint: Path, shards: Shards) -> None:
     padded = {key: found[0] for key, found in shards.items() if found[0].allow_shape_mismatch}
     fixed = [found[0] for key, found in shards.items() if key not in padded]
     reader = SafeReader(checkpoint)
-    on_all_ranks(lambda: _readable(reader))
+    on_all_ranks(lambda: _readable(reader, padded))
     try:
         with torch.no_grad():
             for key in padded:
@@ -140,7 +128,7 @@ def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     Raises UserError when the checkpoint cannot be read.
     """
     try:
-        metadata = SafeReader(checkpoint).read_metadata()
+        metadata = read_metadata(checkpoint)
         for name, entry in sorted(metadata.state_dict_metadata.items()):
             assert isinstance(entry, TensorStorageMetadata)
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -149,8 +137,11 @@ def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
                 with open(checkpoint / place.relative_path, "rb") as file:
                     file.seek(place.offset)
                     record = io.BytesIO(file.read(place.length))
+                part = torch.load(record, map_location="cpu", weights_only=True)
+                if not isinstance(part, Tensor) or part.shape != chunk.sizes:
+                    raise pickle.UnpicklingError(f"{name} is not whole: the shape of a part is not that on record")
                 block = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                tensor[block] = torch.load(record, map_location="cpu", weights_only=True)
+                tensor[block] = part
             yield name, tensor
     except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({_cause(error)}).") from error
@@ -209,45 +200,26 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, rank: int | None = None) -> Metadata:
-        """Read names and places of the tensors. Raises UnpicklingError for anything else."""
+        """Read names and places of the tensors, as `metadata.read_metadata`."""
         if self._metadata is None:
-            with open(self.checkpoint / ".metadata", "rb") as file:
-                self._metadata = _check(_Unpickler(file).load())
+            self._metadata = read_metadata(self.checkpoint)
         return self._metadata
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes objects of the types that describe tensors, and nothing else."""
+def _readable(reader: SafeReader, padded: dict[str, ShardedTensor]) -> None:
+    """Read the description of a checkpoint. Raises UserError: torch would print a traceback first.
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The type `name` of `module`. Raises UnpicklingError unless it is one of `_ALLOWED` or a tensor's dtype."""
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint needs")
-
-
-def _check(metadata: Any) -> Metadata:
-    """`metadata` if it describes tensors in files of its own folder. Raises UnpicklingError otherwise."""
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise pickle.UnpicklingError(".metadata does not describe a checkpoint")
-    for name, entry in metadata.state_dict_metadata.items():
-        # Anything else torch would unpickle without restriction.
-        if not isinstance(entry, TensorStorageMetadata):
-            raise pickle.UnpicklingError(f"{name} is not stored as a tensor")
-    for place in metadata.storage_data.values():
-        if not isinstance(place, _StorageInfo) or Path(place.relative_path).name != place.relative_path:
-            raise pickle.UnpicklingError(".metadata refers to files outside of the checkpoint")
-    return metadata
-
-
-def _readable(reader: SafeReader) -> None:
-    """Read the description of a checkpoint. Raises UserError: torch would print a traceback first."""
+    padded: tensors whose first axis may have another length in the checkpoint, but not less than the vocabulary.
+    """
     try:
-        reader.read_metadata()
+        found = reader.read_metadata().state_dict_metadata
     except Exception as error:
         raise _not_loaded(reader.checkpoint, error) from None
+    entries = read_state(reader.checkpoint)["identity"].get(VOCABULARY, 0)
+    for name, wanted in padded.items():
+        size = tuple(getattr(found.get(name), "size", wanted.global_shape))
+        if size[1:] != tuple(wanted.global_shape[1:]) or size[0] < entries:
+            raise _not_loaded(reader.checkpoint, ValueError(f"{name} has the shape {list(size)}"))
 
 
 def _not_loaded(checkpoint: Path, error: BaseException) -> UserError:

@@ -109,17 +109,17 @@ class Saver:
         self._last: Outcome | None = None
         self._unread: list[Outcome] = []
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, again: bool = False) -> None:
         """Start saving; an earlier save is waited for.
 
         Without `background` it returns when the checkpoint is there. A step that is saved or being saved is not saved
-        again. Failures are reported by `poll` and `finish`.
+        again, unless `again`. Failures are reported by `poll` and `finish`.
         """
         begin = time.perf_counter()
-        if self._job is not None and self._job.step == state.step:
+        if self._job is not None and self._job.step == state.step and not again:
             return
         self._wait()
-        if self._last is not None and self._last.step == state.step and self._last.error is None:
+        if not again and self._last is not None and self._last.step == state.step and self._last.error is None:
             return
         plan, tensors = _plan(self._mine())
         if plan.items != self._plan.items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import whole_folder, write_json, write_whole
+from sepllm_train.base.files import whole_folder, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
 from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
-from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.hf.verify import Sides, compare
@@ -46,7 +44,8 @@ _IMPORTS_SEPARATORS = ("from sepllm_train.hf import load_model", "from transform
 _IMPORTS_DENSE = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
 _LOAD_SEPARATORS = """`load_model` lets the model attend by the pattern that it was trained with (`pip install
 'sepllm-train[hf]'`). With full attention it is another model with other losses, so transformers alone refuses to load
-it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. To look at it with full attention all the
+it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. Copies that are saved where this package
+is imported keep that name; `load_model` finds the pattern in every copy. To look at it with full attention all the
 same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa")`.
 """
 _LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
@@ -101,8 +100,6 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
             shutil.copymode(aside / "config.json", file)
         architecture, parameters = type(model).__name__, model.num_parameters()
         del model
-        if not pattern.dense:
-            _guard(aside / "config.json")
         note = save_tokenizer(tokenizer, aside)
         theirs, info = AutoModelForCausalLM.from_pretrained(
             aside, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -140,12 +137,6 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
     wrong = {key: found for key, found in info.items() if found}
     if wrong:
         raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
-
-
-def _guard(path: Path) -> None:
-    """Name our attention in config.json: transformers loads no model with an attention that nobody has registered."""
-    content = json.loads(path.read_text(encoding="utf8"))
-    write_json(path, {**content, "attn_implementation": ATTENTION}, indent=2)
 
 
 def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,49 @@ def test_sentencepiece_becomes_a_tokenizer_with_the_same_ids(tokenizer: Path, tm
     assert theirs.decode(theirs(text).input_ids) == text and theirs.eos_token_id == ours.eod
 
 
+NAMES = ("<unk>", "<s>", "</s>", "<pad>", "<0x0A>", "<|endoftext|>", "<|padding|>", "\u2581")
+
+
+def texts_with_names() -> list[str]:
+    """Names of special tokens in texts, alone, at either end and next to each other."""
+    around = [text for name in NAMES for text in (name, f"{name}a", f"A {name} of {name}.", f"x{name}{name}\n", f" {name}")]
+    return [*around, "".join(NAMES), " ".join(NAMES)]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "trained on names", "20B", "gpt2", "not marked special"])
+def test_names_of_special_tokens_in_a_text_are_text(kind: str, tokenizer: Path, tmp_path: Path, request: Any) -> None:
+    """In memory, written, and read again by transformers alone, as in training."""
+    path = tokenizer
+    if kind == "trained on names":
+        words = [f"the <unk> of {number * 7919} </s> <unk>s, <0x0A> word{number}.\n" for number in range(3000)]
+        path = tmp_path / "names.model"
+        train_tokenizer(words, path, vocab_size=500)
+    elif kind != "sentencepiece":
+        name = "gpt2" if kind == "gpt2" else "20B"
+        path = tmp_path / "tokenizer.json"
+        source = request.getfixturevalue("shared_data") / "tokenizers" / f"{name}_tokenizer.json"
+        content = json.loads(source.read_text(encoding="utf8"))
+        if kind == "not marked special":
+            for added in content["added_tokens"]:
+                added["special"] = added["content"] == "<|endoftext|>"
+        path.write_text(json.dumps(content), encoding="utf8")
+    ours = load_tokenizer(path)
+    (tmp_path / "out").mkdir()
+    made = [to_transformers(ours)]
+    assert save_tokenizer(ours, tmp_path / "out") is None
+    made.append(transformers.AutoTokenizer.from_pretrained(tmp_path / "out"))
+    made[1].save_pretrained(tmp_path / "copy")
+    made.append(transformers.AutoTokenizer.from_pretrained(tmp_path / "copy"))
+    texts = texts_with_names()
+    expected = ours.encode_batch(texts)
+    for theirs in made:
+        found = theirs(texts).input_ids
+        wrong = [text for text, one, other in zip(texts, found, expected, strict=True) if one != other]
+        assert not wrong
+        assert [theirs.decode(ids) for ids in expected] == [ours.decode(ids) for ids in expected]
+        assert theirs.eos_token_id == ours.eod
+
+
 def test_tokenizer_that_transformers_cannot_have_is_kept_as_it_is(tmp_path: Path) -> None:
     words = [f"word{number} and, {number * 7919}.\n" for number in range(3000)]
     train_tokenizer(words, tmp_path / "unigram.model", vocab_size=400, model_type="unigram")

@@ -167,7 +167,7 @@ class SeparatorLM(HFLM):
         if not continuation:
             raise self._refused(f"{where}: the choice '' is empty: leave the document out, or give the choice a text.")
         raise self._refused(
-            f"{where}: the tokenizer joins the choice {continuation!r} to the end of its context, {context[-20:]!r}, so "
+            f"{where}: the tokenizer joins the choice {continuation!r} to the end of its context, {context[-20:]!r}: "
             "it has no likelihood of its own: leave the document out, or begin the choice with a space or a new line."
         )
 

@@ -28,7 +28,7 @@ from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
-from sepllm_train.runs.open import TrainedRun
+from sepllm_train.runs.open import TrainedRun, refuse_not_finite
 from sepllm_train.training.checkpoint.load import SafeReader
 
 # What a checkpoint holds besides weights.
@@ -89,7 +89,7 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
     output = Path(output)
     refuse_existing(output, altered_export, overwrite=overwrite)
     _refuse_older(run)
-    pattern, tokenizer = run.token_pattern, run.tokenizer
+    tokenizer = run.tokenizer
     precision = dtype or run.config.training.precision
     one_of("--dtype", precision, tuple(PRECISIONS))
     with whole_folder(output) as aside:
@@ -140,9 +140,11 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
 
 
 def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read or `dtype` is too small."""
+    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read, for weights that are not
+    finite, and when `dtype` is too small."""
     family = FAMILIES[model_type(run.config)]
     for name, whole in _weights(run.checkpoint.path):
+        refuse_not_finite(run.checkpoint.path, [(name, whole)])
         for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
             converted = tensor.to(dtype)
             if not converted.isfinite().all():
@@ -160,12 +162,17 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
                 continue
             entry = entries[name]
             assert isinstance(entry, TensorStorageMetadata)
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise UserError(f"parameter {name} is not whole in {checkpoint}: take another checkpoint.")
+            # What is not read is not passed on.
+            tensor = torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
             with quiet():
                 torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({first_line(error)}).") from None
+        # torch goes on with advice for those who wrote the file.
+        cause = first_line(error).split(". In PyTorch")[0]
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({cause}): take another one.") from None
 
 
 def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:

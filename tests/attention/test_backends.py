@@ -139,9 +139,7 @@ def test_sink_of_less_precision_than_the_queries_is_widened() -> None:
     case = EDGES["learned-sink"]
     plan, tensors = case.plan(), case.tensors()
     half = tensors["sink"].half()
-    found, expected = (
-        run_backend(case, "reference", plan, tensors | {"sink": sink}) for sink in (half, half.double())
-    )
+    found, expected = (run_backend(case, "reference", plan, tensors | {"sink": sink}) for sink in (half, half.double()))
     assert torch.equal(found["out"], expected["out"]) and found["dsink"].dtype == torch.float16
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import sys
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import read_json
+from sepllm_train.base.parsing import parse_json_object, read_json
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, with_current_keys
 
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
+# The most that a record may count: beyond any run, and within the range of float32, in which curves are drawn.
+LARGEST = 1e30
+# Beginnings of the keys under which a record holds numbers.
+_METRICS = ("train/", "val/", "checkpoint/")
+_LONGEST_NAME = 255
+_CHECKPOINT = re.compile(r"step_(\d{8,18})")
 
 Record = dict[str, Any]
 
@@ -85,7 +91,7 @@ def read_run(folder: Path) -> Run:
     """
     info = _read_info(folder)
     records, gap = _history(folder, info, [])
-    run = Run(folder, str(info.get("name") or folder.name), info, gap=gap)
+    run = Run(folder, name_of(info, folder), info, gap=gap)
     for record in records:
         if LOSS in record:
             run.validation.append(record)
@@ -94,15 +100,31 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def name_of(info: Record, folder: Path) -> str:
+    """Name of a run in run.json, or of its folder where that gives none that can be printed in a line."""
+    name = info.get("name")
+    usable = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+    return name if usable else folder.name
+
+
 def _read_info(folder: Path) -> Record:
     """run.json. Raises UserError when it is missing, or lacks what a comparison needs."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
     info = read_json(path, "every run writes one when it starts", nan=True)
+    _refuse_half_characters(json.dumps(info, ensure_ascii=False), path)
     if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
     return with_current_keys(info)
+
+
+def _refuse_half_characters(text: str, where: str | Path) -> None:
+    """Raise UserError for escapes of half a character, which no file can hold."""
+    try:
+        text.encode("utf8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a character (\\ud800 to \\udfff): it is damaged.") from None
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
@@ -112,9 +134,9 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
     """
     own = _latest(_records(folder / "metrics.jsonl"))
     later = [*later, folder.resolve()]
-    if not own or not isinstance(info.get("origin"), str):
+    origin = _origin(info)
+    if not own or origin is None:
         return own, ""
-    origin = Path(info["origin"])
     parent = origin.parent.parent if _CHECKPOINT.fullmatch(origin.name) else origin
     # A run that was continued in its own folder may name itself.
     if parent.resolve() in later:
@@ -125,10 +147,19 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
             raise UserError(f"{parent} is another run by now.")
         earlier, gap = _history(parent, before, later)
     except UserError as error:
-        reason = str(error).rstrip(".") if parent.exists() else f"{parent} is not there"
+        reason = str(error).rstrip(".") if os.path.exists(parent) else f"{parent} is not there"
         return own, f"the records before step {own[0]['step']}, of the run that it went on from, are missing ({reason})"
     last = _went_on_at(origin, own[0])
     return _latest(chain((record for record in earlier if record["step"] <= last), own)), gap
+
+
+def _origin(info: Record) -> Path | None:
+    """The checkpoint or the run that a run went on from; None without one, and for what cannot be a path."""
+    origin = info.get("origin")
+    if not isinstance(origin, str) or "\0" in origin:
+        return None
+    parts = Path(origin).parts
+    return Path(origin) if all(len(os.fsencode(part)) <= _LONGEST_NAME for part in parts) else None
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
@@ -138,8 +169,10 @@ def _same_model(ours: Any, theirs: Any) -> bool:
     """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True
-    earlier = theirs.get(EARLIER_DATA) or [{}]
-    switched = earlier[-1].get("data") == ours.get(DATA) and earlier != ours.get(EARLIER_DATA)
+    earlier = theirs.get(EARLIER_DATA)
+    last = earlier[-1] if isinstance(earlier, list) and earlier else {}
+    before = last.get("data") if isinstance(last, dict) else None
+    switched = before == ours.get(DATA) and (earlier or [{}]) != ours.get(EARLIER_DATA)
     told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
     return all(ours.get(key, value) == value for key, value in told.items())
 
@@ -159,6 +192,8 @@ def _went_on_at(origin: Path, first: Record) -> int:
 def _read(path: Path, hint: str) -> str:
     """Text of a file; `hint` says where it should have come from."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a plain file: {hint}.")
         return path.read_text(encoding="utf8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {hint}.") from None
@@ -174,31 +209,39 @@ def _records(path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json_object(line, where, "repair or delete that line", nan=True)
+        except UserError:
             if number == len(lines):
                 return
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): repair or delete that line.") from None
-        yield _checked(record, f"{path} line {number}")
+            raise
+        if "\\" in line:
+            _refuse_half_characters("".join(record), where)
+        yield _checked(record, where)
 
 
-def _checked(record: Any, where: str) -> Record:
-    """The record with null read as nan; raises UserError unless it counts what every record must count."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object.")
-    record = {key: math.nan if value is None else value for key, value in record.items()}
+def _checked(record: Record, where: str) -> Record:
+    """The record with null read as nan, as are measured numbers beyond LARGEST; raises UserError unless it counts what
+    every record must count, and its metrics are numbers."""
     for key in ("step", *CUMULATIVE):
-        if not _is_count(record.get(key)):
+        if not _is_count(record.get(key)) or (key == "step" and record[key] != int(record[key])):
             raise UserError(f"{where} has no number of 0 or more for {key!r}: every record must have one.")
-    for key in record:
-        if key.endswith("loss") and not isinstance(record[key], int | float):
-            raise UserError(f"{where}: {key!r} must be a number, not {record[key]!r}.")
-    return record
+    checked = {}
+    for key, value in record.items():
+        if key.startswith(_METRICS) and value is not None and not _is_number(value):
+            raise UserError(f"{where}: {key[:_LONGEST_NAME]!r} must be a number, not {repr(value)[:60]}.")
+        out_of_range = value is None or (_is_number(value) and not abs(value) <= LARGEST)
+        checked[key] = math.nan if out_of_range else value
+    return checked | {"step": int(record["step"])}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    return _is_number(value) and 0 <= value <= LARGEST
 
 
 def _latest(records: Iterable[Record]) -> list[Record]:

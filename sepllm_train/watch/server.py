@@ -77,6 +77,8 @@ class Server(ThreadingHTTPServer):
     """Listens at once; port 0 takes a free one. Raises UserError when the address cannot be had."""
 
     daemon_threads = True
+    # Connections that come at once: of more than the usual five some would wait for a second.
+    request_queue_size = 128
 
     def __init__(self, watch: Watch, host: str, port: int, flops: str = "model") -> None:
         self.watch = watch

@@ -92,7 +92,7 @@ def test_missing_and_broken_folders(make_run: Callable[..., Path], refusal: Call
     [
         ("garbage\n", "line 2 is not JSON"),
         ('{"step": 10, "tok{"step": 20}\n', "line 2 is not JSON"),
-        ("[1, 2]\n", "line 2 is not a JSON object"),
+        ("[1, 2]\n", "line 2 does not hold a JSON object"),
         ('{"step": 10, "val/loss": 5.0}\n', "line 2 has no number of 0 or more for 'tokens'"),
         (json.dumps(validation(10, 5) | {"seconds": "12"}) + "\n", "line 2 has no number of 0 or more for 'seconds'"),
         (json.dumps(validation(10, 5) | {"val/loss": "low"}) + "\n", "line 2: 'val/loss' must be a number"),

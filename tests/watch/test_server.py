@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sepllm_train.watch.server import Handler
-from tests.compare.run_records import COMPARABLE
+from tests.compare.run_records import COMPARABLE, training
 from tests.support.waiting import HANG_SECONDS, wait_until
 from tests.watch.conftest import Client, GrowingRun
 
@@ -283,3 +284,55 @@ def test_a_tag_of_many_digits_gets_everything(new_run: NewRun, serving: Serving)
     client = serving(run)
     prefix = client.state().header["tag"].rpartition("-")[0]
     assert len(client.state(since=f"{prefix}-{'9' * 5000}").curves) == 1
+
+
+def changed(number: int, /, **more: Any) -> str:
+    return json.dumps(training(number, 5.0) | {"train/attended_share": 0.25} | more) + "\n"
+
+
+BAD_LINES = {
+    "seconds": changed(3, seconds=1e308) + changed(4, seconds=-1e308),
+    "losses": changed(3, **{"train/loss": 1e308}) + changed(4, **{"train/loss": -1e308, "train/mfu": 1e308}),
+    "digits": changed(3, step=10**400) + changed(4).replace("4", "4" * 9000),
+    "steps": changed(2**63) + changed(10**25),
+    "types": changed(3, step="3") + changed(4, seconds=[1]) + changed(5, tokens={}) + "[]\n3\n",
+    "depth": "[" * 200_000 + "\n" + '{"a":' * 200_000 + "\n",
+    "bytes": "\x00\n\ud800\n",
+    "infinite": changed(3, seconds=float("inf")) + changed(4, step=float("nan")) + '{"step": 1e999}\n',
+}
+BAD_INFO: dict[str, dict[str, Any]] = {
+    "steps": {"steps": 10**400},
+    "many steps": {"steps": 2**63, "status": "running"},
+    "types": {"steps": "many", "name": ["a"], "status": {"a": [1]}, "comparable": [1]},
+    "name": {"name": "\ud800" * 1000},
+    "long": {"name": "x" * 500_000, "status": "y" * 500_000},
+    "settings": {"comparable": COMPARABLE | {str(n): {"a": n} for n in range(20_000)}},
+    "value": {"comparable": COMPARABLE | {"data": ["x" * 800_000]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("lines", "info"),
+    [*((lines, {}) for lines in BAD_LINES.values()), *(("", info) for info in BAD_INFO.values())],
+    ids=[*BAD_LINES, *(f"run.json {name}" for name in BAD_INFO)],
+)
+def test_a_bad_run_hides_no_other(new_run: NewRun, serving: Serving, lines: str, info: dict[str, Any]) -> None:
+    good, bad, last = new_run("good"), new_run("bad"), new_run("last")
+    for run in (good, bad, last):
+        run.train(1, 2)
+    with open(bad.log.path, "ab") as stream:
+        stream.write(lines.encode("utf8", "surrogatepass"))
+    (bad.folder / "run.json").write_text(json.dumps(bad.info | info))
+    client = serving(good, bad, last)
+    bad.train(11, 12)
+    for scale in ("linear", "log"):
+        state = client.state(scale)
+        assert len(state.content) < 1 << 20
+        assert [run["step"] for run in state.header["runs"][::2]] == [2, 2]
+        assert [curves["loss"]["step"] for curves in (state.curves[0], state.curves[2])] == [[1, 2]] * 2
+    facts = state.header["runs"][1]
+    assert facts["step"] == 12
+    if lines and lines not in (BAD_LINES["losses"], BAD_LINES["steps"]):
+        assert any("of metrics.jsonl" in note for note in facts["notes"])
+    if info is BAD_INFO["steps"]:
+        assert any("run.json" in note for note in facts["notes"])

@@ -46,7 +46,7 @@ def reference_attention(
     sink: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Separator attention through a dense S x S mask, in the dtype of q (float64 included).
+    """Separator attention through a dense S x S mask, in the dtype of q (float64 included) or that of a wider sink.
 
     Args:
         q: [B, H, Q, D], the queries of the last Q positions.
@@ -57,6 +57,10 @@ def reference_attention(
 
     Returns [B, H, Q, D]. Raises what `visible_mask` raises.
     """
+    given = q.dtype
+    if sink is not None:
+        # A sink in full precision is not rounded to half, nor is its gradient, a sum over all queries.
+        q, k, v = (tensor.to(torch.promote_types(given, sink.dtype)) for tensor in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -65,4 +69,4 @@ def reference_attention(
     if sink is not None:
         column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, column), dim=-1)
-    return scores.softmax(-1)[..., : k.shape[2]] @ v
+    return (scores.softmax(-1)[..., : k.shape[2]] @ v).to(given)

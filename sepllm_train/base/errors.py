@@ -35,7 +35,11 @@ EXIT_INTERRUPTED = 75
 
 
 def first_line(error: BaseException) -> str:
-    """Message of an error in one line without a full stop; its type where it has none."""
+    """Message of an error in one line without a full stop; its type where it has none. Of an error that gathers those
+    of several ranks, as torch's of checkpoints, that of the first."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        return first_line(next(iter(failures.values()))[0])
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 

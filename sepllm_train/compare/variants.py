@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.parsing import read_yaml
 from sepllm_train.compare.timing import VariantTiming
 from sepllm_train.config.compatibility import LATER_KEYS, same_data
 from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, tell_apart
@@ -159,8 +160,8 @@ def settings_of(folder: Path, *, without_rate: bool = False) -> tuple[str, float
     `without_rate` takes the learning rate out of the text. None where no configuration can be read.
     """
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf8"))
-        if not isinstance(config, dict) or "seed" not in config:
+        config = read_yaml(folder / "config.yaml", "")
+        if "seed" not in config:
             return None
         kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
         rate = math.nan
@@ -169,7 +170,7 @@ def settings_of(folder: Path, *, without_rate: bool = False) -> tuple[str, float
             dropped = RATE_KEYS if without_rate else ()
             kept["optim"] = {key: value for key, value in optim.items() if key not in dropped}
         return yaml.safe_dump(_without_empty(kept), sort_keys=True), rate
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+    except (ValueError, TypeError):
         return None
 
 
@@ -264,20 +265,26 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key in REQUIRED:
             if key not in run.info["comparable"]:
                 raise UserError(f"{run.folder / 'run.json'} has no comparable.{key}, so the run cannot be compared.")
-    first, settings = runs[0].info["comparable"], flatten(runs[0].info["comparable"])
+    first = runs[0].info["comparable"]
     for run in runs[1:]:
-        other = flatten(run.info["comparable"])
-        for key in [*REQUIRED, *sorted((first.keys() | run.info["comparable"].keys()) - REQUIRED.keys() - {ALLOWED})]:
-            if same_data(first.get(key), run.info["comparable"].get(key)):
+        other = run.info["comparable"]
+        for key in [*REQUIRED, *sorted((first.keys() | other.keys()) - REQUIRED.keys() - {ALLOWED})]:
+            if same_data(first.get(key), other.get(key)):
                 continue
-            for name in sorted(n for n in settings.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
-                absent = name not in settings or name not in other
-                if settings.get(name) != other.get(name) and not (absent and name.endswith(LATER_KEYS)):
+            ours, theirs = (flatten({key: settings.get(key)}) for settings in (first, other))
+            for name in sorted(ours.keys() | theirs.keys()):
+                absent = name not in ours or name not in theirs
+                if ours.get(name) != theirs.get(name) and not (absent and name.endswith(LATER_KEYS)):
                     raise UserError(
                         f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
-                        f"{settings.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "
-                        f"{run.folder}."
+                        f"{_shown(ours.get(name))} in {runs[0].folder} and {_shown(theirs.get(name))} in {run.folder}."
                     )
+
+
+def _shown(value: Any) -> str:
+    """A setting in a sentence, of which there may be a whole file in a damaged run.json."""
+    text = "'absent'" if value is None else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

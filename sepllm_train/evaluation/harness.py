@@ -64,6 +64,7 @@ class SeparatorLM(HFLM):
         context. The windows of whole texts always do."""
         for request in requests:
             if request.request_type == "loglikelihood":
+                self._check_choice(request)
                 # The last token is never given to the model.
                 self._fits(len(self.tok_encode("".join(request.args))) - 1, f"of {task} ")
             elif request.request_type == "generate_until":
@@ -79,7 +80,12 @@ class SeparatorLM(HFLM):
         return Shares(found), truncated
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
+        """(log-likelihood, whether greedy decoding gives it) of each (context, continuation).
+
+        Raises UserError for a continuation that has no tokens of its own.
+        """
+        for request in requests:
+            self._check_choice(request)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -91,6 +97,10 @@ class SeparatorLM(HFLM):
         for request in requests:
             self._fits(self._with_answer(request), "with its answer ")
         return super().generate_until(requests, disable_tqdm=disable_tqdm or self.quiet)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text. HFLM leaves out the first token where a text begins with its name, which is text here."""
+        return super().tok_encode(string, add_special_tokens is None or add_special_tokens, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: _Requests, disable_tqdm: bool = False, override_bs: int | None = None
@@ -145,11 +155,31 @@ class SeparatorLM(HFLM):
         prompt, how = request.args
         return len(self.tok_encode(prompt)) + how.get("max_gen_toks", self.max_gen_toks)
 
+    def _check_choice(self, request: Instance) -> None:
+        """Raise a UserError for a continuation whose tokens, after those of its context, are not those of the whole:
+        the harness would score a part of it, or nothing."""
+        context, continuation = request.args
+        whole = self.tok_encode(context + continuation)
+        before, after = self._encode_pair(context, continuation) if context else ([], whole)
+        if after and before + after == whole:
+            return
+        where = f"document {request.doc_id} of {request.task_name}"
+        if not continuation:
+            raise self._refused(f"{where}: the choice '' is empty: leave the document out, or give the choice a text.")
+        raise self._refused(
+            f"{where}: the tokenizer joins the choice {continuation!r} to the end of its context, {context[-20:]!r}: "
+            "it has no likelihood of its own: leave the document out, or begin the choice with a space or a new line."
+        )
+
+    def _refused(self, sentence: str) -> UserError:
+        """The error of a document, which one rank of several finds alone."""
+        return (RankError if self.world_size > 1 else UserError)(sentence)
+
     def _fits(self, tokens: int, what: str) -> None:
         if tokens <= self.max_length:
             return
         if not self.truncate:
-            raise (RankError if self.world_size > 1 else UserError)(
+            raise self._refused(
                 f"a prompt {what}has {tokens:,} tokens and the model's context {self.max_length:,}: give fewer "
                 "examples (--num-fewshot), or let it be cut on the left with --truncate."
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ PAPER = "paper"
 PAPER_INTERVAL = 5
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words that end a list of the `known` names: which of them is nearest to a mistyped one."""
+    return f"; the nearest is {get_close_matches(name, list(known), 1, cutoff=0)[0]}"
+
+
 def baseline(asked: AttentionChoice, text: str) -> AttentionChoice:
     """Another attention from NAME or NAME:KEY=VALUE:..., such as streaming:window=380.
 
@@ -26,7 +32,8 @@ def baseline(asked: AttentionChoice, text: str) -> AttentionChoice:
     if name not in ATTENTIONS:
         raise UserError(
             f"the baseline {name!r} is unknown: choose from {', '.join(ATTENTIONS)}, or {PAPER} for dense, streaming "
-            "and fixed (several classes of a baseline are joined by +, not by commas)."
+            f"and fixed (several classes of a baseline are joined by +, not by commas)"
+            f"{nearest(name, (*ATTENTIONS, PAPER))}."
         )
     given: dict[str, Any] = {}
     for setting in settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from sepllm_train.generation.choice import ATTENTIONS
 FORMAT = 1
 # What the report reads of a result, and of what type it is.
 _SHARE = float | int | None
+_ABSENT = object()
+# Characters of a name.
+_LONGEST = 4096
 _CONTENT: dict[str, Any] = {
     "task": str,
     "metrics": dict,
@@ -43,8 +47,10 @@ def read_result(path: Path) -> dict[str, Any]:
     if form is None:
         raise UserError(f"{path} is not a result of `sepllm evaluate`.")
     if form != FORMAT:
-        raise UserError(f"{path} is in format {form!r} and this version reads format {FORMAT}: evaluate again.")
-    wrong = _wrong(result, _CONTENT)
+        raise UserError(
+            f"{path} is in format {repr(form)[:60]} and this version reads format {FORMAT}: evaluate again."
+        )
+    wrong = missing(result, _CONTENT)
     if wrong is not None:
         raise UserError(
             f"{path} is not a whole result of `sepllm evaluate`: its {wrong} is missing or of another type."
@@ -53,19 +59,58 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is of a task or an attention that this version does not know.")
     if not result["metrics"]:
         raise UserError(f"{path} holds no metrics: evaluate {result['task']} again.")
+    damaged = _damaged(result)
+    if damaged is not None:
+        raise UserError(f"{path} is not a whole result of `sepllm evaluate`: its {damaged}.")
     return {**result, "file": str(path)}
 
 
-def _wrong(content: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first key of `wanted` that `content` does not have, or not with a value of its type."""
+def missing(content: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first key of `wanted`, a type or a dict of further keys for each, that `content` does not have, or not with a
+    value of its type; a bool is no number."""
     for key, kind in wanted.items():
         inner = kind if isinstance(kind, dict) else {}
-        if key not in content or not isinstance(content[key], dict if inner else kind):
+        if (
+            key not in content
+            or isinstance(content[key], bool)
+            or not isinstance(content[key], dict if inner else kind)
+        ):
             return key
-        deeper = _wrong(content[key], inner) if inner else None
+        deeper = missing(content[key], inner) if inner else None
         if deeper is not None:
             return f"{key}.{deeper}"
     return None
+
+
+def printable(text: str) -> bool:
+    """True for a text that fits in a line of a table."""
+    return 0 < len(text) <= _LONGEST and text.isprintable()
+
+
+def _damaged(result: dict[str, Any]) -> str | None:
+    """What a result of the right types says that cannot be, or None."""
+    for place, text in (("attention.label", result["attention"]["label"]), ("model.name", result["model"]["name"])):
+        if not printable(text):
+            return f"{place} is no name"
+    for name, entry in result["metrics"].items():
+        if not isinstance(entry, dict) or missing(entry, {"value": float | int}) is not None:
+            return f"metrics.{name[:60]!r} has no value"
+    for split, file in _files(result).items():
+        if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+            return f"data.files.{split[:60]!r} has no sha256"
+    for key in ("attended_share", "kv_share"):
+        if result[key] is not None and not (math.isnan(result[key]) or 0 <= result[key] <= 1):
+            return f"{key} is not between 0 and 1"
+    for key in ("num_fewshot", "documents", "documents_there", "truncated_prompts"):
+        if result[key] < 0:
+            return f"{key} is below 0"
+    return None
+
+
+def _files(result: dict[str, Any]) -> dict[str, Any]:
+    """The files of a result's data by split; none for data of the hub."""
+    files = result["data"].get("files")
+    return files if isinstance(files, dict) else {}
 
 
 def model_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +126,7 @@ def attention_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def conditions(result: dict[str, Any]) -> dict[str, Any]:
     """Values that results of a task must share to be compared, as far as they are settled before the evaluation."""
-    files = result["data"].get("files", {})
+    files = _files(result)
     return {
         "limit": result["limit"],
         "split": result["split"],

@@ -41,12 +41,13 @@ _PACKAGES = ("lm_eval", "transformers", "datasets", "tokenizers")
 
 def tokenizer_for(opened: Opened, given: str | None) -> Any:
     """transformers' tokenizer of an opened model: the one in its folder, which may put a first token before every text,
-    or one made of ours. given: file named on the command line. Raises UserError when it cannot be made."""
+    or one made of ours. Names of special tokens in a text are text to both, as in training. given: file named on the
+    command line. Raises UserError when it cannot be made."""
     from transformers import AutoTokenizer
 
     folder = Path(opened.name)
     if given is None and (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
     return to_transformers(opened.tokenizer)
 
 

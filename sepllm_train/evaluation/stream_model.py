@@ -14,7 +14,7 @@ import torch
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.generation.choice import CLASSES, AttentionChoice
-from sepllm_train.runs.open import open_run
+from sepllm_train.runs.open import open_run, refuse_not_finite
 
 # What a configuration says of the computation that the weights' shapes do not.
 _FACTS = (
@@ -84,7 +84,7 @@ def open_model(folder: str, tokenizer: str | None, dtype: str, device: str) -> O
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    """A transformers model. Raises UserError when its folder is not whole or not understood."""
+    """A transformers model. Raises UserError when its folder is not whole or not understood, or a weight is NaN."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -94,7 +94,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         # A cache decides what is seen; whatever has none attends fully.
-        return load_model(str(folder), dense=True, dtype=dtype)
+        model = load_model(str(folder), dense=True, dtype=dtype)
     except UserError:
         raise
     except (
@@ -112,6 +112,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             f"the model in {folder} cannot be loaded ({cause}): give a whole folder with config.json and weights in "
             "safetensors."
         ) from None
+    refuse_not_finite(folder, model.named_parameters())
+    return model
 
 
 def make_cache(opened: Opened, choice: AttentionChoice, *, strict: bool = False, block: int = 1024) -> Any:

@@ -9,10 +9,24 @@ from typing import Any
 from sepllm_train.base.console import quantity
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_json
+from sepllm_train.evaluation.results import missing, printable
 from sepllm_train.generation.choice import CACHES
 
 RESULT = "result.json"
 _SCORE_AGAIN = "remove it and score the text again"
+_SIZES = ("initial", "separators", "window", "capacity")
+# What is read of a result and of its points, and of what type it is.
+_POINT: dict[str, Any] = {"tokens": int, "perplexity": float | int}
+_CONTENT: dict[str, Any] = {
+    **_POINT,
+    "seconds": float | int,
+    "mean_length": float | int,
+    "points": list,
+    "cache": str,
+    "fingerprint": str,
+    "text": object,
+    "positions_used": str,
+}
 _SHORT = {"streaming": "StreamingLLM", "sep": "SepLLM", "fixed": "fixed interval", "pattern": "pattern", "full": "full"}
 
 
@@ -35,7 +49,7 @@ def report(folders: Sequence[Path], at: Sequence[int]) -> str:
 
 def _row(result: dict[str, Any], at: Sequence[int]) -> list[str]:
     sizes = [str(result[key]) if result.get(key) is not None else "" for key in
-             ("initial", "separators", "window", "capacity")]  # fmt: skip
+             _SIZES]  # fmt: skip
     by_tokens = {point["tokens"]: point["perplexity"] for point in result["points"]}
     found = [f"{by_tokens[n]:.2f}" if n in by_tokens else "-" for n in at]
     name = _SHORT[result["cache"]] + (f" D = {result['interval']}" if result.get("interval") else "")
@@ -54,12 +68,13 @@ def read_stream(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _is_result(content: Any) -> bool:
+def _is_result(content: dict[str, Any]) -> bool:
     """True for a result with all that is read of it."""
-    try:
-        numbers = [content[key] for key in ("perplexity", "seconds", "mean_length", "tokens")]
-        numbers += [point[key] for point in content["points"] for key in ("tokens", "perplexity")]
-        known = content["cache"] in CACHES and all(key in content for key in ("fingerprint", "text", "positions_used"))
-    except (KeyError, TypeError):
+    if missing(content, _CONTENT) is not None or content["cache"] not in CACHES or not content["seconds"] > 0:
         return False
-    return known and all(isinstance(number, int | float) for number in numbers) and content["seconds"] > 0
+    sizes = [content.get(key) for key in (*_SIZES, "interval")]
+    return (
+        all(isinstance(point, dict) and missing(point, _POINT) is None for point in content["points"])
+        and all(size is None or type(size) is int for size in sizes)
+        and printable(content["positions_used"])
+    )

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from sepllm_train.base.console import duration, quantity, say
-from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.options import ScoreOptions
+from sepllm_train.evaluation.results import missing
 from sepllm_train.evaluation.stream_model import Opened, check_context
 from sepllm_train.evaluation.stream_report import RESULT, read_stream
 from sepllm_train.evaluation.stream_state import FOLDER, load_state, save_state
@@ -31,6 +32,15 @@ from sepllm_train.generation.choice import AttentionChoice
 from sepllm_train.hf.hooks import cache_argument
 
 SAY_EVERY = 10.0
+# Types of the attributes of Progress.
+_PROGRESS: dict[str, Any] = {
+    "tokens": int,
+    "predicted": int,
+    "nats": float | int,
+    "seconds": float | int,
+    "points": list,
+    "since": list,
+}
 
 
 @dataclass
@@ -245,13 +255,29 @@ def _resume(output: Path, cache: Any, identity: dict[str, Any]) -> Progress:
     saved = load_state(output, cache)
     if saved is None:
         return Progress()
-    try:
-        found, progress = dict(saved["identity"]), Progress(**saved["progress"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{output / FOLDER} cannot be read ({first_line(error)}): remove it to begin again.") from None
+    wrong = missing(saved, {"identity": dict, "progress": _PROGRESS})
+    if wrong is None and not _is_progress(saved["progress"]):
+        wrong = "progress"
+    if wrong is not None:
+        raise UserError(
+            f"{output / FOLDER} cannot be read (its {wrong} is missing or of another type): remove it to begin again."
+        )
+    found, progress = saved["identity"], Progress(**saved["progress"])
     _same(output, found, identity)
     say(f"resumed at {progress.tokens:,} tokens from {output}")
     return progress
+
+
+def _is_progress(content: dict[str, Any]) -> bool:
+    """True for what can be the progress of a stream, its values being of their types."""
+    since = content["since"]
+    return (
+        content.keys() == _PROGRESS.keys()
+        and min(content["tokens"], content["predicted"]) >= 0
+        and len(since) == 4
+        and all(type(number) in (int, float) for number in since)
+        and all(isinstance(point, dict) and missing(point, {"tokens": int}) is None for point in content["points"])
+    )
 
 
 def _same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

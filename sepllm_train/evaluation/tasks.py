@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import yaml
 
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import hash_file
+from sepllm_train.base.parsing import read_json_lines
+from sepllm_train.evaluation.options import nearest
 
 Record = dict[str, Any]
 # What each field of a record must be; `list` stands for a list of strings.
@@ -146,7 +147,7 @@ def check_names(names: Iterable[str]) -> None:
     """Raise UserError for a task that is not among the paper's."""
     for name in names:
         if name not in TASKS:
-            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(TASKS)}.")
+            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(TASKS)}{nearest(name, TASKS)}.")
 
 
 @contextmanager
@@ -246,19 +247,14 @@ def local_files(name: str, data_dir: Path) -> dict[str, Path]:
 
 def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]) -> list[Record]:
     """The records of a local file, which must have `fields`, converted. Raises UserError for a line that is not so."""
-    try:
-        text = path.read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}).") from None
     if path.suffix == ".txt":
-        return [{"page": page} for page in articles(text)]
+        return [{"page": page} for page in articles(_read_text(path))]
     records = []
-    # Not splitlines(), which also splits at characters that a JSON string may hold as they are, such as U+2028.
-    for number, line in enumerate(StringIO(text), 1):
+    for number, record in read_json_lines(path, f"a record of its task has {', '.join(fields)}"):
         try:
-            record = json.loads(line)
             _check_fields(record, fields)
-            records.append(convert(record))
+            # What else there is may be of another type in every line.
+            records.append(convert({key: record[key] for key in fields}))
         except ValueError as error:
             raise UserError(f"line {number} of {path} is not a record of its task: {first_line(error)}.") from None
     if not records:
@@ -266,16 +262,29 @@ def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]
     return records
 
 
-def _check_fields(record: Any, fields: Fields) -> None:
+def _read_text(path: Path) -> str:
+    """The text of a file. Raises UserError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}).") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty.")
+    return text
+
+
+def _check_fields(record: Record, fields: Fields) -> None:
     """Raise ValueError unless a record has `fields`, each of its type."""
-    if not isinstance(record, dict):
-        raise ValueError("it is not a JSON object")
     for key, kind in fields.items():
         if key not in record:
             raise ValueError(f"it has no {key!r} and needs {', '.join(fields)}")
         # type() since a bool is an int to isinstance().
         if type(record[key]) is not kind or (kind is list and not all(isinstance(one, str) for one in record[key])):
             raise ValueError(f"its {key!r} must be {_KINDS[kind]}")
+        try:
+            json.dumps(record[key], ensure_ascii=False).encode("utf8")
+        except UnicodeEncodeError:
+            raise ValueError(f"its {key!r} holds half of a character") from None
 
 
 def articles(text: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from sepllm_train.hf.cache import SlotCache
 from sepllm_train.hf.caches import FixedCache, FullCache, PatternCache, SepCache, StreamingCache
+from sepllm_train.hf.guard import ATTENTION
 from sepllm_train.hf.hooks import attach, cache_argument
-from sepllm_train.hf.pattern import ATTENTION, apply_pattern, load_model, remove_pattern
+from sepllm_train.hf.pattern import apply_pattern, load_model, remove_pattern
 from sepllm_train.hf.separators import make_pattern, no_separators, trained_pattern
 from sepllm_train.hf.static import Decoder, StaticSepCache
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -18,19 +17,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import whole_folder, write_json, write_whole
+from sepllm_train.base.files import whole_folder, write_whole
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
 from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
-from sepllm_train.hf.pattern import ATTENTION
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
-from sepllm_train.runs.open import TrainedRun
+from sepllm_train.runs.open import TrainedRun, refuse_not_finite
 from sepllm_train.training.checkpoint.load import SafeReader
 
 # What a checkpoint holds besides weights.
@@ -46,7 +44,8 @@ _IMPORTS_SEPARATORS = ("from sepllm_train.hf import load_model", "from transform
 _IMPORTS_DENSE = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
 _LOAD_SEPARATORS = """`load_model` lets the model attend by the pattern that it was trained with (`pip install
 'sepllm-train[hf]'`). With full attention it is another model with other losses, so transformers alone refuses to load
-it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. To look at it with full attention all the
+it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. Copies that are saved where this package
+is imported keep that name; `load_model` finds the pattern in every copy. To look at it with full attention all the
 same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa")`.
 """
 _LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
@@ -90,7 +89,7 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
     output = Path(output)
     refuse_existing(output, altered_export, overwrite=overwrite)
     _refuse_older(run)
-    pattern, tokenizer = run.token_pattern, run.tokenizer
+    tokenizer = run.tokenizer
     precision = dtype or run.config.training.precision
     one_of("--dtype", precision, tuple(PRECISIONS))
     with whole_folder(output) as aside:
@@ -101,8 +100,6 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
             shutil.copymode(aside / "config.json", file)
         architecture, parameters = type(model).__name__, model.num_parameters()
         del model
-        if not pattern.dense:
-            _guard(aside / "config.json")
         note = save_tokenizer(tokenizer, aside)
         theirs, info = AutoModelForCausalLM.from_pretrained(
             aside, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -142,16 +139,12 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
         raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
 
 
-def _guard(path: Path) -> None:
-    """Name our attention in config.json: transformers loads no model with an attention that nobody has registered."""
-    content = json.loads(path.read_text(encoding="utf8"))
-    write_json(path, {**content, "attn_implementation": ATTENTION}, indent=2)
-
-
 def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read or `dtype` is too small."""
+    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read, for weights that are not
+    finite, and when `dtype` is too small."""
     family = FAMILIES[model_type(run.config)]
     for name, whole in _weights(run.checkpoint.path):
+        refuse_not_finite(run.checkpoint.path, [(name, whole)])
         for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
             converted = tensor.to(dtype)
             if not converted.isfinite().all():
@@ -169,12 +162,17 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
                 continue
             entry = entries[name]
             assert isinstance(entry, TensorStorageMetadata)
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise UserError(f"parameter {name} is not whole in {checkpoint}: take another checkpoint.")
+            # What is not read is not passed on.
+            tensor = torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
             with quiet():
                 torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({first_line(error)}).") from None
+        # torch goes on with advice for those who wrote the file.
+        cause = first_line(error).split(". In PyTorch")[0]
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({cause}): take another one.") from None
 
 
 def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:

@@ -17,12 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.hf.guard import ATTENTION
 from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
 from sepllm_train.hf.separators import trained_pattern
 
-# Name of our attention among transformers' attention implementations. sepllm export writes it to config.json, so
-# that an exported model does not load, and attend fully, where this module was not imported.
-ATTENTION = "sepllm"
 IMPLEMENTATIONS = ("auto", "kernel", "mask")
 
 

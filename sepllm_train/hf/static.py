@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sepllm_train.base.errors import UserError
 from sepllm_train.generation.cache import check_context
 from sepllm_train.hf.caches import SepCache
+from sepllm_train.hf.guard import ATTENTION
 from sepllm_train.hf.hooks import additive, cache_argument
-from sepllm_train.hf.pattern import ATTENTION, no_kernel
+from sepllm_train.hf.pattern import no_kernel
 from sepllm_train.hf.rotary import Rotation
 
 MODES = ("eager", "compile", "graph")

@@ -13,7 +13,7 @@ from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.runs.vocabulary import TOKENIZER_NAMES
 
 # Types of pieces and models in SentencePiece's file format.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _BPE = 2
 _HARD_TEXTS = (
     "",
@@ -34,9 +34,8 @@ _HARD_TEXTS = (
 def to_transformers(tokenizer: Tokenizer) -> Any:
     """A transformers tokenizer that gives the ids of `tokenizer`, which end a document with its eos token.
 
-    Like ours it adds no token by itself. Unlike ours it reads names of special tokens in a text as those tokens, and
-    U+2581 as a space where the tokenizer is SentencePiece's, as that itself does. Raises UserError when no such
-    tokenizer can be made of a SentencePiece model.
+    Like ours it adds no token by itself, and reads the names of special tokens in a text as text. Raises UserError when
+    no such tokenizer can be made of a SentencePiece model.
     """
     definition = _sentencepiece(tokenizer) if tokenizer.kind == "sentencepiece" else _huggingface(tokenizer)
     made = _wrap(definition, tokenizer)
@@ -63,7 +62,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
 
 def check_same_ids(made: Any, tokenizer: Tokenizer) -> None:
     """Raise UserError unless a transformers tokenizer encodes and decodes real text as `tokenizer` does."""
-    for text in (*_HARD_TEXTS, *(topics[name] for name in sorted(topics)[:20])):
+    names = [text for name in sorted(made.get_added_vocab()) for text in (name, f"A {name} in a{name}text. {name}")]
+    for text in (*_HARD_TEXTS, *names, *(topics[name] for name in sorted(topics)[:20])):
         (ids,) = tokenizer.encode_batch([text])
         if made(text).input_ids != ids:
             raise UserError(f"transformers' tokenizer gives other ids than {tokenizer.path} for {text[:40]!r}.")
@@ -87,7 +87,9 @@ def _wrap(definition: dict[str, Any], tokenizer: Tokenizer) -> Any:
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{tokenizer.path} cannot be written as tokenizer.json ({first_line(error)}).") from None
     eos = backend.id_to_token(tokenizer.eod)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False, split_special_tokens=True
+    )
 
 
 def _huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -95,7 +97,13 @@ def _huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
     definition = json.loads(tokenizer.path.read_bytes())
     processor = definition.get("post_processor")
     adds = processor is not None and processor["type"] != "ByteLevel"
-    return {**definition, "truncation": None, "padding": None, "post_processor": None if adds else processor}
+    # transformers finds those that are not special in every text.
+    added = [
+        {**token, "special": token["special"] or token["id"] not in tokenizer.encode_batch([token["content"]])[0]}
+        for token in definition.get("added_tokens") or []
+    ]
+    without = {"truncation": None, "padding": None, "post_processor": None if adds else processor}
+    return {**definition, **without, "added_tokens": added}
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -106,28 +114,30 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
         raise UserError(f"{tokenizer.path} rewrites text ({rules.name}), which is not carried over to tokenizer.json.")
     if trainer.model_type != _BPE:
         raise UserError(f"{tokenizer.path} is not a BPE model: of equal splits of a word transformers takes another.")
-    unknown = pieces[trainer.unk_id].piece
-    vocabulary = {entry.piece: number for number, entry in enumerate(pieces)}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-    prefix = [{"type": "Prepend", "prepend": SPACE_MARK}] if rules.add_dummy_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if rules.add_dummy_prefix else []
-    back = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    # Spaces stay spaces, so that U+2581 in a text is no space where it is none to SentencePiece.
+    written = [entry.piece.replace(SPACE_MARK, " ") for entry in pieces]
+    found = [number for number, entry in enumerate(pieces) if entry.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    as_space, as_text = tokenizer.encode_batch([f"a{SPACE_MARK}b", "a b"])
+    replace = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    normalizers = [replace] if as_space == as_text else []
+    strip = []
+    if rules.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": " "})
+        strip.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "added_tokens": [
-            _added(number, entry.piece, special=entry.type == _CONTROL or number == trainer.unk_id)
-            for number, entry in enumerate(pieces)
-            if entry.type in (_CONTROL, _USER_DEFINED) or number == trainer.unk_id
+            _added(number, written[number], special=pieces[number].type != _USER_DEFINED) for number in found
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE",
-            "vocab": vocabulary,
-            "merges": _merges(pieces, vocabulary),
-            "unk_token": unknown,
+            "vocab": {piece: number for number, piece in enumerate(written)},
+            "merges": _merges(pieces, written),
+            "unk_token": written[trainer.unk_id],
             "fuse_unk": True,
             "byte_fallback": trainer.byte_fallback,
         },
@@ -147,16 +157,19 @@ def _proto(path: Path) -> Any:
     return model
 
 
-def _merges(pieces: Any, vocabulary: dict[str, int]) -> list[list[str]]:
-    """Pairs of pieces in the order in which BPE joins them: SentencePiece joins the pair whose whole scores highest."""
-    ordinary = {entry.piece for entry in pieces if entry.type not in (_CONTROL, _USER_DEFINED)}
-    ranked = sorted((entry for entry in pieces if entry.piece in ordinary), key=lambda entry: -entry.score)
+def _merges(pieces: Any, written: list[str]) -> list[list[str]]:
+    """Pairs of pieces in the order in which BPE joins them: SentencePiece joins the pair whose whole scores highest.
+
+    Bytes, names of special tokens and user-defined pieces are never joined to.
+    """
+    joined = [number for number, entry in enumerate(pieces) if entry.type in (_NORMAL, _UNUSED)]
+    number_of = {written[number]: number for number in joined}
     merges = []
-    for entry in ranked:
-        text = entry.piece
+    for whole in sorted(joined, key=lambda number: -pieces[number].score):
+        text = written[whole]
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-        known = [pair for pair in pairs if pair[0] in ordinary and pair[1] in ordinary]
-        merges += [list(pair) for pair in sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
+        known = [pair for pair in pairs if pair[0] in number_of and pair[1] in number_of]
+        merges += [list(pair) for pair in sorted(known, key=lambda pair: (number_of[pair[0]], number_of[pair[1]]))]
     return merges
 
 

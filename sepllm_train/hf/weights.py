@@ -17,6 +17,7 @@ from torch import Tensor
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.parsing import read_json
 from sepllm_train.config.schema import ModelConfig
+from sepllm_train.runs.open import refuse_not_finite
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -161,11 +162,13 @@ class SafetensorsFolder:
         return set(self._files)
 
     def read(self, name: str) -> Tensor:
-        """A tensor. Raises UserError when it is not there or its file cannot be read."""
+        """A tensor. Raises UserError when it is not there, is not finite or its file cannot be read."""
         if name not in self._files:
             raise UserError(f"{self.folder} has no tensor {name}: it is not the model of its config.json.")
         with self._open(self._files[name]) as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        refuse_not_finite(self.folder / self._files[name], [(name, tensor)])
+        return tensor
 
     def types(self, names: Iterable[str]) -> set[str]:
         """safetensors' names of the types of these tensors, such as F32. Raises UserError as `read` does."""

@@ -6,13 +6,14 @@ megatron-core are imported no earlier than that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepllm_train.base.console import note
-from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.errors import RankError, UserError, first_line
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import DATA, TOKENIZER, VOCABULARY
@@ -169,7 +170,7 @@ class TrainedRun:
         """Load the weights, in the precision of training. Every rank of the process grid calls it.
 
         config: by `config_for`, None for the run's in one process. Raises UserError when the checkpoint cannot be read
-        as what the model needs.
+        as what the model needs, and for weights that are not finite.
         """
         from sepllm_train.distributed.launch import ALONE, device_of
         from sepllm_train.training import checkpoint as checkpoints
@@ -181,9 +182,11 @@ class TrainedRun:
                 attention=replace(self.config.attention, backend="auto"),
                 training=replace(self.config.training, recompute="none"),
             )
-        return checkpoints.load_for_evaluation(
+        model = checkpoints.load_for_evaluation(
             self.checkpoint.path, config, self.vocabulary, device or device_of(ALONE)
         )
+        refuse_not_finite(self.checkpoint.path, model.named_parameters())
+        return model
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -234,6 +237,17 @@ class TrainedRun:
             "sequence_length": self.config.data.sequence_length,
             "samples": samples,
         }
+
+
+def refuse_not_finite(place: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise RankError for the first of the named tensors of `place` that has a NaN or an infinity."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            wrong = int((~tensor.isfinite()).sum())
+            raise RankError(
+                f"{place} has {wrong:,} of {tensor.numel():,} weights in {name} that are NaN or infinite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}: take another checkpoint, or copy it again."
+            )
 
 
 def open_run(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +20,12 @@ from sepllm_train.runs.padding import without_padding
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
-# No run has counted so far, and Python's floats, in which counts are compared and drawn, reach further.
-_MOST = 10**40
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
+# The most that a record may count: beyond any run, and within the range of float32, in which curves are drawn.
+LARGEST = 1e30
+# Beginnings of the keys under which a record holds numbers.
+_METRICS = ("train/", "val/", "checkpoint/")
+_LONGEST_NAME = 255
+_CHECKPOINT = re.compile(r"step_(\d{8,18})")
 
 Record = dict[str, Any]
 
@@ -87,7 +92,7 @@ def read_run(folder: Path) -> Run:
     info = _read_info(folder)
     records, gap = _history(folder, info, [])
     info, _ = without_padding(info)
-    run = Run(folder, str(info.get("name") or folder.name), info, gap=gap)
+    run = Run(folder, name_of(info, folder), info, gap=gap)
     for record in records:
         if LOSS in record:
             run.validation.append(record)
@@ -96,15 +101,31 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def name_of(info: Record, folder: Path) -> str:
+    """Name of a run in run.json, or of its folder where that gives none that can be printed in a line."""
+    name = info.get("name")
+    usable = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+    return name if usable else folder.name
+
+
 def _read_info(folder: Path) -> Record:
     """run.json. Raises UserError when it is missing, or lacks what a comparison needs."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
     info = read_json(path, "every run writes one when it starts", nan=True)
+    _refuse_half_characters(json.dumps(info, ensure_ascii=False), path)
     if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
     return with_current_keys(info)
+
+
+def _refuse_half_characters(text: str, where: str | Path) -> None:
+    """Raise UserError for escapes of half a character, which no file can hold."""
+    try:
+        text.encode("utf8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a character (\\ud800 to \\udfff): it is damaged.") from None
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
@@ -115,9 +136,9 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
     _, corrected = without_padding(info)
     own = _latest(map(corrected, _records(folder / "metrics.jsonl")))
     later = [*later, folder.resolve()]
-    if not own or not isinstance(info.get("origin"), str):
+    origin = _origin(info)
+    if not own or origin is None:
         return own, ""
-    origin = Path(info["origin"])
     parent = origin.parent.parent if _CHECKPOINT.fullmatch(origin.name) else origin
     # A run that was continued in its own folder may name itself.
     if parent.resolve() in later:
@@ -128,10 +149,19 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
             raise UserError(f"{parent} is another run by now.")
         earlier, gap = _history(parent, before, later)
     except UserError as error:
-        reason = str(error).rstrip(".") if parent.exists() else f"{parent} is not there"
+        reason = str(error).rstrip(".") if os.path.exists(parent) else f"{parent} is not there"
         return own, f"the records before step {own[0]['step']}, of the run that it went on from, are missing ({reason})"
     last = _went_on_at(origin, own[0])
     return _latest(chain((record for record in earlier if record["step"] <= last), own)), gap
+
+
+def _origin(info: Record) -> Path | None:
+    """The checkpoint or the run that a run went on from; None without one, and for what cannot be a path."""
+    origin = info.get("origin")
+    if not isinstance(origin, str) or "\0" in origin:
+        return None
+    parts = Path(origin).parts
+    return Path(origin) if all(len(os.fsencode(part)) <= _LONGEST_NAME for part in parts) else None
 
 
 def _same_model(ours: Any, theirs: Any) -> bool:
@@ -141,8 +171,10 @@ def _same_model(ours: Any, theirs: Any) -> bool:
     """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return True
-    earlier = theirs.get(EARLIER_DATA) or [{}]
-    switched = same_data(earlier[-1].get("data"), ours.get(DATA)) and not same_data(earlier, ours.get(EARLIER_DATA))
+    earlier = theirs.get(EARLIER_DATA)
+    last = earlier[-1] if isinstance(earlier, list) and earlier else {}
+    before = last.get("data") if isinstance(last, dict) else None
+    switched = same_data(before, ours.get(DATA)) and not same_data(earlier or [{}], ours.get(EARLIER_DATA))
     told = {key: value for key, value in theirs.items() if not (switched and key.startswith("data"))}
     return all(same_data(ours.get(key, value), value) for key, value in told.items())
 
@@ -167,31 +199,37 @@ def _records(path: Path) -> Iterator[Record]:
             continue
         where = f"{path} line {number}"
         try:
-            record = parse_json_object(line, where, "repair or delete that line", nan=True, widest=10 * _MOST)
+            record = parse_json_object(line, where, "repair or delete that line", nan=True, widest=10 * int(LARGEST))
         except UserError:
             if number == len(lines):
                 return
             raise
+        if b"\\" in line:
+            _refuse_half_characters("".join(record), where)
         yield _checked(record, where)
 
 
 def _checked(record: Record, where: str) -> Record:
-    """The record with null read as nan; raises UserError unless it counts what every record must count."""
-    record = {key: math.nan if value is None else value for key, value in record.items()}
-    if not isinstance(record.get("step"), int):
-        raise UserError(f"{where} has no whole number for 'step': every record must have one.")
+    """The record with null read as nan, as are measured numbers beyond LARGEST; raises UserError unless it counts what
+    every record must count, and its metrics are numbers."""
     for key in ("step", *CUMULATIVE):
-        if not _is_count(record.get(key)):
+        if not _is_count(record.get(key)) or (key == "step" and record[key] != int(record[key])):
             raise UserError(f"{where} has no number of 0 or more for {key!r}: every record must have one.")
+    checked = {}
     for key, value in record.items():
-        # Metrics have a group in their names: train/loss.
-        if "/" in key and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{where}: {key!r} must be a number, not {str(value)[:40]!r}.")
-    return record
+        if key.startswith(_METRICS) and value is not None and not _is_number(value):
+            raise UserError(f"{where}: {key[:_LONGEST_NAME]!r} must be a number, not {repr(value)[:60]}.")
+        out_of_range = value is None or (_is_number(value) and not abs(value) <= LARGEST)
+        checked[key] = math.nan if out_of_range else value
+    return checked | {"step": int(record["step"])}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
+    return _is_number(value) and 0 <= value <= LARGEST
 
 
 def _latest(records: Iterable[Record]) -> list[Record]:

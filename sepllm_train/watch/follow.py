@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sepllm_train.runs.records import CUMULATIVE, LOSS, Record
+from sepllm_train.base.errors import UserError
+from sepllm_train.base.parsing import parse_json, parse_json_object
+from sepllm_train.runs.records import CUMULATIVE, LARGEST, LOSS, Record, name_of
 from sepllm_train.watch.tail import SLICE, Tail, open_within
 from sepllm_train.watch.thin import SCALES, Rows, Thinned
 
@@ -57,7 +58,7 @@ class FollowedRun:
     @property
     def name(self) -> str:
         """Name of the run, or of its folder until run.json names it."""
-        return str(self.info.get("name") or self.folder.name)
+        return name_of(self.info, self.folder)
 
     @property
     def pending(self) -> int:
@@ -123,10 +124,8 @@ class FollowedRun:
                 return False
             text = file.read(SLICE)
         try:
-            info = json.loads(text)
-        except (ValueError, RecursionError):
-            info = None
-        if not isinstance(info, dict):
+            info = parse_json_object(text, "run.json", "", nan=True)
+        except UserError:
             self._folder_notes.append("run.json is no JSON object: status and settings are unknown.")
             return False
         self.info, self._described = info, described
@@ -137,8 +136,8 @@ class FollowedRun:
         if not line.strip():
             return
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line, "", "", nan=True)
+        except UserError:
             self._broken_line(number, "is not JSON")
             return
         if not isinstance(record, dict):
@@ -152,9 +151,9 @@ class FollowedRun:
     def _add(self, record: Record) -> None:
         """Add a record. One of a step before the newest is of a resumed run: what came after it was abandoned."""
         counters = [_number(record, key) for key in COUNTERS]
-        if not all(math.isfinite(counter) for counter in counters):
-            key = next(key for key, counter in zip(COUNTERS, counters, strict=True) if not math.isfinite(counter))
-            raise _Unusable(f"has no number for {key!r}")
+        for key, counter in zip(COUNTERS, counters, strict=True):
+            if not counter >= 0:
+                raise _Unusable(f"has no number for {key!r}")
         training = [_number(record, key) for key in TRAINING] if TRAINING[0] in record else None
         validation = [_number(record, LOSS)] if LOSS in record else None
         step = counters[0]
@@ -237,17 +236,13 @@ class _Unusable(Exception):
 
 
 def _number(record: Record, key: str) -> float:
-    """A number of a record, nan where it is null, absent or infinite. Raises _Unusable for anything else."""
+    """A number of a record, nan where it is null, absent or beyond LARGEST. Raises _Unusable for anything else."""
     value = record.get(key)
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _Unusable(f"has no number for {key!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+    return float(value) if abs(value) <= LARGEST else math.nan
 
 
 def _finite(value: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import ipaddress
 import json
 import socketserver
@@ -23,6 +25,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.figures import COLOURS
 from sepllm_train.compare.plots import axes_of
 from sepllm_train.metrics.flops import CONVENTIONS
+from sepllm_train.watch.connections import Connections, HeadReader, HeadTooLarge
 from sepllm_train.watch.follow import CURVES
 from sepllm_train.watch.thin import SCALES
 from sepllm_train.watch.watch import STATE_TYPE, Watch
@@ -74,10 +77,13 @@ class Server(ThreadingHTTPServer):
     """Listens at once; port 0 takes a free one. Raises UserError when the address cannot be had."""
 
     daemon_threads = True
+    # Connections that come at once: of more than the usual five some would wait for a second.
+    request_queue_size = 128
 
     def __init__(self, watch: Watch, host: str, port: int, flops: str = "model") -> None:
         self.watch = watch
         self.pages = _pages(flops)
+        self.connections = Connections()
         if ":" in host:
             self.address_family = AF_INET6
         try:
@@ -91,6 +97,25 @@ class Server(ThreadingHTTPServer):
         """Bind without asking the name service for the name of the host."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def get_request(self) -> tuple[Any, Any]:
+        """A new connection. Without a descriptor for it, another one makes room."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.connections.close_one()
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own."""
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     @property
     def url(self) -> str:
@@ -112,14 +137,43 @@ class Handler(BaseHTTPRequestHandler):
     # An answer leaves in one piece, and a silent connection is closed.
     wbufsize = -1
     timeout = 60
+    # Seconds in which the head of a request must have come, and its most bytes.
+    head_seconds = 10.0
+    head_bytes = 16384
     server: Server
+
+    def setup(self) -> None:
+        """Read heads of requests within the limits."""
+        super().setup()
+        self.rfile.close()
+        self._head = HeadReader(self.connection, self.timeout, self.head_seconds, self.head_bytes)
+        self.rfile = io.BufferedReader(self._head)
+
+    def handle_one_request(self) -> None:
+        """Answer the next request of the connection."""
+        self._head.expect()
+        try:
+            super().handle_one_request()
+        except HeadTooLarge:
+            self.close_connection = True
+            self.requestline = self.request_version = self.command = ""
+            self._text(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"At most {self.head_bytes:,} bytes are read.\n")
+            self.wfile.flush()
 
     def do_GET(self) -> None:
         """Answer a request."""
+        self.server.connections.asked(self.connection)
+        if self.headers.get("Content-Length") or self.headers.get("Transfer-Encoding"):
+            # What follows the head is not read.
+            self.close_connection = True
         if self.server.loopback and not _names_loopback(self.headers.get_all("Host") or []):
             self._text(HTTPStatus.FORBIDDEN, "Only localhost is served here: open http://localhost:PORT/.\n")
             return
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self._text(HTTPStatus.BAD_REQUEST, "This is no address.\n")
+            return
         if url.path == "/state" and not url.netloc:
             self._state(parse_qs(url.query))
         elif (page := self.server.pages.get(self.path)) is not None:

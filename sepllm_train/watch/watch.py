@@ -95,7 +95,8 @@ class Watch:
         with self._lock:
             tag = self.tag(scale)
             prefix, _, version = since.rpartition("-")
-            known = int(version) if prefix == f"{self._session}-{scale}" and version.isdecimal() else 0
+            own = prefix == f"{self._session}-{scale}" and version.isdecimal() and len(version) < 20
+            known = int(version) if own else 0
             labels = self._labels()
             runs: list[dict[str, Any]] = []
             values: list[bytes] = []

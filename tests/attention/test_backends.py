@@ -114,6 +114,35 @@ def test_half_error_is_near_that_of_plain_torch(name: str, dtype: torch.dtype) -
         assert relative_error(value, expected[key]) <= allowed, key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_sink_of_full_precision_stays_so(backend: str, dtype: torch.dtype) -> None:
+    """As `auto` has it for half heads of a width that no kernel takes: no error is larger than plain attention's, and
+    that of the sink's gradient is one of its own type."""
+    case = replace(EDGES["learned-sink"], width=40)
+    plan = case.plan()
+    rounded = {key: tensor.to(torch.float32 if key == "sink" else dtype) for key, tensor in case.tensors().items()}
+    # Logits that half types cannot hold.
+    rounded["sink"] += 2.0**-12
+    expected = run_backend(case, "reference", plan, {key: tensor.double() for key, tensor in rounded.items()})
+    ours = run_backend(case, backend, plan, rounded)
+    without = {key: tensor for key, tensor in rounded.items() if key != "sink"}
+    exact = run_backend(case, "reference", plan, {key: tensor.double() for key, tensor in without.items()})
+    plain = run_backend(case, "masked", plan, without)
+    assert ours["dsink"].dtype == torch.float32 and relative_error(ours["dsink"], expected["dsink"]) < 1e-5
+    for key in ("out", "dq", "dk", "dv"):
+        assert ours[key].dtype == dtype
+        assert relative_error(ours[key], expected[key]) <= relative_error(plain[key], exact[key]), key
+
+
+def test_sink_of_less_precision_than_the_queries_is_widened() -> None:
+    case = EDGES["learned-sink"]
+    plan, tensors = case.plan(), case.tensors()
+    half = tensors["sink"].half()
+    found, expected = (run_backend(case, "reference", plan, tensors | {"sink": sink}) for sink in (half, half.double()))
+    assert torch.equal(found["out"], expected["out"]) and found["dsink"].dtype == torch.float16
+
+
 def test_gradcheck() -> None:
     case = Case(length=9, batch=2, kv_heads=1, groups=2, width=2, window=2, horizons=(FOREVER, 4), sink=True)
     plan, tensors = case.plan(), case.tensors()

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.compare.variants import differences, pairing_notes, pairs, read_variants, runs_of
+from sepllm_train.compare.report import build_report
+from sepllm_train.compare.variants import differences, pairing_notes, pairs, points, read_variants, runs_of
 from tests.compare.run_records import straight, training, validation
 
 Seeds = Callable[..., list[Path]]
@@ -135,8 +136,24 @@ BROKEN = {
         "'flops/paper'",
     ),
     "negative": ([validation(0, 6), validation(10, 5) | {"seconds": -1}], "no number of 0 or more for 'seconds'"),
-    "huge": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**40}], "for 'flops/model'"),
-    "beyond_numbers": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**400}], "a number of 401 digits"),
+    "huge": ([validation(0, 6), validation(10, 5) | {"flops/model": 10**400}], "a number of 401 digits"),
+    "beyond": ([validation(0, 6), validation(10, 5) | {"seconds": 1e308}], "no number of 0 or more for 'seconds'"),
+    "half a step": ([validation(0, 6), validation(10.5, 5)], "no number of 0 or more for 'step'"),
+    "digits": (
+        [validation(0, 6), json.dumps(validation(10, 5)).replace("5", "5" * 5000, 1) + "\n", validation(20, 5)],
+        "is not JSON of this kind (a number of",
+    ),
+    "deep": ([validation(0, 6), "[" * 100_000 + "\n", validation(20, 4)], "line 2 is not JSON of this kind (nested"),
+    "text": (
+        [validation(0, 6), validation(10, 5, **{"val/bits_per_byte": "1.2"})],
+        "'val/bits_per_byte' must be a number",
+    ),
+    "list": (
+        [validation(0, 6), validation(10, 5, **{"val/a/loss": [1] * 9999})],
+        "'val/a/loss' must be a number, not [1",
+    ),
+    "truth": ([validation(0, 6), validation(10, True)], "'val/loss' must be a number, not True"),
+    "half a character": ([validation(0, 6), validation(10, 5, **{"val/\ud800/loss": 5.0})], "half of a character"),
     "falls": (
         [validation(0, 6), validation(10, 5), fall(20)],
         "has tokens fall from 10,000 at step 10 to 5 at step 20",
@@ -164,6 +181,63 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(
     assert capsys.readouterr().err == f"warning: {sentence}\n"
     with pytest.raises(UserError, match=f"{sep[1]}"):
         read_variants([*dense, *sep], strict=True)
+
+
+INFO: dict[str, tuple[dict[str, Any], str]] = {
+    "digits": ({"steps": 10**400}, "run.json is not JSON of this kind (a number of 401 digits)"),
+    "half a character": ({"name": "\ud800"}, "run.json holds half of a character"),
+    "comparable": ({"comparable": None}, "has no 'comparable' object"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), INFO.values(), ids=INFO.keys())
+def test_a_run_whose_run_json_is_damaged_is_left_out_by_name(
+    make_seeds: Seeds, change: dict[str, Any], words: str
+) -> None:
+    dense, sep = make_seeds("dense", {1: 10, 2: 10}), make_seeds("sep", {1: 20, 2: 20})
+    info = json.loads((sep[1] / "run.json").read_text()) | change
+    (sep[1] / "run.json").write_text(json.dumps(info))
+    told: list[str] = []
+    assert shape([*dense, *sep], warn=told.append)[1] == ("sep", ["sep_seed1"])
+    (sentence,) = told
+    assert sentence.startswith("Left out: ") and words in sentence and str(sep[1]) in sentence
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"origin": "a\0b"},
+        {"origin": "x" * 5000},
+        {"origin": ["runs"]},
+        {"origin": f"runs/checkpoints/step_{'9' * 5000}"},
+        {"name": ["a"]},
+        {"name": "x" * 100_000},
+        {"name": "one\nline"},
+        {"identity": [1]},
+        {"identity": {"data.earlier": "x"}, "origin": "."},
+        {"parameters": {"a": [1, {"b": None}]}, "devices": [[]], "status": {"x": 1}, "world_size": "many"},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_what_run_json_says_in_another_type_is_passed_over(make_seeds: Seeds, change: dict[str, Any]) -> None:
+    (dense,), (sep,) = make_seeds("dense", {1: 10}), make_seeds("sep", {1: 20})
+    (sep / "run.json").write_text(json.dumps(json.loads((sep / "run.json").read_text()) | change))
+    variants = read_variants([dense, sep], warn=lambda sentence: None)
+    assert [len(variant.runs) for variant in variants] == [1, 1]
+    text = build_report(variants).console()
+    assert "sep" in text and len(text) < 5000
+
+
+def test_metrics_beyond_any_measure_are_gaps(make_seeds: Seeds) -> None:
+    curve = [
+        validation(0, 6),
+        validation(10, 1e300),
+        validation(20, 4.5, **{"val/bits_per_byte": 1e300}),
+        validation(30, 4),
+    ]
+    variants = read_variants([*make_seeds("dense", {1: 10}), *make_seeds("sep", {1: curve})])
+    assert [record["step"] for record in points(variants[1].runs[0])] == [0, 20, 30]
+    build_report(variants).data()
 
 
 def test_padding_of_another_layout_is_no_other_convention(make_seeds: Seeds) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,47 @@ def test_prompts_that_do_not_fit(models: dict[str, Path]) -> None:
         logits = lm.model(torch.tensor([shown]), use_cache=False).logits.log_softmax(-1)
     assert found[0] == pytest.approx(float(logits[0, -1, lm.tok_encode(" they")[0]]), abs=1e-4)
     assert lm.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("context", "choice"),
+    [
+        ("the cat and the r", "est"),
+        ("the cat and the r", "est went home."),
+        ("the cat and the rest", ""),
+        ("", ""),
+    ],
+    ids=["whole", "in part", "empty", "nothing"],
+)
+def test_a_choice_that_the_tokenizer_joins_to_its_context_is_refused(
+    models: dict[str, Path], context: str, choice: str
+) -> None:
+    """No token is the choice's alone, or its first is lost: its likelihood would be 1 or of another text."""
+    lm, _ = attending(opened(models["sep"]), AttentionChoice())
+    made = [
+        Instance("loglikelihood", {}, pair, number, ("arc_easy", 10 + number, 1))
+        for number, pair in enumerate([PAIRS[2], (context, choice)])
+    ]
+    with pytest.raises(UserError, match=f"document 11 of arc_easy: .*{choice!r}"):
+        lm.loglikelihood(made)
+    with pytest.raises(UserError, match="document 11 of arc_easy"):
+        lm.check("arc_easy", made)
+
+
+def test_names_of_special_tokens_are_text(models: dict[str, Path], exported_run: Path, tmp_path: Path) -> None:
+    """To evaluations of a run, of what is exported of it, of an older export and of a model of somebody else, as they
+    are in training and in streams."""
+    older = tmp_path / "older"
+    shutil.copytree(models["dense"], older)
+    settings = json.loads((older / "tokenizer_config.json").read_text())
+    settings.pop("split_special_tokens", None)
+    (older / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "A <unk> of <s>the cat</s>.<|endoftext|> <pad>\u2581 went home"
+    for folder in (exported_run, exported_run.parent / "books_sep", models["sep"], older):
+        model = opened(folder)
+        lm = SeparatorLM(model.model, tokenizer_for(model, None), batch_size=1)
+        for each in (text, f"</s>{text}", f"<|endoftext|>{text}"):
+            (expected,) = model.tokenizer.encode_batch([each])
+            assert lm.tok_encode(each) == expected, folder
+        (ids,) = lm.tok_batch_encode([text])[0].tolist()
+        assert ids == model.tokenizer.encode_batch([text])[0]

@@ -146,6 +146,18 @@ NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
     "documents": ({**WHOLE, "documents": "ten"}, "its documents is missing or of another type"),
     "format": ({**WHOLE, "format": 2}, "x.json is in format 2 and this version reads format 1"),
     "metrics": ({**WHOLE, "metrics": {}}, "x.json holds no metrics: evaluate piqa again"),
+    "value": ({**WHOLE, "metrics": {"acc": {"value": "0.5"}}}, "its metrics.'acc' has no value"),
+    "entry": ({**WHOLE, "metrics": {"acc": 0.5}}, "its metrics.'acc' has no value"),
+    "share": ({**WHOLE, "attended_share": 1e300}, "its attended_share is not between 0 and 1"),
+    "truth": ({**WHOLE, "documents": True}, "its documents is missing or of another type"),
+    "count": ({**WHOLE, "documents": -1}, "its documents is below 0"),
+    "label": ({**WHOLE, "attention": WHOLE["attention"] | {"label": "a\n| b"}}, "its attention.label is no name"),
+    "half a character": ({**WHOLE, "model": WHOLE["model"] | {"name": "\ud800"}}, "its model.name is no name"),
+    "file": (
+        {**WHOLE, "data": {"source": "x", "files": {"test": 7}}},
+        "its data.files.'test' has no sha256",
+    ),
+    "digits": ({**WHOLE, "documents": 10**400}, "x.json is not JSON of this kind (a number of 401 digits)"),
     "task": ({**WHOLE, "task": "hellaswag"}, "x.json is of a task or an attention that this version does not know"),
 }
 

@@ -181,6 +181,15 @@ def test_only_line_feeds_end_a_record(tmp_path: Path) -> None:
         assert [request[0] + request[1] for _, request in requests(own)] == texts
 
 
+def test_a_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    """With a byte order mark, blank lines, and keys of its own that are of another type in every line."""
+    lines = ["", '{"text": "the cat went", "id": 1}', "", '{"text": "a dog home", "id": "two", "more": [1]}', "", ""]
+    (tmp_path / "lambada_openai_test.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    with load_tasks(["lambada"], tmp_path, 0) as (task,):
+        made = [arguments for _, arguments in requests(next(iter(task.tasks["tasks"].values())))]
+    assert made == [("the cat", " went"), ("a dog", " home")]
+
+
 def test_definitions_are_removed(data_dir: Path) -> None:
     with load_tasks(["lambada"], data_dir, None) as (task,):
         (own,) = task.tasks["tasks"].values()
@@ -200,8 +209,23 @@ MISTAKES: dict[str, tuple[str, str | None, str]] = {
     "no file": ("arc_easy", None, r"arc_easy needs .*arc/arc_easy_test.jsonl, and it is not there"),
     "no field": ("arc_easy", CUT, r"line 1 of .* is not a record .* no 'answer' and needs question, choices, answer"),
     "wrong answer": ("arc_easy", record(answer=2), r"line 1 of .*: answer 2 is not the number of one of the choices"),
-    "not JSON": ("arc_easy", "{", r"line 1 of .*arc_easy_test.jsonl is not a record of its task"),
-    "not a record": ("arc_easy", "7", r"line 1 of .*arc_easy_test.jsonl is not a record of its task: it is not a JSON"),
+    "not JSON": ("arc_easy", "{", r"arc_easy_test.jsonl line 1 is not JSON .*: a record of its task has question, "),
+    "not a record": (
+        "arc_easy",
+        "7",
+        r"arc_easy_test.jsonl line 1 does not hold a JSON object: a record of its task has",
+    ),
+    "digits": (
+        "arc_easy",
+        f"{record()}\n{record(answer=10**400)}",
+        r"line 2 is not JSON of this kind \(a number of 401",
+    ),
+    "depth": ("lambada", f'{{"text": "a b", "x": {"[" * 9999}', r"line 1 is not JSON of this kind \(nested too deeply"),
+    "infinite": ("arc_easy", record(answer=float("inf")), r"line 1 is not JSON of this kind \(Infinity"),
+    "half a character": ("lambada", '{"text": "a \\ud800"}', r"line 1 of .*: its 'text' holds half of a character"),
+    "not UTF-8": ("lambada", "\udcff", r"line 1 is not UTF-8 text"),
+    "blank": ("lambada", " \n\n", r"lambada_openai_test.jsonl is empty"),
+    "no article": ("wikitext", " \n\n", r"wikitext2/test.txt is empty"),
     "null": ("arc_easy", record(question=None), r"line 1 of .*: its 'question' must be a string"),
     "bool": ("arc_easy", record(answer=True), r"line 1 of .*: its 'answer' must be an integer"),
     "numbers": ("arc_easy", record(choices=["b", 3]), r"line 1 of .*: its 'choices' must be a list of strings"),
@@ -216,6 +240,8 @@ MISTAKES: dict[str, tuple[str, str | None, str]] = {
     "empty": ("arc_easy", "", r"arc_easy_test.jsonl is empty"),
     "no local form": ("mmlu", None, r"mmlu has no form for local files: leave --data-dir out"),
     "unknown": ("hellaswag", None, r"the task 'hellaswag' is unknown: choose from arc_challenge, "),
+    "mistyped": ("lambda", None, r"the task 'lambda' is unknown: choose from .*, mmlu; the nearest is lambada\."),
+    "another spelling": ("gsm8k", None, r"the task 'gsm8k' is unknown: .*; the nearest is gsm8k_cot\."),
 }
 
 
@@ -225,7 +251,7 @@ def test_mistakes(tmp_path: Path, mistake: str) -> None:
     if content is not None:
         path = tmp_path / next(TASKS[name].files[split] for split in EVALUATED if split in TASKS[name].files)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf8", errors="surrogateescape")
     with pytest.raises(UserError, match=sentence), load_tasks([name], tmp_path, None):
         pass
 

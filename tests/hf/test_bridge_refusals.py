@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizers import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.files import hash_file
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig
 from sepllm_train.runs.open import open_run
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional package: extra hf")
 
+from sepllm_train.distributed.launch import alone  # noqa: E402
+from sepllm_train.evaluation.stream_model import open_model  # noqa: E402
 from sepllm_train.hf.architecture import model_type  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
@@ -38,6 +42,51 @@ def test_sentencepiece_becomes_a_tokenizer_with_the_same_ids(tokenizer: Path, tm
     text = "One line.\n\n  Two  spaces\tand a tab, naïve 中文 👍🏽\u200b; x == y\r\n"
     assert theirs(text).input_ids == ours.encode_batch([text])[0]
     assert theirs.decode(theirs(text).input_ids) == text and theirs.eos_token_id == ours.eod
+
+
+NAMES = ("<unk>", "<s>", "</s>", "<pad>", "<0x0A>", "<|endoftext|>", "<|padding|>", "\u2581")
+
+
+def texts_with_names() -> list[str]:
+    """Names of special tokens in texts, alone, at either end and next to each other."""
+    around = [
+        text for name in NAMES for text in (name, f"{name}a", f"A {name} of {name}.", f"x{name}{name}\n", f" {name}")
+    ]
+    return [*around, "".join(NAMES), " ".join(NAMES)]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "trained on names", "20B", "gpt2", "not marked special"])
+def test_names_of_special_tokens_in_a_text_are_text(kind: str, tokenizer: Path, tmp_path: Path, request: Any) -> None:
+    """In memory, written, and read again by transformers alone, as in training."""
+    path = tokenizer
+    if kind == "trained on names":
+        words = [f"the <unk> of {number * 7919} </s> <unk>s, <0x0A> word{number}.\n" for number in range(3000)]
+        path = tmp_path / "names.model"
+        train_tokenizer(words, path, vocab_size=500)
+    elif kind != "sentencepiece":
+        name = "gpt2" if kind == "gpt2" else "20B"
+        path = tmp_path / "tokenizer.json"
+        source = request.getfixturevalue("shared_data") / "tokenizers" / f"{name}_tokenizer.json"
+        content = json.loads(source.read_text(encoding="utf8"))
+        if kind == "not marked special":
+            for added in content["added_tokens"]:
+                added["special"] = added["content"] == "<|endoftext|>"
+        path.write_text(json.dumps(content), encoding="utf8")
+    ours = load_tokenizer(path)
+    (tmp_path / "out").mkdir()
+    made = [to_transformers(ours)]
+    assert save_tokenizer(ours, tmp_path / "out") is None
+    made.append(transformers.AutoTokenizer.from_pretrained(tmp_path / "out"))
+    made[1].save_pretrained(tmp_path / "copy")
+    made.append(transformers.AutoTokenizer.from_pretrained(tmp_path / "copy"))
+    texts = texts_with_names()
+    expected = ours.encode_batch(texts)
+    for theirs in made:
+        found = theirs(texts).input_ids
+        wrong = [text for text, one, other in zip(texts, found, expected, strict=True) if one != other]
+        assert not wrong
+        assert [theirs.decode(ids) for ids in expected] == [ours.decode(ids) for ids in expected]
+        assert theirs.eos_token_id == ours.eod
 
 
 def test_tokenizer_that_transformers_cannot_have_is_kept_as_it_is(tmp_path: Path) -> None:
@@ -128,6 +177,63 @@ def test_weights_beyond_the_type_are_refused(models: Callable[[str], Path], tmp_
     with pytest.raises(UserError, match="weights in model.embed_tokens.weight that torch.float16 cannot hold"):
         export_run(open_run(tmp_path / "ours"), tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=["nan", "inf"])
+def test_weights_that_are_no_numbers_are_refused(models: Callable[[str], Path], tmp_path: Path, value: float) -> None:
+    """In entries of the vocabulary that no compared token has, too."""
+    folder, name = tmp_path / "theirs", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(models("llama") / "theirs", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for place in (name, "model.embed_tokens.weight"):
+        changed = {**tensors, place: tensors[place].clone()}
+        changed[place][4, 1] = value
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        for refuse in (
+            lambda: import_model(folder, tmp_path / "ours"),
+            lambda: open_model(str(folder), None, "fp32", "cpu"),
+        ):
+            with pytest.raises(UserError, match=f"has 1 of .* weights in {place} that are NaN or infinite in float32"):
+                refuse()
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_run_with_weights_that_are_no_numbers_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """By export, evaluation and whatever else loads its model."""
+    folder, run = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(models("llama") / "theirs", folder)
+    tensors = load_file(folder / "model.safetensors")
+    mark = torch.tensor(1234567.875)
+    tensors["model.embed_tokens.weight"][4000, 3] = mark
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    import_model(folder, run)
+    (shard,) = (run / "checkpoints" / "step_00000000").glob("*.distcp")
+    content, bad = shard.read_bytes(), torch.tensor(float("nan")).numpy().tobytes()
+    assert content.count(mark.numpy().tobytes()) == 1
+    manifest = shard.with_name("manifest.json")
+    before = hash_file(shard).sha256
+    shard.write_bytes(content.replace(mark.numpy().tobytes(), bad))
+    manifest.write_text(manifest.read_text().replace(before, hash_file(shard).sha256))
+    words = "has 1 of .* weights in embedding.word_embeddings.weight that are NaN or infinite"
+    with pytest.raises(UserError, match=words):
+        export_run(open_run(run), tmp_path / "out")
+    with pytest.raises(UserError, match=words):
+        open_model(str(run), None, "fp32", "cpu")
+    opened = open_run(run)
+    with alone(opened.config), pytest.raises(UserError, match=words):
+        opened.load_model()
+    assert not (tmp_path / "out").exists()
+
+
+def test_message_on_a_damaged_checkpoint_has_the_cause(trained: Path, tmp_path: Path) -> None:
+    """Not the name of the error in which torch wraps those of all ranks."""
+    shutil.copytree(trained, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    for shard in run.checkpoint.path.glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="cannot be read") as refused:
+        export_run(run, tmp_path / "out")
+    assert "Weights only load failed" in str(refused.value) and "ranks" not in str(refused.value)
 
 
 PATTERN = {

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.compare.run_records import COMPARABLE
-from tests.support.waiting import HANG_SECONDS
+from sepllm_train.watch.server import Handler
+from tests.compare.run_records import COMPARABLE, training
+from tests.support.waiting import HANG_SECONDS, wait_until
 from tests.watch.conftest import Client, GrowingRun
 
+# Connections at once, as in watch/connections.py.
+MOST = 64
 NewRun = Callable[..., GrowingRun]
 Serving = Callable[..., Client]
 
@@ -112,6 +119,8 @@ def test_runs_of_one_name_are_told_apart(new_run: NewRun, serving: Serving) -> N
         "http://127.0.0.1//state",
         "/state/../secret.txt",
         "/\0",
+        "//[",
+        "//[/state",
     ],
 )
 def test_no_path_reaches_the_filesystem(new_run: NewRun, serving: Serving, tmp_path: Path, path: str) -> None:
@@ -187,3 +196,143 @@ def test_many_browsers_at_once(new_run: NewRun, serving: Serving) -> None:
             run.train(step, step)
         seen = list(watching)
     assert all(steps == sorted(steps) for steps in seen)
+
+
+def opened(client: Client, sent: bytes = b"") -> socket.socket:
+    """A connection of somebody who then says no more."""
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=HANG_SECONDS)
+    connection.sendall(sent)
+    return connection
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /state HTTP/1.1\r\nHost: localhost\r\nX-Slow: "], ids=["silent", "slow"])
+def test_connections_that_are_held_open_keep_nobody_out(new_run: NewRun, serving: Serving, sent: bytes) -> None:
+    """Those that wait longest make room; the threads are no more than the connections."""
+    client = serving(new_run("one"))
+    before = threading.active_count()
+    held = [opened(client, sent) for _ in range(3 * MOST)]
+    assert client.state().header["runs"][0]["label"] == "one"
+    closed = [connection for connection in held[:MOST] if connection.recv(1) == b""]
+    assert len(closed) == MOST
+    wait_until(lambda: threading.active_count() - before <= MOST, "threads of closed connections end")
+    for connection in held:
+        connection.close()
+
+
+def test_a_browser_that_asks_is_not_closed_for_those_that_do_not(new_run: NewRun, serving: Serving) -> None:
+    client = serving(new_run("one"))
+    browser = http.client.HTTPConnection("127.0.0.1", client.port, timeout=HANG_SECONDS)
+    held = []
+    for _ in range(3):
+        browser.request("GET", "/settings")
+        assert browser.getresponse().read()
+        own = browser.sock
+        held += [opened(client) for _ in range(MOST - 1)]
+        # All of these have been accepted when this is answered.
+        client.ask("/settings")
+        browser.request("GET", "/settings")
+        assert browser.getresponse().read() and browser.sock is own
+    for connection in [browser, *held]:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /" + b"x" * (1 << 20),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (1 << 20),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * (1 << 18),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + (b"X: " + b"x" * 60_000 + b"\r\n") * 90 + b"\r\n",
+        b"\r\n" * (1 << 20),
+    ],
+    ids=["line", "header", "headers", "bomb", "empty"],
+)
+def test_heads_have_a_largest_size(new_run: NewRun, serving: Serving, sent: bytes) -> None:
+    client = serving(new_run("one"))
+    with socket.create_connection(("127.0.0.1", client.port), timeout=HANG_SECONDS) as connection:
+        try:
+            connection.sendall(sent)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        except ConnectionError:
+            # Closed with bytes that were not read.
+            answer = b"HTTP/1.1 431"
+    assert answer[:12] in (b"HTTP/1.1 431", b"HTTP/1.1 400", b"HTTP/1.1 414", b"")
+    assert client.state().header["runs"][0]["label"] == "one"
+
+
+def test_a_head_in_single_bytes_has_an_end(new_run: NewRun, serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "head_seconds", 0.3)
+    client = serving(new_run("one"))
+    with opened(client, b"GET /state HTTP/1.1\r\nHost: localhost\r\nX: ") as connection, pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.01)
+
+
+def test_what_follows_a_request_is_no_request(new_run: NewRun, serving: Serving) -> None:
+    client = serving(new_run("one"))
+    inner = b"GET /settings HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(inner)
+    with opened(client, head + inner) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_tag_of_many_digits_gets_everything(new_run: NewRun, serving: Serving) -> None:
+    run = new_run("one")
+    run.train(1, 5)
+    client = serving(run)
+    prefix = client.state().header["tag"].rpartition("-")[0]
+    assert len(client.state(since=f"{prefix}-{'9' * 5000}").curves) == 1
+
+
+def changed(number: int, /, **more: Any) -> str:
+    return json.dumps(training(number, 5.0) | {"train/attended_share": 0.25} | more) + "\n"
+
+
+BAD_LINES = {
+    "seconds": changed(3, seconds=1e308) + changed(4, seconds=-1e308),
+    "losses": changed(3, **{"train/loss": 1e308}) + changed(4, **{"train/loss": -1e308, "train/mfu": 1e308}),
+    "digits": changed(3, step=10**400) + changed(4).replace("4", "4" * 9000),
+    "steps": changed(2**63) + changed(10**25),
+    "types": changed(3, step="3") + changed(4, seconds=[1]) + changed(5, tokens={}) + "[]\n3\n",
+    "depth": "[" * 200_000 + "\n" + '{"a":' * 200_000 + "\n",
+    "bytes": "\x00\n\ud800\n",
+    "infinite": changed(3, seconds=float("inf")) + changed(4, step=float("nan")) + '{"step": 1e999}\n',
+}
+BAD_INFO: dict[str, dict[str, Any]] = {
+    "steps": {"steps": 10**400},
+    "many steps": {"steps": 2**63, "status": "running"},
+    "types": {"steps": "many", "name": ["a"], "status": {"a": [1]}, "comparable": [1]},
+    "name": {"name": "\ud800" * 1000},
+    "long": {"name": "x" * 500_000, "status": "y" * 500_000},
+    "settings": {"comparable": COMPARABLE | {str(n): {"a": n} for n in range(20_000)}},
+    "value": {"comparable": COMPARABLE | {"data": ["x" * 800_000]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("lines", "info"),
+    [*((lines, {}) for lines in BAD_LINES.values()), *(("", info) for info in BAD_INFO.values())],
+    ids=[*BAD_LINES, *(f"run.json {name}" for name in BAD_INFO)],
+)
+def test_a_bad_run_hides_no_other(new_run: NewRun, serving: Serving, lines: str, info: dict[str, Any]) -> None:
+    good, bad, last = new_run("good"), new_run("bad"), new_run("last")
+    for run in (good, bad, last):
+        run.train(1, 2)
+    with open(bad.log.path, "ab") as stream:
+        stream.write(lines.encode("utf8", "surrogatepass"))
+    (bad.folder / "run.json").write_text(json.dumps(bad.info | info))
+    client = serving(good, bad, last)
+    bad.train(11, 12)
+    for scale in ("linear", "log"):
+        state = client.state(scale)
+        assert len(state.content) < 1 << 20
+        assert [run["step"] for run in state.header["runs"][::2]] == [2, 2]
+        assert [curves["loss"]["step"] for curves in (state.curves[0], state.curves[2])] == [[1, 2]] * 2
+    facts = state.header["runs"][1]
+    assert facts["step"] == 12
+    if lines and lines not in (BAD_LINES["losses"], BAD_LINES["steps"]):
+        assert any("of metrics.jsonl" in note for note in facts["notes"])
+    if info is BAD_INFO["steps"]:
+        assert any("run.json" in note for note in facts["notes"])

@@ -18,14 +18,15 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
 from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.secrets import masked_words
 from sepllm_train.config.compatibility import with_current_keys
 from sepllm_train.config.schema import Config
+from sepllm_train.config.stored import to_yaml
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
 from sepllm_train.training import checkpoint
 
@@ -318,8 +319,8 @@ def tidy(entry: Entry) -> None:
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    write_json(folder / "environment.json", environment(), indent=2)
+    write_whole(folder / "config.yaml", to_yaml(config).encode())
+    write_json(folder / "environment.json", environment(), indent=2, private=True)
     write_run(folder, {**run, "status": "running"})
 
 
@@ -338,7 +339,7 @@ def environment() -> dict[str, Any]:
             continue
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": sys.argv,
+        "command": masked_words(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_state(),
         "python": platform.python_version(),

@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   sepllm pretrain --nproc 8 +experiment=pythia160m_sep data=prefixes 'data.prefixes=[my/text]'
   sepllm pretrain --nproc 8 --nnodes 2 --rdzv-endpoint host1:29400 +experiment=pythia1.4b_sep
   sepllm pretrain +experiment=pythia160m_sep dry_run=true
-  torchrun --nproc-per-node=8 -m sepllm_train pretrain +experiment=pythia160m_sep"""
+  python -m sepllm_train.distributed.torchrun --nproc-per-node=8 -m sepllm_train pretrain +experiment=pythia160m_sep"""
 GROUPS = ("experiment", "model", "attention", "data", "parallel", "optim", "logging")
 # Keys that are often set, with what to know first; their whole descriptions are those of the schema.
 OFTEN = (

@@ -308,8 +308,7 @@ def config_for(config: Config, tensor: int, world_size: int) -> Config:
         world_size == tensor,
         f"--tensor {tensor} takes {tensor} processes and {world_size} were started: "
         f"python -m sepllm_train.distributed.torchrun --nproc-per-node={tensor} -m sepllm_train generate ... --tensor "
-        f"{tensor}"
-        + (", or python alone." if tensor == 1 else "."),
+        f"{tensor}" + (", or python alone." if tensor == 1 else "."),
     )
     config = replace(
         config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import platform
 import secrets
@@ -146,10 +147,7 @@ class _Visit:
 
     def refuse_finished(self) -> Path | None:
         """Raise UserError."""
-        raise UserError(
-            f"{self.folder} holds a finished run: choose another name=, delete it to train again, or train on with "
-            f"resume={self.folder} name=NEW and more training.steps."
-        )
+        raise UserError(f"{finished_advice(self.folder)}.")
 
 
 # (resume, state of the folder) -> where the checkpoint comes from.
@@ -192,6 +190,27 @@ def enter(
         step, earlier_data = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
     kept = visit.earlier.get("origin") if in_place else None
     return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data)
+
+
+def finished_advice(folder: Path) -> str:
+    """What to do where `folder` holds a finished run."""
+    return (
+        f"{folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW and more "
+        "training.steps"
+    )
+
+
+def finished_run(config: Config) -> Path | None:
+    """The run's folder where it holds a finished run."""
+    folder = Path(config.run_root) / config.name
+    used = (folder / "metrics.jsonl").exists()
+    return folder if used and read_run_json(folder).get("status") == "finished" else None
+
+
+def free_name(config: Config) -> str:
+    """The run's name with a number behind it, under which there is no folder."""
+    names = (f"{config.name}_{number}" for number in itertools.count(2))
+    return next(name for name in names if not (Path(config.run_root) / name).exists())
 
 
 def _check_checkpoint(

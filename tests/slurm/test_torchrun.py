@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sepllm_train.base.errors import LostRank, UserError, report

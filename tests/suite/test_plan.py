@@ -200,9 +200,7 @@ def test_a_run_that_would_be_refused_ends_the_suite_before_it_begins(
     assert words in str(refused.value) and not list(tmp_path.iterdir())
 
 
-def test_secrets_in_overrides_are_in_no_plan_and_no_dry_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_secrets_in_overrides_are_in_no_plan_and_no_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = "suite.overrides=['logging.entity=https://me:hunter2@host']"
     root = f"suite.root={tmp_path}"
     run_suite(suite("+suite=paper", "suite.size=toy", root, "suite.dry_run=true", secret))

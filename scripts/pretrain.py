@@ -1,7 +1,7 @@
 """Pretrain a GPT with separator attention: `sepllm pretrain`, as torchrun's target.
 
-torchrun --standalone scripts/pretrain.py +experiment=demo_sep
-torchrun --nproc-per-node=8 scripts/pretrain.py +experiment=pythia160m_sep
+sepllm pretrain +experiment=demo_sep
+sepllm pretrain --nproc 8 +experiment=pythia160m_sep
 """
 
 import check_environment  # noqa: F401

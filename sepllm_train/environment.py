@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train import requirements
+from sepllm_train.base.secrets import masked, names_a_secret
 from sepllm_train.distributed.all_reduce import measure, measure_here
 
 PROJECT = requirements.PROJECT
 OPTIONAL = ("triton", "flash-attn", "transformer-engine", "apex", "wandb")
 # Variables that change what a run does.
 VARIABLES = ("CUDA_", "GLOO_", "HYDRA_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "SEPLLM_", "TORCH", "TRITON_")
-# Words in the names of variables that may hold a secret: never part of a report, which is sent to others.
-SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL")
 EXACT_VARIABLES = (
     "LD_LIBRARY_PATH",
     "LD_PRELOAD",
@@ -68,10 +67,9 @@ def facts(run_root: Path, cache: Path) -> dict[str, dict[str, Any]]:
         "run_root": _disk(run_root),
         "cache": _disk(cache),
         "variables": {
-            name: value
+            name: masked(value)
             for name, value in sorted(os.environ.items())
-            if (name.startswith(VARIABLES) or name in EXACT_VARIABLES)
-            and not any(word in name.upper() for word in SECRET)
+            if (name.startswith(VARIABLES) or name in EXACT_VARIABLES) and not names_a_secret(name)
         },
     }
 

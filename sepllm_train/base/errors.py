@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from sepllm_train.base.quiet import mute
@@ -88,12 +91,32 @@ def report(error: UserError | RunStopped) -> int:
     """
     rank = os.environ.get("RANK", "0")
     alone = isinstance(error, RankError | LostRank)
+    title = error.title if isinstance(error, RunStopped) else "error"
+    where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
+    message = f"{title}: {error}{where}"
     if rank == "0" or alone:
         sys.stdout.flush()
-        title = error.title if isinstance(error, RunStopped) else "error"
-        where = f" (rank {rank})" if alone and "RANK" in os.environ else ""
-        print(f"{title}: {error}{where}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
+    _write_for_torchrun(message, printed=rank == "0" or alone)
     return error.code if isinstance(error, RunStopped) else EXIT_USER_ERROR
+
+
+def _write_for_torchrun(message: str, *, printed: bool) -> None:
+    """Write the message where torchrun looks for it: its own report then ends with it, not with a link.
+
+    printed: this rank has printed it; rank 0 may be ended before it could, which our launcher makes good.
+
+    A second early: torchrun's report is on the rank with the earliest time in whole seconds, and of those that it has
+    ended itself the time is that of their end.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    extra = {"py_callstack": " ".join(message.split()), "timestamp": str(int(time.time()) - 1), "printed": printed}
+    content = {"message": {"message": message, "extraInfo": extra}}
+    # It is only torchrun's report that lacks the message then.
+    with contextlib.suppress(OSError), open(file, "w", encoding="utf8") as stream:
+        json.dump(content, stream)
 
 
 def exit_on_user_error(program: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -128,17 +129,21 @@ def _warn_of_no_locks(reason: str) -> None:
     )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file at once: aside, fsync, rename."""
+def write_whole(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write a small file at once: aside, fsync, rename. private: for the user alone to read."""
     with PartialFile(path) as target:
+        if private:
+            # Where the filesystem has no modes, it is as private as the folder.
+            with contextlib.suppress(OSError):
+                os.chmod(target.partial, 0o600)
         target.write(content)
         target.seal()
         target.finish()
 
 
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Write a small JSON file whole."""
-    write_whole(path, (json.dumps(content, indent=indent) + "\n").encode())
+def write_json(path: Path, content: Any, indent: int = 1, *, private: bool = False) -> None:
+    """Write a small JSON file whole. private: for the user alone to read."""
+    write_whole(path, (json.dumps(content, indent=indent) + "\n").encode(), private=private)
 
 
 @contextmanager

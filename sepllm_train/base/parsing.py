@@ -26,6 +26,8 @@ LARGEST_YAML = 1 << 20
 DEEPEST = 64
 # Whole numbers fit 64 bits: larger ones cannot become tensors, times or counts.
 _WIDEST_INTEGER = 1 << 64
+# Above every FLOP that a run may count, which 64 bits do not hold.
+WIDEST_COUNT = 10**40
 # Without one of these no number in a text is out of range.
 _MAYBE_OUT_OF_RANGE = re.compile(r"\d{19}|[eE]\+?\d{3}")
 
@@ -96,11 +98,18 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     return parse_yaml(read_bytes(path, remedy, LARGEST_YAML, "YAML"), path, remedy)
 
 
-def parse_yaml(text: str | bytes, where: str | Path, remedy: str) -> dict[str, Any]:
+def read_yaml_texts(path: Path, remedy: str) -> dict[str, Any]:
+    """The mapping in a YAML file as `read_yaml`, with every scalar as the text that is typed there."""
+    return parse_yaml(read_bytes(path, remedy, LARGEST_YAML, "YAML"), path, remedy, _StoredYamlTexts)
+
+
+def parse_yaml(
+    text: str | bytes, where: str | Path, remedy: str, loader: type[yaml.SafeLoader] | None = None
+) -> dict[str, Any]:
     """The mapping in a YAML text, as `read_yaml`."""
     try:
         # The text given as such: PyYAML would guess at the encoding of bytes.
-        content = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, _StoredYaml)
+        content = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, loader or _StoredYaml)
         _check_depth(content)
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: {remedy}.") from None
@@ -152,6 +161,12 @@ _StoredYaml.add_implicit_resolver(
 )
 _StoredYaml.add_constructor("tag:yaml.org,2002:float", _StoredYaml.construct_number)
 _StoredYaml.add_constructor("tag:yaml.org,2002:int", _StoredYaml.construct_number)
+
+
+class _StoredYamlTexts(_StoredYaml):
+    """The same with text for every scalar."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 def read_bytes(path: Path, remedy: str, largest: int | None = None, kind: str = "JSON") -> bytes:

@@ -15,7 +15,7 @@ def main(words: Sequence[str]) -> None:
     parser = flags.parser(
         "env",
         "Versions, GPUs, memory, disks, limits, variables and an all-reduce, with advice: attach it to a report of a\n"
-        "fault. Of several nodes: torchrun --nproc-per-node=8 -m sepllm_train env",
+        "fault. Of several nodes: python -m sepllm_train.distributed.torchrun --nproc-per-node=8 -m sepllm_train env",
     )
     add = parser.add_argument
     add("--run-root", type=Path, default=Path("runs"), help="where runs are written (runs)")

@@ -7,7 +7,7 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.generation.choice import (
@@ -22,9 +22,6 @@ from sepllm_train.generation.choice import (
     AttentionChoice,
     check_used,
 )
-
-if TYPE_CHECKING:
-    from sepllm_train.config.schema import Config
 
 Parser: TypeAlias = argparse.ArgumentParser
 Group: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
@@ -144,35 +141,6 @@ def require_file(path: str | Path | None, option: str) -> None:
     """Raise UserError when a file that an option names is not there."""
     if path is not None and not Path(path).is_file():
         raise UserError(f"{option} {path} is not a file.")
-
-
-def require_data(config: Config) -> None:
-    """Raise UserError for datasets and checkpoints of a configuration that are not there: before torch is imported.
-
-    Under torchrun the ranks look together, later: one of them alone may not see a file.
-    """
-    if "RANK" in os.environ:
-        return
-    for entry in (*config.data.prefixes, *config.data.validation_prefixes):
-        prefix = entry.get("path") if isinstance(entry, dict) else entry
-        if isinstance(prefix, str):
-            require_dataset(prefix)
-    # What the run begins with: not read any more by one that continues, which training sees from its folder.
-    key = "init_from" if config.resume in ("auto", "never") else "resume"
-    path = getattr(config, key)
-    begun = (Path(config.run_root).expanduser() / config.name).exists()
-    if path is not None and not begun and not Path(path).expanduser().exists():
-        raise UserError(
-            f"{key}={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN"
-            + (", or resume=auto or never." if key == "resume" else ".")
-        )
-
-
-def require_dataset(prefix: str) -> None:
-    """Raise UserError for a dataset that is not there or not whole."""
-    from data_prep.sidecar import dataset_prefix, read_header
-
-    read_header(os.path.abspath(dataset_prefix(prefix)))
 
 
 def prepare_device(arguments: argparse.Namespace) -> str:

@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         'runs/NAME --prompt "Once upon a time" --tokens 200\n'
         "runs/NAME --prompt-file prompts.txt --cache sep --temperature 0.8 --top-p 0.95 --seed 1",
     )
-    parser.epilog = f"{parser.epilog}\n  torchrun --nproc-per-node=2 -m sepllm_train generate runs/NAME --tensor 2 ..."
+    launcher = "python -m sepllm_train.distributed.torchrun --nproc-per-node=2"
+    parser.epilog = f"{parser.epilog}\n  {launcher} -m sepllm_train generate runs/NAME --tensor 2 ..."
     flags.add_run(parser)
     add = parser.add_argument
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, if it is not beside its data")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sepllm_train.cli import flags
+from sepllm_train.config.present import require_data
 from sepllm_train.config.schema import AttentionConfig, Config
 
 _COUNTED = "Counts are exact, on the first training samples of the configuration. Prints the overrides to add"
@@ -30,7 +31,7 @@ def main(words: Sequence[str]) -> None:
     from sepllm_train.config.load import configuration_of
 
     config = configuration_of(arguments.overrides)
-    flags.require_data(config)
+    require_data(config)
     arguments.run(config, arguments.samples)
 
 

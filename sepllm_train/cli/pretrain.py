@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags, hydra_line
 from sepllm_train.config.keys import Key, matching
+from sepllm_train.config.present import require_data
 from sepllm_train.config.schema import Config
 
 _USAGE = "sepllm pretrain [--nproc N] [+experiment=NAME] [GROUP=NAME] [KEY=VALUE ...]"
@@ -18,7 +19,7 @@ _EXAMPLES = """examples:
   sepllm pretrain --nproc 8 +experiment=pythia160m_sep data=prefixes 'data.prefixes=[my/text]'
   sepllm pretrain --nproc 8 --nnodes 2 --rdzv-endpoint host1:29400 +experiment=pythia1.4b_sep
   sepllm pretrain +experiment=pythia160m_sep dry_run=true
-  torchrun --nproc-per-node=8 -m sepllm_train pretrain +experiment=pythia160m_sep"""
+  python -m sepllm_train.distributed.torchrun --nproc-per-node=8 -m sepllm_train pretrain +experiment=pythia160m_sep"""
 GROUPS = ("experiment", "model", "attention", "data", "parallel", "optim", "logging")
 # Keys that are often set, with what to know first; their whole descriptions are those of the schema.
 OFTEN = (
@@ -28,8 +29,6 @@ OFTEN = (
     "optim.lr", "optim.warmup_steps", "parallel.tensor", "parallel.context", "logging.interval", "logging.tracker",
 )  # fmt: skip
 _WIDTH = 110
-# Options of Hydra that are passed on: they print a configuration.
-HYDRA = ("--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i")
 
 
 def main(words: Sequence[str]) -> int:
@@ -41,12 +40,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.keys is not None:
         print_keys(arguments.keys)
         return 0
-    unknown = next((word for word in overrides if word.startswith("-") and word.split("=")[0] not in HYDRA), None)
-    if unknown is not None:
-        raise UserError(
-            f"sepllm pretrain has no option {unknown}: keys are written KEY=VALUE, without dashes; "
-            "sepllm pretrain --help lists the options."
-        )
+    hydra_line.check_options("pretrain", overrides, Config)
     # Hydra's own options, such as --cfg job, print and train nothing.
     if _launches(arguments) and not any(word.startswith("-") for word in overrides):
         return _launch(arguments, overrides)
@@ -134,7 +128,7 @@ def _launch(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     config = configuration_of(list(overrides))
     validate(config, arguments.nproc * arguments.nnodes)
-    flags.require_data(config)
+    require_data(config)
     # As torchrun does, which would say so.
     if arguments.nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -173,7 +167,7 @@ def pretrain(config: Config) -> None:
         config.parallel.processes if config.dry_run and not by_torchrun else int(os.environ.get("WORLD_SIZE", 1))
     )
     validate(config, world_size)
-    flags.require_data(config)
+    require_data(config)
 
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
     from sepllm_train.distributed.collectives import lost_rank

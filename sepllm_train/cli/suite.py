@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from sepllm_train.cli import flags, hydra_line
+from sepllm_train.cli import hydra_line
 from sepllm_train.config.folder import config_folder
+from sepllm_train.config.present import require_dataset
 from sepllm_train.suite.config import SuiteSettings
 
 _HELP = """usage: sepllm suite +suite=NAME [OVERRIDE ...]
@@ -45,7 +46,7 @@ def _run(config: SuiteSettings) -> None:
 
             Corpus([Path(text).expanduser() for text in config.suite.text])
         if config.suite.prefix is not None:
-            flags.require_dataset(config.suite.prefix)
+            require_dataset(config.suite.prefix)
 
     from sepllm_train.suite.main import run_suite
 

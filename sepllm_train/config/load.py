@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import TypeVar, cast, get_args, get_origin
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -14,10 +17,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
-from sepllm_train.base.errors import RunStopped, UserError
+from sepllm_train.base.errors import UserError
 from sepllm_train.config import schema
 from sepllm_train.config.folder import config_folder
+from sepllm_train.config.keys import hints_of, nearest
+from sepllm_train.config.overrides import plus, settled, without_options
 
 C = TypeVar("C")
 
@@ -37,64 +43,119 @@ def to_config(config: DictConfig) -> schema.Config:
 
 def to_dataclasses(config: DictConfig, kind: type[C]) -> C:
     """Check a composed configuration and return it as `kind`. Raises UserError."""
+    _refuse_unknown(config, kind, kind)
     try:
-        result = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+        with _without_environment():
+            result = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(one_sentence(error, kind)) from None
     assert isinstance(result, kind)
     return result
 
 
-def configuration_of(overrides: list[str]) -> schema.Config:
+def configuration_of(overrides: Sequence[str]) -> schema.Config:
     """The checked configuration that `overrides` of a run make, as for scripts/pretrain.py. Raises UserError."""
-    register_schema()
+    return _configuration_of(overrides, "pretrain", "schema", schema.Config)
+
+
+def _configuration_of(words: Sequence[str], primary: str, name: str, kind: type[C]) -> C:
+    """As `compose_and_run` composes it."""
+    register_schema(name, kind)
+    overrides = settled(words, kind)
     try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            composed = compose("pretrain", overrides=overrides)
+        with _without_environment(), initialize_config_dir(str(config_folder()), version_base="1.3"):
+            composed = compose(primary, overrides=overrides)
     except _COMPOSITION_ERRORS as error:
-        raise UserError(one_sentence(error)) from None
-    return to_config(composed)
+        raise UserError(one_sentence(error, kind)) from None
+    return to_dataclasses(composed, kind)
 
 
-def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
-    """Compose the configuration of a run from the command line and call `task` with it."""
-    compose_and_run(task, "pretrain", "schema", schema.Config)
+def compose_and_run(task: Callable[[C], None], words: Sequence[str], primary: str, name: str, kind: type[C]) -> None:
+    """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, with `words`, and call `task`.
 
-
-def compose_and_run(task: Callable[[C], None], primary: str, name: str, kind: type[C]) -> None:
-    """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, and call `task` with it.
-
-    Hydra prints composition errors with a hint about its own variables and exits with 1; here they become one
-    sentence and exit code 2, like every other mistake of the user's.
+    Hydra reads the words from the command line of the process, which is as before when `task` runs. It prints
+    composition errors with a hint about its own variables and exits with 1; here they become one sentence and exit
+    code 2, like every other mistake of the user's.
     """
     register_schema(name, kind)
+    # Hydra's options, such as --cfg job, print what there is and call nothing: it is checked before.
+    if any(word.startswith("-") for word in words):
+        _configuration_of(without_options(words), primary, name, kind)
+    typed, hydras = sys.argv, [sys.argv[0], *settled(words, kind)]
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-    failures: list[UserError | RunStopped] = []
-    composed = False
+    found: list[C] = []
+    failures: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=primary)
     def decorated(config: DictConfig) -> None:
-        nonlocal composed
-        composed = True
         # Raised through Hydra, the sentence would come with Hydra's own lines on every rank.
         try:
-            task(to_dataclasses(config, kind))
-        except (UserError, RunStopped) as error:
+            found.append(to_dataclasses(config, kind))
+        except UserError as error:
             failures.append(error)
 
+    sys.argv = hydras
     try:
-        decorated()
+        with _without_environment():
+            decorated()
     except _COMPOSITION_ERRORS as error:
-        if show_traceback or (composed and not isinstance(error, HydraException | OmegaConfBaseException)):
+        if show_traceback:
             raise
         raise UserError(one_sentence(error, kind)) from None
     finally:
+        sys.argv = typed
         if not show_traceback:
             del os.environ["HYDRA_FULL_ERROR"]
     if failures:
         raise failures[0]
+    for config in found:
+        task(config)
+
+
+class _Withheld(Exception):
+    """An interpolation asked for a variable of the environment."""
+
+
+@contextmanager
+def _without_environment() -> Iterator[None]:
+    """Refuse ${oc.env:NAME} in the block: config.yaml and the records of a run would hold what it stands for."""
+
+    def refuse(name: object, *default: object) -> None:
+        raise _Withheld(str(name))
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _refuse_unknown(config: DictConfig, kind: type, whole: type, group: str = "") -> None:
+    """Raise UserError for a key that `kind` does not have: +KEY and ++KEY add any, which nothing would read."""
+    hints = hints_of(kind)
+    for key in config:
+        name = f"{group}{key}"
+        hint = hints.get(str(key))
+        if hint is None:
+            raise UserError(_no_key(name, whole))
+        inner = config._get_node(key)
+        if is_dataclass(hint.kind) and isinstance(inner, DictConfig):
+            _refuse_unknown(inner, cast(type, hint.kind), whole, f"{name}.")
+        elif get_origin(hint.kind) is dict and isinstance(inner, DictConfig) and not inner._is_none():
+            held = get_args(hint.kind)[1]
+            for entry in inner if is_dataclass(held) else ():
+                node = inner._get_node(entry)
+                if isinstance(node, DictConfig):
+                    _refuse_unknown(node, cast(type, held), whole, f"{name}.{entry}.")
+
+
+def _no_key(name: str, kind: type) -> str:
+    near = nearest(name, kind)
+    return f"configuration: there is no key {name}{f' (did you mean {near}?)' if near else ''}; " + (
+        "sepllm pretrain --keys prints every key." if kind is schema.Config else "--cfg job prints every key."
+    )
 
 
 def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
@@ -105,18 +166,19 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return "configuration: what a group takes is the name of a file in configs/, such as model=pythia160m."
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
-        if unknown[1] == "experiment":
-            return "configuration: experiments are added with a plus: +experiment=NAME."
+        if plus(unknown[1]) != unknown[1]:
+            return f"configuration: {unknown[1]}s are added with a plus: {plus(unknown[1])}=NAME."
         if (config_folder() / unknown[1]).is_dir():
             return (
                 f"configuration: {unknown[1]} takes the name of a file in configs/; {_known_files(unknown[1] + '/')}."
             )
-        return f"configuration: there is no key {unknown[1]}{_nearest_key(unknown[1], kind)}; " + (
-            "sepllm pretrain --keys prints every key." if kind is schema.Config else "--cfg job prints every key."
-        )
-    if unreadable := re.search(r"Error parsing override '(.*)'", str(error)):
+        return _no_key(unknown[1], kind)
+    if there := re.search(r"already at '([^']+)'", str(error)):
+        return f"configuration: {there[1]} is a key already: write it without the plus, {there[1]}=VALUE."
+    if withheld := re.search(r"_Withheld raised while resolving interpolation: (\S+)", str(error)):
         return (
-            f"configuration: {unreadable[1]!r} cannot be read: overrides are written KEY=VALUE, quoted for the shell."
+            f"configuration: ${{oc.env:{withheld[1]}}} would be written into the records of the run: let the shell put "
+            f'it in if it is no secret, KEY="${withheld[1]}"; secrets stay in the environment, where W&B finds its own.'
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
@@ -133,12 +195,3 @@ def _known_files(wanted: str) -> str:
     known = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(known)}"
-
-
-def _nearest_key(wanted: str, kind: type) -> str:
-    """', did you mean KEY?' for the configuration key nearest to `wanted`, or nothing."""
-    default = OmegaConf.structured(kind)
-    groups = {name: node for name, node in default.items() if OmegaConf.is_config(node)}
-    keys = [f"{name}.{key}" for name, node in groups.items() for key in node] + list(default)
-    near = difflib.get_close_matches(wanted, keys, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -9,10 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sepllm_train.config.keys import finite, number_or_share, one_of, positive, require, setting
+from sepllm_train.config.keys import at_most, finite, number_or_share, one_of, positive, require, setting
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
 PLACEMENTS = ("natural", "shuffled", "preceding", "thinned")
+# More than any machine holds, and few enough to be looked through before that is known.
+MOST_LAYERS = 10_000
+MOST_PROCESSES = 2**20
+# Three years: what waits is started with times that fit the clock.
+MOST_SECONDS = 1e8
 BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 
@@ -49,6 +54,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         finite("model", self)
         positive("model", self, "layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary", "rotary_base")
+        at_most("model", self, layers=MOST_LAYERS, hidden=2**20, ffn=2**24, vocabulary=2**31)
         one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
         one_of("model.activation", self.activation, ("gelu", "swiglu"))
         one_of("model.init", self.init, ("pythia", "normal"))
@@ -116,6 +122,7 @@ class AttentionConfig:
     )
 
     def __post_init__(self) -> None:
+        finite("attention", self)
         one_of("attention.pattern", self.pattern, PATTERNS)
         one_of("attention.sink", self.sink, ("none", "learned"))
         one_of("attention.backend", self.backend, BACKENDS)
@@ -196,14 +203,18 @@ class DataConfig:
 
     source: str = setting("sample", "sample (a small corpus made from the installed Python) | prefixes.")
     prefixes: list[Any] = setting(
-        [], "List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}."
+        [],
+        "List of prefixes (PREFIX.bin, .idx, .sep.bin, .sep.json), each a path or {path: ..., weight: ...}.",
+        text=True,
     )
     sequence_length: int = setting(2048, "Tokens of a sequence.")
     validation_fraction: float = setting(
         VALIDATION_FRACTION, "Share of the tokens of each dataset that is held out for validation: its last documents."
     )
     validation_prefixes: list[Any] = setting(
-        [], "Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0."
+        [],
+        "Prefixes of datasets to validate on, all of them; then nothing is held out, validation_fraction is 0.",
+        text=True,
     )
     cache: str | None = setting(None, "Folder of the sample corpus and of indices; None = the user's cache folder.")
     workers: int = setting(1, "Processes that load data, for each rank.")
@@ -211,6 +222,8 @@ class DataConfig:
     sample_text: str = setting("docs", "docs | code | both: text of the sample corpus.")
 
     def __post_init__(self) -> None:
+        finite("data", self)
+        at_most("data", self, sequence_length=2**30, workers=1024, sample_vocabulary=2**20)
         one_of("data.source", self.source, ("sample", "prefixes"))
         one_of("data.sample_text", self.sample_text, ("docs", "code", "both"))
         positive("data", self, "sequence_length", "sample_vocabulary")
@@ -265,6 +278,7 @@ class ParallelConfig:
         finite("parallel", self)
         sizes = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context")
         positive("parallel", self, *sizes, "timeout_seconds")
+        at_most("parallel", self, **dict.fromkeys(sizes, MOST_PROCESSES), timeout_seconds=MOST_SECONDS)
         if self.uneven:
             require(
                 self.pipeline > 1 and self.virtual_pipeline in (None, 1),
@@ -401,6 +415,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         finite("training", self)
         positive("training", self, "steps", "global_batch", "micro_batch", "keep_checkpoints")
+        at_most("training", self, global_batch=2**31, micro_batch=2**31, hang_seconds=MOST_SECONDS)
         one_of("training.precision", self.precision, ("fp32", "bf16", "fp16"))
         one_of("training.recompute", self.recompute, ("none", "selective", "full"))
         for key in (

@@ -18,7 +18,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         f"a world of size {world_size} cannot be split into parallel.tensor={parallel.tensor} x "
         f"parallel.pipeline={parallel.pipeline}"
         + (f" x parallel.context={parallel.context}" if parallel.context > 1 else "")
-        + f": start a multiple of {grid} processes (torchrun --nproc-per-node).",
+        + f": start a multiple of {grid} processes (--nproc of sepllm pretrain).",
     )
     return world_size // grid
 

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # them. They do not inherit a handler of SIGTERM: a worker that has nothing to save ends at once.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # The agent logs at length what the workers print or `_exit_code` does.
+    logging.disable(logging.CRITICAL)
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         return _run(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words], [])
     finally:
+        logging.disable(logging.NOTSET)
         # Python's own end takes the handler away before the process is gone.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -171,7 +175,18 @@ def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     if code not in TOLD_BY_WORKERS:
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: rank {rank} on {socket.gethostname()} {end}.", file=sys.stderr, flush=True)
+    elif rank == failure.local_rank:
+        _print_for_rank_0(failure)
     return code if code > 0 else 128 - code
+
+
+def _print_for_rank_0(failure: ProcessFailure) -> None:
+    """Print what a worker of rank 0's node found and left to rank 0, which was ended before it came so far."""
+    found: Any = failure.message
+    extra = found.get("extraInfo", {}) if isinstance(found, dict) else {}
+    of_rank_0 = Path(failure.error_file).parent.parent / "0" / Path(failure.error_file).name
+    if extra.get("printed") is False and not of_rank_0.exists():
+        print(found["message"], file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
 from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -20,6 +19,7 @@ from sepllm_train.base.files import whole_folder, write_json, write_whole
 from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
+from sepllm_train.config.stored import to_yaml
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
@@ -258,7 +258,7 @@ def _describe(
     config: Config, model_folder: Path, run_folder: Path, words: Vocabulary, identity: dict[str, Any]
 ) -> None:
     """Write config.yaml, run.json and the tokenizer."""
-    write_whole(run_folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    write_whole(run_folder / "config.yaml", to_yaml(config).encode())
     run = {
         "name": config.name,
         "status": _IMPORTED,

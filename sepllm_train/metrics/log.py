@@ -14,10 +14,7 @@ from typing import IO, Any
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_whole
-from sepllm_train.base.parsing import parse_json_object
-
-# FLOPs have more digits than 64 bits.
-_WIDEST = 10**60
+from sepllm_train.base.parsing import WIDEST_COUNT, parse_json_object
 
 
 class MetricsLog:
@@ -167,6 +164,6 @@ def _step(line: bytes) -> int | None:
 def _record(line: bytes | str) -> dict[str, Any] | None:
     """The record in a line, None where there is none."""
     try:
-        return parse_json_object(line, "", "", nan=True, widest=_WIDEST)
+        return parse_json_object(line, "", "", nan=True, widest=WIDEST_COUNT)
     except UserError:
         return None

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepllm_train.base.console import note
-from sepllm_train.base.errors import RankError, UserError, first_line
+from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.shapes import require_shape
+from sepllm_train.config import stored
 from sepllm_train.config.compatibility import DATA, TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, LoggingConfig, ParallelConfig, require
 
@@ -73,14 +74,13 @@ class Checkpoint:
     @property
     def attention(self) -> AttentionConfig:
         """The attention it was trained with."""
-        settings = {key: value for key, value in self.identity.items() if key.startswith("attention.")}
-        try:
-            return AttentionConfig(**{key.removeprefix("attention."): value for key, value in settings.items()})
-        except (TypeError, UserError) as error:
-            raise UserError(
-                f"{self.path / 'state.json'} has settings of attention that this version does not know "
-                f"({first_line(error)}): choose another checkpoint."
-            ) from None
+        settings = {
+            key.removeprefix("attention."): value
+            for key, value in self.identity.items()
+            if key.startswith("attention.")
+        }
+        remedy = "restore it, or take another checkpoint"
+        return stored.from_mapping(AttentionConfig, settings, f"{self.path}:", remedy, group="attention.")
 
     @cached_property
     def manifest_sha256(self) -> str:
@@ -277,23 +277,10 @@ def open_run(
 
 def read_config(folder: Path) -> Config:
     """Read config.yaml of a run. Raises UserError when it is not there or not a configuration."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from sepllm_train.config.load import one_sentence, to_config
-
-    path = folder / "config.yaml"
+    path = folder / stored.FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the folder of a run, such as runs/NAME.")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        assert isinstance(merged, DictConfig)
-        return to_config(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {one_sentence(error)}") from None
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}).") from None
+    return stored.read_config(path)
 
 
 def find_checkpoint(folder: Path, step: int | None = None, skipped: dict[Path, str] | None = None) -> Path:
@@ -342,8 +329,8 @@ def config_for(config: Config, tensor: int, world_size: int) -> Config:
     require(
         world_size == tensor,
         f"--tensor {tensor} takes {tensor} processes and {world_size} were started: "
-        f"torchrun --nproc-per-node={tensor} -m sepllm_train generate ... --tensor {tensor}"
-        + (", or python alone." if tensor == 1 else "."),
+        f"python -m sepllm_train.distributed.torchrun --nproc-per-node={tensor} -m sepllm_train generate ... --tensor "
+        f"{tensor}" + (", or python alone." if tensor == 1 else "."),
     )
     config = replace(
         config,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import parse_json_object, read_bytes, read_json
+from sepllm_train.base.parsing import WIDEST_COUNT, parse_json_object, read_bytes, read_json
 from sepllm_train.config.compatibility import DATA, EARLIER_DATA, same_data, with_current_keys
 from sepllm_train.runs.padding import without_padding
 
@@ -199,7 +199,7 @@ def _records(path: Path) -> Iterator[Record]:
             continue
         where = f"{path} line {number}"
         try:
-            record = parse_json_object(line, where, "repair or delete that line", nan=True, widest=10 * int(LARGEST))
+            record = parse_json_object(line, where, "repair or delete that line", nan=True, widest=WIDEST_COUNT)
         except UserError:
             if number == len(lines):
                 return

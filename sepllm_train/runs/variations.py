@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import yaml
 from sep_attention import AttentionPlan, attended_pairs
 
 from data_prep.separators import CLASSES
-from sepllm_train.base.errors import UserError
+from sepllm_train.config.overrides import values_of
 from sepllm_train.config.schema import AttentionConfig, require
+from sepllm_train.config.stored import from_mapping
 from sepllm_train.model.pattern import AttentionPattern, LayerPattern, resolve_pattern
 
 # Part of the weights or of training alone, so no other value can be tried.
@@ -32,19 +32,16 @@ def base_attention(trained: AttentionConfig, overrides: Sequence[str]) -> Attent
         if trained.pattern != "dense":
             return trained
         return replace(trained, pattern="sep", initial_tokens=3, window=64, separators="paper", full_layers="none")
-    values = asdict(trained)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.removeprefix("attention.")
-        known = [name for name in values if name not in FIXED]
+    known = [name for name in asdict(trained) if name not in FIXED]
+    words = [override.removeprefix("attention.") for override in overrides]
+    for override, word in zip(overrides, words, strict=True):
+        key, equals, _ = word.partition("=")
         require(
             bool(equals) and key in known, f"--attention {override}: write KEY=VALUE with one of {', '.join(known)}."
         )
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--attention {override}: {text!r} cannot be read.") from None
-    return AttentionConfig(**values)
+    values = {**asdict(trained), **values_of(AttentionConfig, words, "--attention")}
+    remedy = "sepllm pretrain --keys attention explains them"
+    return from_mapping(AttentionConfig, values, "--attention", remedy, group="attention.")
 
 
 def classes_of(pattern: AttentionPattern) -> list[int]:

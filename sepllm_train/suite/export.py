@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json, write_whole
+from sepllm_train.base.parsing import parse_json_object, read_yaml
+from sepllm_train.base.secrets import masked_values
+from sepllm_train.config.stored import to_yaml
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.plan import FILE, Plan, finished, read_json
 from sepllm_train.suite.report import SHARES
@@ -44,8 +45,8 @@ def export(plan: Plan, target: Path, figures: Sequence[str]) -> None:
     summary = {path.stem: content for path in files if (content := read_json(path))}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / RUNS, packed(runs))
-        write_json(target / SUMMARY, summary)
+        write_whole(target / RUNS, packed(masked_values(runs)))
+        write_json(target / SUMMARY, masked_values(summary))
         for path in sorted(report.rglob("*")):
             copy = target / path.relative_to(report)
             if path.suffix == ".md" or (path.suffix == ".svg" and (path.stem in figures or copy.exists())):
@@ -73,10 +74,10 @@ def unpack(study: Path, folder: Path) -> None:
     summary = {f"{Path(key).name}.json": held for key, held in read_json(study / SUMMARY).items() if key != "report"}
     try:
         for line in gzip.decompress((study / RUNS).read_bytes()).splitlines():
-            run = json.loads(line)
+            run = parse_json_object(line, study / RUNS, "restore it", nan=True)
             place = folder / "runs" / Path(run["name"]).name
             place.mkdir(parents=True, exist_ok=True)
-            write_whole(place / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False).encode())
+            write_whole(place / "config.yaml", to_yaml(run["config"]).encode())
             write_json(place / "environment.json", run["environment"])
             write_json(place / "run.json", run["run"], indent=2)
             write_whole(place / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in run["metrics"]).encode())
@@ -94,8 +95,11 @@ def packed(runs: list[dict[str, Any]]) -> bytes:
 
 def _record(source: Path) -> dict[str, Any]:
     """Everything that a run recorded, without paths of the machine."""
-    config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf8"))
-    data = config["data"]
+    remedy = "restore it, or train the run again"
+    config = read_yaml(source / "config.yaml", remedy)
+    data = config.get("data")
+    if not isinstance(data, dict):
+        raise UserError(f"{source / 'config.yaml'} has no mapping data: {remedy}.")
     config["run_root"], data["cache"] = "runs", None
     for key in data.keys() & {"prefixes", "validation_prefixes"}:
         data[key] = [Path(prefix).name for prefix in data[key]]

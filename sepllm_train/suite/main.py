@@ -9,14 +9,17 @@ from pathlib import Path
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.secrets import masked_words
+from sepllm_train.config.load import configuration_of
 from sepllm_train.suite.config import SuiteSettings
 from sepllm_train.suite.evaluate import evaluate_runs
 from sepllm_train.suite.export import export, is_study, unpack
-from sepllm_train.suite.plan import Plan, fix_plan, folder_of, make_plan, read_json, read_plan
+from sepllm_train.suite.plan import Plan, data_overrides, fix_plan, folder_of, make_plan, read_json, read_plan
 from sepllm_train.suite.prepare import data_prefix, prepare_data
 from sepllm_train.suite.report import write_suite_report
 from sepllm_train.suite.runner import command_of, environment, interruptible, launcher, train_runs
 from sepllm_train.suite.timing import timing_file
+from sepllm_train.training.preflight import check_config
 from sepllm_train.training.run_folder import claim
 
 
@@ -33,6 +36,7 @@ def run_suite(config: SuiteSettings) -> None:
         else:
             _finish(config, read_plan(folder))
         return
+    check_runs(make_plan(config, data_prefix(config, folder), read=False), made=not suite.text)
     with interruptible(), claim(folder):
         if is_study(folder):
             unpack(folder, folder)
@@ -53,10 +57,26 @@ def run_suite(config: SuiteSettings) -> None:
 def _dry_run(config: SuiteSettings, folder: Path) -> None:
     """Print the commands of the runs."""
     plan = make_plan(config, data_prefix(config, folder), read=False)
+    check_runs(plan, made=not config.suite.text)
     runs = plan.selected(config.suite.only)
     for run in runs:
-        say(shlex.join(command_of(plan, run)))
+        say(shlex.join(masked_words(command_of(plan, run))))
     say(f"dry run: {len(runs)} runs; nothing was trained.")
+
+
+def check_runs(plan: Plan, *, made: bool) -> None:
+    """Check every variant at every length as a run of its own does when it starts; `made`: the data is there.
+
+    Raises UserError, which names the first run that would be refused.
+    """
+    for run in plan.runs:
+        if run.seed != plan.seeds[0]:
+            continue
+        try:
+            config = configuration_of([*run.overrides, *data_overrides(plan.prefix)])
+            check_config(config, plan.processes, data=made)
+        except UserError as error:
+            raise UserError(f"the run {run.name} of the suite would be refused: {error}") from None
 
 
 def _finish(config: SuiteSettings, plan: Plan) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from data_prep.sidecar import read_header
 from sepllm_train.base import files, parsing
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.secrets import masked_words
+from sepllm_train.config.overrides import literal
 from sepllm_train.suite.config import SelectionConfig, SuiteSettings
 from sepllm_train.training.run_folder import git_state, read_run_json
 
@@ -139,15 +141,7 @@ def _overrides(config: SuiteSettings, variant: str, length: int, seed: int) -> l
 
 def data_overrides(prefix: str | None) -> list[str]:
     """Overrides that make a run read the suite's data."""
-    return [] if prefix is None else ["data=prefixes", f"data.prefixes=[{quoted(prefix)}]"]
-
-
-def quoted(value: str | Path) -> str:
-    """A value that Hydra takes as it is, whatever characters it has."""
-    text = str(value)
-    for special in ("'", "${"):
-        text = text.replace(special, "\\" + special)
-    return f"'{text}'"
+    return [] if prefix is None else ["data=prefixes", f"data.prefixes=[{literal(prefix)}]"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -199,9 +193,12 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _content(plan: Plan) -> dict[str, Any]:
-    """Content of plan.json, which must agree; places on the disk may change. There, a variant is called a row."""
+    """Content of plan.json, which must agree; places on the disk may change. There, a variant is called a row, and
+    secrets in overrides are masked."""
     values = {STORED.get(key, key): value for key, value in asdict(plan).items() if key not in ("folder", "prefix")}
     values["runs"] = [{STORED.get(key, key): value for key, value in run.items()} for run in values["runs"]]
+    for run in values["runs"]:
+        run["overrides"] = masked_words(run["overrides"])
     return values
 
 

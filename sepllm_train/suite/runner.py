@@ -20,8 +20,9 @@ import psutil
 from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
+from sepllm_train.config.overrides import literal
 from sepllm_train.distributed.processes import end_with_parent
-from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished, quoted
+from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished
 from sepllm_train.training.signals import STOPPING
 
 # Seconds between looks at the processes, and between lines of progress.
@@ -78,7 +79,7 @@ def command_of(plan: Plan, run: PlannedRun) -> list[str]:
         "pretrain",
         *run.overrides,
         *data_overrides(plan.prefix),
-        f"run_root={quoted(plan.run_root)}",
+        f"run_root={literal(str(plan.run_root))}",
         f"name={run.name}",
     ]
 

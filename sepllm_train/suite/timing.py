@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.base.files import write_json
-from sepllm_train.config.load import config_folder, register_schema, to_config
+from sepllm_train.config.load import configuration_of
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
 from sepllm_train.distributed.launch import Launch, launch_from_environment, process_grid
@@ -70,12 +69,10 @@ def machine() -> dict[str, Any]:
 
 def variant_configs(plan: Plan, length: int, prefix: str | None) -> dict[str, Config]:
     """Configuration of each variant's first seed at a length. Raises UserError."""
-    register_schema()
-    configs = {}
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        for run in plan.runs:
-            if run.length == length and run.variant not in configs:
-                configs[run.variant] = to_config(compose("pretrain", [*run.overrides, *data_overrides(prefix)]))
+    configs: dict[str, Config] = {}
+    for run in plan.runs:
+        if run.length == length and run.variant not in configs:
+            configs[run.variant] = configuration_of([*run.overrides, *data_overrides(prefix)])
     for config in configs.values():
         validate(config, plan.processes)
     return configs

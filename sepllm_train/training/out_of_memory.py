@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Callable
@@ -78,7 +79,12 @@ def advice(config: Config, facts: Facts, world_size: int, device: torch.device, 
         f"out of memory: the run is estimated to need {_gib(need['total'])} on each process ({parts}), and "
         f"{_gib(free)} were free when it began"
     )
-    limit = HEADROOM * min(free, need["total"])
+    return f"{found}: {remedy(config, facts, world_size, device, free)}."
+
+
+def remedy(config: Config, facts: Facts, world_size: int, device: torch.device, free: int) -> str:
+    """Settings with which a run is estimated to fit into `free` bytes on each process."""
+    limit = HEADROOM * min(free, facts.memory["total"])
 
     def size(variant: Config) -> int:
         return _total(variant, facts, world_size, device)
@@ -94,7 +100,7 @@ def advice(config: Config, facts: Facts, world_size: int, device: torch.device, 
         if change and size(variant) <= limit:
             alone.append(shown(change, variant))
     if alone:
-        return f"{found}: set {' or '.join(alone)}, which should fit."
+        return f"set {' or '.join(alone)}, which should fit"
     changes: list[str] = []
     variant = config
     for lever in LEVERS:
@@ -103,9 +109,9 @@ def advice(config: Config, facts: Facts, world_size: int, device: torch.device, 
             changes, variant = [*changes, change], changed
     together = shown(" ".join(changes), variant)
     if changes and size(variant) <= limit:
-        return f"{found}: set {together}, which should fit together."
+        return f"set {together}, which should fit together"
     most = f"not even {together} would fit" if changes else "no other batch, recomputation or layout needs less"
-    return f"{found}: {most}, so take a smaller model, a shorter data.sequence_length or more processes."
+    return f"{most}, so take a smaller model, a shorter data.sequence_length or more processes"
 
 
 def _mildest(
@@ -117,10 +123,14 @@ def _mildest(
 
 
 def _micro_batches(config: Config, world_size: int) -> list[tuple[str, Config]]:
-    """Smaller micro-batches, the largest first."""
+    """Smaller micro-batches, the largest first: those that divide the batch of a step."""
+    batch = config.training.global_batch
+    small = [number for number in range(1, math.isqrt(batch) + 1) if batch % number == 0]
+    divisors = sorted({*small, *(batch // number for number in small)}, reverse=True)
     return [
         variant
-        for micro in range(config.training.micro_batch - 1, 0, -1)
+        for micro in divisors
+        if micro < config.training.micro_batch
         for variant in _allowed(config, world_size, "training", micro_batch=micro)
     ]
 

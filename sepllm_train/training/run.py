@@ -16,6 +16,7 @@ from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.console_lines import processes
+from sepllm_train.training.forecast import forecast
 from sepllm_train.training.guards import Compilation, Guards
 from sepllm_train.training.initial_weights import load_initial_weights
 from sepllm_train.training.live_run import LiveRun
@@ -33,9 +34,21 @@ from sepllm_train.training.watchdog import Watchdog
 
 
 def dry_run(config: Config, world_size: int, device: torch.device) -> None:
-    """Check everything a run would check and print its derived numbers."""
-    prepare(config, world_size, device)
-    say(f"dry run: the checks of a run on {processes(world_size)} passed; nothing was trained.")
+    """Check everything a run would check, and print its derived numbers and whether it fits this machine.
+
+    Under the name of a finished run it is one under another name, which the run itself would need.
+    """
+    taken = run_folder.finished_run(config)
+    prepared = prepare(
+        config if taken is None else replace(config, name=run_folder.free_name(config)), world_size, device
+    )
+    lines, fits = forecast(prepared, world_size, device)
+    for line in lines:
+        say(fold(line))
+    if taken is not None:
+        say(fold(f"note: {run_folder.finished_advice(taken)}."))
+    but = "" if fits else ", but it does not fit this machine"
+    say(f"dry run: the checks of a run on {processes(world_size)} passed{but}; nothing was trained.")
 
 
 def train(config: Config, launch: Launch, device: torch.device) -> Interrupted | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import platform
 import secrets
@@ -20,15 +21,16 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from sepllm_train.base.console import fold, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
 from sepllm_train.base.parsing import read_json, read_json_if_any
+from sepllm_train.base.secrets import masked_words
 from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
 from sepllm_train.config.schema import Config
+from sepllm_train.config.stored import to_yaml
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
 from sepllm_train.metrics.log import MetricsLog
 from sepllm_train.training import checkpoint
@@ -160,10 +162,7 @@ class _Visit:
 
     def refuse_finished(self) -> Path | None:
         """Raise UserError."""
-        raise UserError(
-            f"{self.folder} holds a finished run: choose another name=, delete it to train again, or train on with "
-            f"resume={self.folder} name=NEW and more training.steps."
-        )
+        raise UserError(f"{finished_advice(self.folder)}.")
 
 
 # (resume, state of the folder) -> where the checkpoint comes from.
@@ -206,6 +205,27 @@ def enter(
         step, earlier_data, order = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
     kept = visit.earlier.get("origin") if in_place else None
     return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data, order)
+
+
+def finished_advice(folder: Path) -> str:
+    """What to do where `folder` holds a finished run."""
+    return (
+        f"{folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW and more "
+        "training.steps"
+    )
+
+
+def finished_run(config: Config) -> Path | None:
+    """The run's folder where it holds a finished run."""
+    folder = Path(config.run_root) / config.name
+    used = (folder / "metrics.jsonl").exists()
+    return folder if used and read_run_json(folder).get("status") == "finished" else None
+
+
+def free_name(config: Config) -> str:
+    """The run's name with a number behind it, under which there is no folder."""
+    names = (f"{config.name}_{number}" for number in itertools.count(2))
+    return next(name for name in names if not (Path(config.run_root) / name).exists())
 
 
 def _check_checkpoint(
@@ -364,8 +384,8 @@ def _keep_records(entry: Entry) -> None:
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    write_json(folder / "environment.json", environment(), indent=2)
+    write_whole(folder / "config.yaml", to_yaml(config).encode())
+    write_json(folder / "environment.json", environment(), indent=2, private=True)
     write_run(folder, {**run, "status": "running"})
 
 
@@ -384,7 +404,7 @@ def environment() -> dict[str, Any]:
             continue
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": sys.argv,
+        "command": masked_words(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_state(),
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ import torch
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.secrets import masked_values
 from sepllm_train.config.compatibility import BLEND_ORDER
 from sepllm_train.config.curriculum import curriculum_of
 from sepllm_train.config.schema import Config
@@ -112,14 +113,18 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
 
 def run_facts(config: Config, run: dict[str, Any], folder: Path, corpus: Corpus, facts: Facts) -> dict[str, Any]:
     """Description of a run for a tracker: the whole configuration under its own keys; beside it `run` (run.json),
-    `environment` (environment.json of the run's folder, with the git state), `derived` numbers and `datasets`."""
-    return {
-        **asdict(config),
-        "run": run,
-        "environment": run_folder.read_environment(folder),
-        "derived": facts.record(),
-        "datasets": datasets(corpus),
-    }
+    `environment` (environment.json of the run's folder, with the git state), `derived` numbers and `datasets`. Secrets
+    are masked."""
+    found: dict[str, Any] = masked_values(
+        {
+            **asdict(config),
+            "run": run,
+            "environment": run_folder.read_environment(folder),
+            "derived": facts.record(),
+            "datasets": datasets(corpus),
+        }
+    )
+    return found
 
 
 def datasets(corpus: Corpus) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import parse_json, parse_json_object
+from sepllm_train.base.parsing import WIDEST_COUNT, parse_json, parse_json_object
 from sepllm_train.runs.records import CUMULATIVE, LARGEST, LOSS, Record, name_of
 from sepllm_train.watch.tail import SLICE, Tail, open_within
 from sepllm_train.watch.thin import SCALES, Rows, Thinned
@@ -136,7 +136,7 @@ class FollowedRun:
         if not line.strip():
             return
         try:
-            record = parse_json(line, "", "", nan=True)
+            record = parse_json(line, "", "", nan=True, widest=WIDEST_COUNT)
         except UserError:
             self._broken_line(number, "is not JSON")
             return

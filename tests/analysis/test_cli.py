@@ -142,7 +142,7 @@ def test_run_without_a_checkpoint(trained: Trained, tmp_path: Path, capsys: Any)
     (bare / "config.yaml").write_text("model: {depth: 3}\n")
     refused(["loss", str(bare), *output], f"{bare / 'config.yaml'}: ", capsys)
     (bare / "config.yaml").write_text("model: {depth: 3\n")
-    refused(["loss", str(bare), *output], f"{bare / 'config.yaml'} cannot be read (while parsing", capsys)
+    refused(["loss", str(bare), *output], f"{bare / 'config.yaml'} is not YAML (line 2: expected", capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from sepllm_train.cli.pretrain import parser
 from sepllm_train.config.load import config_folder, register_schema, to_config
 from sepllm_train.config.schema import Config
 from sepllm_train.config.validate import validate
@@ -38,7 +39,9 @@ def test_experiment(name: str) -> None:
     assert (config.init_from == "RUN") == name.startswith("posttrain")
     assert len(resolve_pattern(config.attention, config.model.layers).layers) == config.model.layers
     head = (FOLDER / "experiment" / f"{name}.yaml").read_text().splitlines()
-    assert head[1].startswith("# torchrun") and head[1].endswith(f"scripts/pretrain.py +experiment={name}")
+    assert head[1].startswith("# sepllm pretrain ") and head[1].endswith(f" +experiment={name}")
+    arguments, overrides = parser().parse_known_args(head[1].removeprefix("# sepllm pretrain ").split())
+    assert overrides == [f"+experiment={name}"] and arguments.nproc >= 1
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])

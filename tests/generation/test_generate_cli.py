@@ -194,7 +194,10 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--prompt x --greedy --top-k 5", "--top-k and --top-p need a --temperature above 0"),
         ("--prompt x --tokenizer none.model", "Cannot read the tokenizer none.model: No such file or directory."),
         ("--prompt x --pipeline 2", "generation has no pipeline parallelism"),
-        ("--prompt x --tensor 2", "--tensor 2 takes 2 processes and 1 were started: torchrun --nproc-per-node=2"),
+        (
+            "--prompt x --tensor 2",
+            "--tensor 2 takes 2 processes and 1 were started: python -m sepllm_train.distributed.torchrun ",
+        ),
     ],
 )
 def test_mistakes_end_with_one_sentence(

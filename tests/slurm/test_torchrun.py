@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from sepllm_train.base.errors import LostRank, UserError, report
 from tests.support.waiting import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.distributed
@@ -99,3 +101,30 @@ def test_the_report_measures_the_launch(tmp_path: Path) -> None:
     assert report["variables"]["WORLD_SIZE"] == "2"
     (test,) = report["self_test"].values()
     assert test["processes"] == 2 and test["gigabytes_per_second"] > 0
+
+
+MISTAKE = ["-m", "sepllm_train", "pretrain", "+experiment=demo_sep", "+training.stepz=3"]
+
+
+@pytest.mark.parametrize(("module", "code"), [("sepllm_train.distributed.torchrun", 2), ("torch.distributed.run", 1)])
+def test_the_sentence_comes_last(module: str, code: int, tmp_path: Path) -> None:
+    """With the launcher it is all there is; torchrun's own report ends with it."""
+    launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, *MISTAKE], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
+    assert done.returncode == code
+    last = done.stderr.strip().splitlines()[-3:] if code == 1 else done.stderr.strip().splitlines()[-1:]
+    assert any("error: configuration: there is no key training.stepz" in line for line in last), done.stderr
+    assert code == 1 or "exitcode" not in done.stderr
+
+
+def test_of_several_lines_torchruns_report_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert report(UserError("two settings do not fit:\n- a\n- b")) == 2
+    assert ProcessFailure(0, 1, 2, str(file)).message["extraInfo"]["py_callstack"] == (
+        "error: two settings do not fit: - a - b"
+    )
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    assert report(LostRank("a rank is gone")) == 4

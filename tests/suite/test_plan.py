@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.load import config_folder, register_schema, to_config, to_dataclasses
+from sepllm_train.config.overrides import literal, settled
 from sepllm_train.config.validate import validate
 from sepllm_train.suite.config import SuiteSettings
-from sepllm_train.suite.plan import data_overrides, fix_plan, make_plan, quoted, read_plan
+from sepllm_train.suite.main import run_suite
+from sepllm_train.suite.plan import data_overrides, fix_plan, make_plan, read_plan
 
 SUITES = sorted(path.stem for path in (config_folder() / "suite").glob("*.yaml"))
 SIZES = ("cpu", "gpu", "toy")
@@ -22,8 +24,9 @@ SIZES = ("cpu", "gpu", "toy")
 def suite(*overrides: str) -> SuiteSettings:
     """The configuration of a suite's command line."""
     register_schema("suite_schema", SuiteSettings)
+    words = settled(overrides, SuiteSettings)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return to_dataclasses(compose("suite", overrides=list(overrides)), SuiteSettings)
+        return to_dataclasses(compose("suite", overrides=words), SuiteSettings)
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -137,7 +140,7 @@ def test_folders_reach_a_run_as_they_are(folder: str) -> None:
     assert data_overrides(None) == []
     register_schema()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        overrides = [*data_overrides(folder), f"run_root={quoted(folder)}"]
+        overrides = [*data_overrides(folder), f"run_root={literal(folder)}"]
         config = to_config(compose("pretrain", overrides=overrides))
     assert config.data.prefixes == [folder] and config.run_root == folder
 
@@ -167,3 +170,43 @@ def test_folders_reach_a_run_as_they_are(folder: str) -> None:
 def test_mistakes(overrides: list[str], sentence: str) -> None:
     with pytest.raises((UserError, ValueError), match=re.escape(sentence)):
         suite(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["suite.overrides=[+training.stepz=3]"], "there is no key training.stepz (did you mean training.steps?)"),
+        (["suite.overrides=[training.stepz=3]"], "there is no key training.stepz"),
+        (["suite.overrides=[++foo=1]"], "there is no key foo"),
+        (["sizes.toy.overrides=[+foo=1]"], "there is no key foo"),
+        (["suite.overrides=[model.heads=7]"], "model.heads=7"),
+        (["suite.overrides=[optim.warmup_steps=1000]"], "optim.warmup_steps=1000 must lie between"),
+        (["suite.overrides=[attention.window=[4,4,4]]"], "3 windows for a model of 2 layers"),
+        (["suite.variants.sep=[attention=sap]"], "sep_128_seed1 of the suite would be refused"),
+        (["suite.variants.sep=['attention.separators=[dot]']"], "unknown separator class 'dot'"),
+        (["+suite.variants.own=['+training.stepz=1']"], "own_128_seed1 of the suite would be refused"),
+        (["suite.overrides=['data.validation_prefixes=[nowhere]']"], "There is no dataset at"),
+        (["suite.overrides=['model.name=\\${oc.env:HOME}']"], "${oc.env:HOME}"),
+        (["suite.overrides=['hello']"], "hello is no KEY=VALUE"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_run_that_would_be_refused_ends_the_suite_before_it_begins(
+    dry: bool, overrides: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sepllm_train.suite.main.prepare_data", lambda *_: pytest.fail("the suite began"))
+    with pytest.raises(UserError) as refused:
+        run_suite(suite("+suite=paper", "suite.size=toy", f"suite.root={tmp_path}", f"suite.dry_run={dry}", *overrides))
+    assert words in str(refused.value) and not list(tmp_path.iterdir())
+
+
+def test_secrets_in_overrides_are_in_no_plan_and_no_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "suite.overrides=['logging.entity=https://me:hunter2@host']"
+    root = f"suite.root={tmp_path}"
+    run_suite(suite("+suite=paper", "suite.size=toy", root, "suite.dry_run=true", secret))
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed and "logging.entity=https://me:***@host" in printed
+    plan = make_plan(suite("+suite=paper", "suite.size=toy", root, secret), None)
+    fix_plan(plan)
+    assert "hunter2" not in (plan.folder / "plan.json").read_text()
+    fix_plan(plan)

@@ -80,7 +80,7 @@ def test_mistake_on_the_command_line(trainer: Any, overrides: list[str], words: 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["name=one"], "holds a finished run: choose another name="),
+        (["name=one"], "holds a finished run: choose another name=, or train on with resume="),
         (["name=one", "resume=never"], "holds a finished run"),
         (["name=other", "resume=one", "model.layers=1"], "model.layers=2, this run has 1"),
         (["name=other", "resume=one", "attention.window=32"], "attention.window=64, this run has 32"),

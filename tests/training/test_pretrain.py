@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from sepllm_train.config.load import configuration_of
 from sepllm_train.metrics.flops import FlopsCounter, ModelShape
 from sepllm_train.training.checkpoint import digest, digests
+from sepllm_train.training.forecast import checkpoint_bytes
 from sepllm_train.training.loop import Loop
 from sepllm_train.training.setup import build_scheduler, learning_rate
 from tests.support.command import command
@@ -286,6 +289,47 @@ def test_dry_run_trains_nothing(trainer: Any) -> None:
         "dry run",
         "held out",
         "passes over",
+        "GiB free on this machine for each",
+        "checkpoints: 0.",
+        "time: at least ",
     ):
         assert words in outcome.output
     assert not (trainer.root / "dry").exists()
+
+
+def test_dry_run_says_when_the_run_does_not_fit_this_machine(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sepllm_train.training.forecast.free_memory", lambda device: 1 << 20)
+    outcome = trainer.here("name=dry", "dry_run=true")
+    told = " ".join(outcome.output.split())
+    assert outcome.code == 0 and re.search(
+        r"warning: memory: [\d.]+ GiB needed .* and 0\.00 GiB free .*: .*smaller", told
+    )
+    assert "passed, but it does not fit this machine; nothing was trained." in told
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    told = " ".join(trainer.here("name=dry", "dry_run=true").output.split())
+    assert "warning: checkpoints: " in told and "choose another run_root=" in told and "does not fit" in told
+
+
+def test_a_dry_run_under_the_name_of_a_finished_run(trainer: Any, finished: Any) -> None:
+    finished("dense", "attention=dense")
+    before = sorted(path.name for path in trainer.root.iterdir())
+    outcome = trainer.here("name=dense", "dry_run=true", "model.layers=1")
+    folder, told = trainer.root / "dense", " ".join(outcome.output.split())
+    assert outcome.code == 0, outcome.output
+    assert (
+        f"note: {folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW" in told
+    )
+    assert "passed" in told and sorted(path.name for path in trainer.root.iterdir()) == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_dry_run_knows_the_size_of_a_checkpoint(trainer: Any, precision: str) -> None:
+    name = f"size_{precision}"
+    outcome = trainer.here(f"name={name}", f"training.precision={precision}")
+    assert outcome.code == 0
+    parameters = json.loads((trainer.root / name / "run.json").read_text())["parameters"]
+    newest = trainer.root / name / "checkpoints" / "step_00000004"
+    written = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    asked = configuration_of([*SMALL_RUN, f"training.precision={precision}"])
+    assert written == pytest.approx(checkpoint_bytes(asked, parameters), rel=0.15)

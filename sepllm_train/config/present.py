@@ -1,0 +1,38 @@
+"""Files that a configuration names, looked for before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sepllm_train.base.errors import UserError
+from sepllm_train.config.schema import Config
+
+
+def require_data(config: Config) -> None:
+    """Raise UserError for datasets and checkpoints of a configuration that are not there: before torch is imported.
+
+    Under torchrun the ranks look together, later: one of them alone may not see a file.
+    """
+    if "RANK" in os.environ:
+        return
+    for entry in (*config.data.prefixes, *config.data.validation_prefixes):
+        prefix = entry.get("path") if isinstance(entry, dict) else entry
+        if isinstance(prefix, str):
+            require_dataset(prefix)
+    # What the run begins with: not read any more by one that continues, which training sees from its folder.
+    key = "init_from" if config.resume in ("auto", "never") else "resume"
+    path = getattr(config, key)
+    begun = (Path(config.run_root).expanduser() / config.name).exists()
+    if path is not None and not begun and not Path(path).expanduser().exists():
+        raise UserError(
+            f"{key}={path}: there is no checkpoint there; give a run folder or RUN/checkpoints/step_NNNNNNNN"
+            + (", or resume=auto or never." if key == "resume" else ".")
+        )
+
+
+def require_dataset(prefix: str) -> None:
+    """Raise UserError for a dataset that is not there or not whole."""
+    from data_prep.sidecar import dataset_prefix, read_header
+
+    read_header(os.path.abspath(dataset_prefix(prefix)))

@@ -21,6 +21,26 @@ MOST_SECONDS = 1e8
 BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 
+# Learning rate of a size that has no published one: that of models of some hundred million parameters.
+ASSUMED_LR = 6e-4
+
+
+@dataclass
+class RecipeConfig:
+    """Published settings of a model size: what `optim` takes where it sets nothing, and what the start prints."""
+
+    lr: float | None = setting(None, "Published learning rate; None = not published for this size.")
+    vocabulary: int | None = setting(None, "Rows of the published embedding, padding included.")
+    micro_batch: int | None = setting(None, "Sequences that a published process computed at once; printed as a hint.")
+    gpus: int | None = setting(None, "GPUs of the published run; printed as a hint.")
+    tensor: int | None = setting(None, "Tensor-parallel size of the published run; printed as a hint.")
+
+    def __post_init__(self) -> None:
+        finite("model.recipe", self)
+        positive("model.recipe", self, "vocabulary", "micro_batch", "gpus", "tensor")
+        require(self.lr is None or self.lr > 0, f"model.recipe.lr={self.lr} must be above 0.")
+
+
 @dataclass
 class ModelConfig:
     """Shape and block of the transformer. Sizes are counts of features; `ffn` is the width after the gate."""
@@ -34,7 +54,7 @@ class ModelConfig:
     parallel_residual: bool = setting(True, "Attention and feed-forward block read the same input, as in GPT-NeoX.")
     norm: str = setting("layernorm", "layernorm | rmsnorm.")
     norm_epsilon: float = setting(1e-5, "Added to the variance in norms.")
-    activation: str = setting("gelu", "gelu | swiglu.")
+    activation: str = setting("gelu", "gelu (exact) | gelu_tanh (its tanh approximation, Pythia's) | swiglu.")
     bias: bool = setting(True, "Biases in linear layers.")
     rotary_fraction: float = setting(0.25, "Share of the features of a head with rotary positions.")
     rotary_base: int = setting(10000, "Base of the rotary wavelengths.")
@@ -50,13 +70,17 @@ class ModelConfig:
         "everywhere, output projections divided by sqrt(2 layers).",
     )
     init_std: float = setting(0.02, "Standard deviation of the weights with init=normal.")
+    init_output_std: float | None = setting(
+        None, "Standard deviation of the output projections with init=normal; None = init_std / sqrt(2 layers)."
+    )
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
         finite("model", self)
         positive("model", self, "layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary", "rotary_base")
         at_most("model", self, layers=MOST_LAYERS, hidden=2**20, ffn=2**24, vocabulary=2**31)
         one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
-        one_of("model.activation", self.activation, ("gelu", "swiglu"))
+        one_of("model.activation", self.activation, ("gelu", "gelu_tanh", "swiglu"))
         one_of("model.init", self.init, ("pythia", "normal"))
         require(
             self.hidden % self.heads == 0,
@@ -70,9 +94,9 @@ class ModelConfig:
             0 <= self.rotary_fraction <= 1,
             f"model.rotary_fraction={self.rotary_fraction} must lie between 0 and 1.",
         )
-        for key in ("init_std", "norm_epsilon"):
+        for key in ("init_std", "init_output_std", "norm_epsilon"):
             value = getattr(self, key)
-            require(value > 0, f"model.{key}={value} must be above 0.")
+            require(value is None or value > 0, f"model.{key}={value} must be above 0.")
 
     @property
     def head_dim(self) -> int:
@@ -319,9 +343,13 @@ class ParallelConfig:
 class OptimConfig:
     """Adam and its schedule. Step counts are optimizer steps."""
 
-    lr: float = setting(6e-4, "Learning rate after warm-up.")
-    min_lr: float = setting(6e-5, "Learning rate at the end of the schedule.")
-    schedule: str = setting("cosine", "cosine | wsd | linear | constant.")
+    lr: float | None = setting(None, "Learning rate after warm-up; None = model.recipe.lr, the model size's own.")
+    min_lr: float | None = setting(None, "Learning rate at the end of the schedule; None = a tenth of optim.lr.")
+    schedule: str = setting(
+        "cosine",
+        "cosine (from lr to min_lr) | pythia (Pythia's: a cosine to 0 over all steps, cut off at min_lr) | wsd | "
+        "linear | constant.",
+    )
     warmup_fraction: float = setting(0.01, "Share of training.steps, unless warmup_steps is given.")
     warmup_steps: int | None = setting(None, "Steps over which the learning rate rises; None = warmup_fraction.")
     decay_fraction: float = setting(0.1, "schedule=wsd: the share of training.steps that decays at the end.")
@@ -339,11 +367,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         finite("optim", self)
-        one_of("optim.schedule", self.schedule, ("cosine", "wsd", "linear", "constant"))
-        require(
-            0 <= self.min_lr <= self.lr and self.lr > 0,
-            f"optim.lr={self.lr} must be above 0 and at least optim.min_lr={self.min_lr}.",
-        )
+        one_of("optim.schedule", self.schedule, ("cosine", "pythia", "wsd", "linear", "constant"))
+        if self.lr is not None:
+            self.take(None)
         require(
             self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1,
             f"optim.warmup_fraction={self.warmup_fraction} and optim.decay_fraction={self.decay_fraction} overlap.",
@@ -360,6 +386,24 @@ class OptimConfig:
         require(self.epsilon > 0, f"optim.epsilon={self.epsilon} must be above 0.")
         require(self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad} must be 0 (off) or more.")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be 0 or more.")
+
+    def take(self, recipe: float | None) -> None:
+        """Fill the rates that are not set: lr from the model's recipe, min_lr from lr (Pythia's is a tenth)."""
+        if self.lr is None:
+            self.lr = ASSUMED_LR if recipe is None else recipe
+        if self.min_lr is None:
+            # Rounded, so that a tenth of 6e-4 is 6e-5 and not 5.9999999999999995e-05.
+            self.min_lr = float(f"{self.lr / 10:.12g}")
+        require(
+            0 <= self.min_lr <= self.lr and self.lr > 0,
+            f"optim.lr={self.lr} must be above 0 and at least optim.min_lr={self.min_lr}.",
+        )
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Learning rate after warm-up and at the end. They are set once the model is known: in every `Config`."""
+        assert self.lr is not None and self.min_lr is not None
+        return self.lr, self.min_lr
 
 
 @dataclass
@@ -527,6 +571,7 @@ class Config:
             bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
             f"name={self.name!r} must be a plain folder name: the run is written to {self.run_root}/NAME.",
         )
+        self.optim.take(self.model.recipe.lr)
         require(
             not self.resume_other_data or self.resume not in ("auto", "never"),
             f"resume_other_data=true with resume={self.resume}: it is for a run that continues another one's "

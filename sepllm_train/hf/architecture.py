@@ -16,6 +16,8 @@ from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
 
 FAMILIES: dict[str, Family] = {"gpt_neox": NEOX, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
+# model.activation and transformers' names of it, the one that is exported first.
+GELUS = {"gelu": ("gelu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")}
 
 
 def model_type(config: Config) -> str:
@@ -26,7 +28,7 @@ def model_type(config: Config) -> str:
         "attention.sink=learned cannot be exported: no class of transformers has this sink in its softmax.",
     )
     require(model.rotary_fraction > 0, "model.rotary_fraction=0 cannot be exported: transformers' classes all rotate.")
-    if (model.norm, model.activation, model.bias) == ("layernorm", "gelu", True):
+    if (model.norm, model.bias) == ("layernorm", True) and model.activation in GELUS:
         require(
             model.query_groups == model.heads,
             f"model.kv_heads={model.kv_heads} cannot be exported with model.norm=layernorm: GPT-NeoX has as many "
@@ -76,7 +78,7 @@ def to_theirs(config: Config, vocabulary: int, end_of_document: int) -> Any:
     if kind == "gpt_neox":
         rope["partial_rotary_factor"] = model.rotary_fraction
         settings |= {
-            "hidden_act": "gelu",
+            "hidden_act": GELUS[model.activation][0],
             "layer_norm_eps": model.norm_epsilon,
             "use_parallel_residual": model.parallel_residual,
         }
@@ -136,7 +138,16 @@ def to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
             window is None or window >= theirs.max_position_embeddings,
             f"sliding_window={window} in config.json cannot be imported: the model is not one of full attention.",
         )
-    equal("hidden_act", "gelu" if neox else "silu", "our model has exact GELU (GPT-NeoX) or SiLU (Llama)")
+    activation = "swiglu"
+    if neox:
+        found = next((ours for ours, names in GELUS.items() if theirs.hidden_act in names), None)
+        require(
+            found is not None,
+            f"hidden_act={theirs.hidden_act} in config.json cannot be imported: ours has GELU, exact or by tanh.",
+        )
+        activation = str(found)
+    else:
+        equal("hidden_act", "silu", "our Llama has SiLU")
     equal("attention_bias", neox, "GPT-NeoX has a bias in attention, Llama none")
     equal("quantization_config", None, "its weights are quantised")
     model = ModelConfig(
@@ -149,7 +160,7 @@ def to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
         parallel_residual=neox and theirs.use_parallel_residual,
         norm="layernorm" if neox else "rmsnorm",
         norm_epsilon=theirs.layer_norm_eps if neox else theirs.rms_norm_eps,
-        activation="gelu" if neox else "swiglu",
+        activation=activation,
         bias=neox,
         rotary_fraction=fraction,
         rotary_base=int(base),

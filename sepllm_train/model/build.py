@@ -53,7 +53,7 @@ def transformer_config(config: Config) -> TransformerConfig:
             # Parameters are filled by `initialize`, on the CPU.
             use_cpu_initialization=True,
             perform_initialization=False,
-            # The fused GELU is the tanh approximation; the other fusions need apex, or are in pointwise.py.
+            # Activations are in pointwise.py, the other fusions there too, or they need apex.
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
@@ -82,6 +82,7 @@ def _block(model: ModelConfig) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_epsilon,
         "add_bias_linear": model.bias,
         "gated_linear_unit": gated,
+        # For megatron-core's own checks: the layers use pointwise.py's.
         "activation_func": F.silu if gated else F.gelu,
     }
 

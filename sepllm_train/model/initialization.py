@@ -23,12 +23,12 @@ def standard_deviations(model: ModelConfig) -> tuple[float, float]:
     """Standard deviation of the normal distribution of most weights, and of the two projections back to the residual.
 
     pythia: sqrt(2 / (5 hidden)) (Nguyen and Salazar 2019, "Transformers without Tears", small init) and
-    2 / (layers sqrt(hidden)) (GPT-J's), as GPT-NeoX combines them. normal: `init_std` and init_std / sqrt(2 layers)
-    (GPT-2).
+    2 / (layers sqrt(hidden)) (GPT-J's), as GPT-NeoX combines them. normal: `init_std`, and `init_output_std` or
+    init_std / sqrt(2 layers) (GPT-2).
     """
     if model.init == "pythia":
         return math.sqrt(2 / (5 * model.hidden)), 2 / (model.layers * math.sqrt(model.hidden))
-    return model.init_std, model.init_std / math.sqrt(2 * model.layers)
+    return model.init_std, model.init_output_std or model.init_std / math.sqrt(2 * model.layers)
 
 
 @torch.no_grad()

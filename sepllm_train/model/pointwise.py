@@ -6,7 +6,7 @@ megatron-core overlaps with the backward pass), attention with its own kernels, 
 would be cut at each of those and be guarded by its number, its window and the attention plan. A function of tensors
 has no state, so one compilation serves every layer and micro-batch, names of weights stay as they are, and any layout
 or recomputation works as without. It sees tokens [T, ...] and not sequences [S, B, ...]: micro-batches of as many
-tokens share it whatever their length. GELU is the exact one: megatron-core's fused one is the tanh approximation.
+tokens share it whatever their length. megatron-core's fused GELU is the tanh approximation alone; here are both forms.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ class Pointwise:
         if self.compiled:
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)
-        gelu = _compiled_gelu if self.compiled else _gelu
-        self.activation = self._made(_swiglu if model.activation == "swiglu" else gelu)
+        activations = {
+            "gelu": _compiled_gelu if self.compiled else _gelu,
+            "gelu_tanh": _gelu_tanh,
+            "swiglu": _swiglu,
+        }
+        self.activation = self._made(activations[model.activation])
         self.add = self._made(_add)
         self.rotate = self._compiled(_rotate) if self.compiled else _rotate
         self.statistics = self._made(_statistics)
@@ -140,6 +144,10 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(_biased(x, bias))
+
+
+def _gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
+    return F.gelu(_biased(x, bias), approximate="tanh")
 
 
 def _compiled_gelu(x: Tensor, bias: Tensor | None) -> Tensor:

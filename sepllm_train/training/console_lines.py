@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sepllm_train.base.console import duration, flop_count, fold, quantity, say
-from sepllm_train.config.schema import Config
+from sepllm_train.config.schema import ASSUMED_LR, Config
 from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.training.facts import PROBED_SAMPLES, Facts, SourceFacts
 
@@ -31,6 +31,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         *_data_lines(facts),
         f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
+        recipe_line(config),
         _attention_line(config, facts),
         *_context_lines(config, facts),
         *_compute_lines(config, cuda=device.type == "cuda"),
@@ -44,6 +45,20 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         *data_warnings(config, facts.sources, facts.passes),
     ]
     return [fold(line) for line in lines]
+
+
+def recipe_line(config: Config) -> str:
+    """Which of the model size's published settings the run has, and what it has in place of others."""
+    model, recipe = config.model, config.model.recipe
+    lr, min_lr = config.optim.rates
+    rates = f"lr {lr:g} falling to {min_lr:g}" if config.optim.schedule != "constant" else f"lr {lr:g}"
+    if recipe.lr is None:
+        assumed = " (assumed)" if lr == ASSUMED_LR else ""
+        return f"recipe: none published for {model.name} | {rates}{assumed} | schedule {config.optim.schedule}"
+    own = "" if lr == recipe.lr else f" (yours; published {recipe.lr:g})"
+    hint = f" | published run: micro-batches of {recipe.micro_batch} on {recipe.gpus} GPUs" if recipe.gpus else ""
+    hint += f", tensor {recipe.tensor}" if hint and (recipe.tensor or 1) > 1 else ""
+    return f"recipe: {model.name} | {rates}{own} | schedule {config.optim.schedule} | {model.activation}{hint}"
 
 
 def _run_line(config: Config, facts: Facts, world_size: int, device: torch.device) -> str:

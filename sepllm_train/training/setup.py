@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import virtual_stages
 from sepllm_train.model.build import PRECISIONS, build_model
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
+SCHEDULES = {"cosine": "cosine", "pythia": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
 
 
 @dataclass
@@ -87,10 +88,11 @@ def _stages(config: Config) -> list[int | None]:
 def _optimizer_config(config: Config) -> OptimizerConfig:
     """Adam, with weight decay on matrices only (megatron-core's default)."""
     optim, precision = config.optim, config.training.precision
+    lr, min_lr = optim.rates
     return OptimizerConfig(
         optimizer="adam",
-        lr=optim.lr,
-        min_lr=optim.min_lr,
+        lr=lr,
+        min_lr=min_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
@@ -118,11 +120,13 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
     optim = config.optim
     steps = optim.schedule_steps or config.training.steps
     warmup = warmup_steps(optim, steps)
-    return OptimizerParamScheduler(
+    lr, min_lr = optim.rates
+    kind = PythiaScheduler if optim.schedule == "pythia" else OptimizerParamScheduler
+    return kind(
         optimizer,
         init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=optim.min_lr,
+        max_lr=lr,
+        min_lr=min_lr,
         lr_warmup_steps=warmup,
         lr_decay_steps=max(steps, warmup + 1),
         lr_decay_style=SCHEDULES[optim.schedule],
@@ -133,6 +137,24 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         wsd_decay_steps=max(1, round(optim.decay_fraction * steps)) if optim.schedule == "wsd" else None,
         lr_wsd_decay_style="linear" if optim.schedule == "wsd" else None,
     )
+
+
+class PythiaScheduler(OptimizerParamScheduler):
+    """The schedule that Pythia was trained with, of GPT-NeoX before August 2023.
+
+    After w steps of warm-up and k steps in all of T: lr / 2 (1 + cos(pi (n - w) / T)) with n = min(k, T - w), at least
+    min_lr. So half a cosine to 0 over T steps, shifted by the warm-up; GPT-NeoX's later one, megatron-core's, goes from
+    lr to min_lr in T - w steps.
+    """
+
+    def get_lr(self, param_group: dict) -> float:
+        """Learning rate of a parameter group after `num_steps` steps."""
+        warmup, total = self.lr_warmup_steps, self.lr_decay_steps
+        if self.num_steps <= warmup:
+            return super().get_lr(param_group)
+        peak, least = (float(param_group.get(key, getattr(self, key))) for key in ("max_lr", "min_lr"))
+        passed = min(self.num_steps, total - warmup) - warmup
+        return max(peak / 2 * (math.cos(math.pi * passed / total) + 1), least)
 
 
 def warmup_steps(optim: OptimConfig, steps: int) -> int:

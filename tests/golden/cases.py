@@ -23,6 +23,8 @@ SMALL = (
     "training.checkpoint_interval=3",
     "training.keep_checkpoints=2",
     "optim.lr=4.0e-3",
+    # As before rates were filled from the model's recipe.
+    "optim.min_lr=2.0e-4",
     "optim.warmup_steps=1",
 )
 BLEND = "data.prefixes=[{path: data/guide, weight: 0.7}, {path: data/notes, weight: 0.3}]"

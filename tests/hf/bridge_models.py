@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "neox": ("gpt_neox", {"rope_parameters": NEOX_ROPE}, ["pattern=sep", "window=8", "full_layers=first_last"]),
     "neox, sequential, tied": (
         "gpt_neox",
-        {"use_parallel_residual": False, "tie_word_embeddings": True},
+        {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
         ["pattern=sep", "window=[4,8,16]", "separate_documents=true"],
     ),
     "llama, grouped, tied": (

@@ -266,7 +266,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 4}, "has no tensor"),
     ("llama", {"num_hidden_layers": 2}, "which our model has no place for"),
     ("mistral", {"sliding_window": 32}, "sliding_window=32 in config.json cannot be imported"),
-    ("neox", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new in config.json cannot be imported"),
+    ("neox", {"hidden_act": "relu"}, "hidden_act=relu in config.json cannot be imported"),
 ]
 
 

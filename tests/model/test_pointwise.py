@@ -58,6 +58,20 @@ def test_names_of_weights_stay(device: torch.device) -> None:
     assert names[0] == names[1] and "decoder.layers.0.mlp.linear_fc1.weight" in names[0]
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gelu_by_tanh(compiled: bool) -> None:
+    """Pythia's, as GPT-NeoX's fused function writes it."""
+    pointwise = Pointwise(ModelConfig(activation="gelu_tanh"), TrainingConfig(compile=compiled))
+    x, bias = torch.linspace(-6, 6, 4096)[:, None].requires_grad_(), torch.tensor([0.25])
+    wide = (x.detach().double() + 0.25).requires_grad_()
+    expected = 0.5 * wide * (1 + torch.tanh(0.79788456 * wide * (1 + 0.044715 * wide * wide)))
+    found = pointwise.activation(x, bias)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    (expected.sum() + found.sum()).backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=2e-6)
+    assert (found.double() - torch.nn.functional.gelu(wide)).abs().max() > 4e-4
+
+
 @pytest.mark.slow
 def test_gelu_is_the_exact_one_and_half_precision_compiles() -> None:
     """The tanh approximation is off by up to 4.7e-4. Both biases have the same gradient in the sum."""

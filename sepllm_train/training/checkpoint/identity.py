@@ -39,10 +39,13 @@ _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
 _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
+# Of the model, what changes nothing of it; the vocabulary is on record as it came to be.
+_NOT_OF_THE_MODEL = ("name", "vocabulary", "recipe")
 _CONTENT = {"sha256": "other tokens", "index": "other document boundaries", "separators": "other separators"}
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
     VALIDATION_DATA: {},
+    "model.init_output_std": None,
     "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
@@ -64,8 +67,9 @@ def identity(
 
     data, validation: `Corpus.identity` and `Corpus.validation_identity`; tokenizer: hash of its file.
     """
+    model = {key: value for key, value in asdict(config.model).items() if key not in _NOT_OF_THE_MODEL}
     return {
-        **{f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("name", "vocabulary")},
+        **{f"model.{key}": value for key, value in model.items()},
         VOCABULARY: vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
         DATA: data,

@@ -61,8 +61,8 @@ class ModelConfig:
     tied_embeddings: bool = setting(False, "Output layer and embedding share their weights.")
     vocabulary: int | None = setting(
         None,
-        "Entries of the vocabulary; None takes the data's tokenizer. Padding to a multiple of 128 x TP is added "
-        "to either.",
+        "Entries of the vocabulary; None takes the data's tokenizer, or model.recipe.vocabulary with a tokenizer that "
+        "it fits. Padding to a multiple of 128 x TP is added to any.",
     )
     init: str = setting(
         "pythia",
@@ -97,6 +97,14 @@ class ModelConfig:
         for key in ("init_std", "init_output_std", "norm_epsilon"):
             value = getattr(self, key)
             require(value is None or value > 0, f"model.{key}={value} must be above 0.")
+
+    def entries(self, tokenizer: int) -> int:
+        """Entries of the vocabulary with a tokenizer of so many: `vocabulary`, else the published rows where the
+        tokenizer is of the published size, which were padded by less than 512, else the tokenizer's own."""
+        rows = self.recipe.vocabulary
+        if self.vocabulary is None and rows is not None and rows - 512 < tokenizer <= rows:
+            return rows
+        return self.vocabulary or tokenizer
 
     @property
     def head_dim(self) -> int:
@@ -406,6 +414,10 @@ class OptimConfig:
         return self.lr, self.min_lr
 
 
+# training.checkpoint_steps of the published models.
+PYTHIA = "pythia"
+
+
 @dataclass
 class TrainingConfig:
     """Length, batch and numerics of the run. Batches are counted in sequences."""
@@ -438,6 +450,11 @@ class TrainingConfig:
     checkpoint_interval: int = setting(1000, "Steps between checkpoints; 0 = only after the last step.")
     keep_checkpoints: int = setting(2, "Newest checkpoints that stay on the disk.")
     keep_every: int = setting(0, "Keep the checkpoint of every N-th step besides; 0 = none.")
+    checkpoint_steps: Any = setting(
+        [],
+        "Steps whose checkpoints are written and kept besides, 0 for the initial weights: a list, or pythia for 0, 1, "
+        "2, 4, ... 512 and every 1,000th.",
+    )
     async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy in host memory.")
     deterministic: bool = setting(False, "Deterministic algorithms where torch has them.")
     max_bad_steps: int = setting(
@@ -473,6 +490,7 @@ class TrainingConfig:
         ):
             value = getattr(self, key)
             require(value >= 0, f"training.{key}={value} must be 0 or more.")
+        self._check_checkpoint_steps()
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"training.spike_factor={self.spike_factor} must be above 1, or 0 to skip no spikes.",
@@ -485,6 +503,32 @@ class TrainingConfig:
                 f"training.curriculum entry {entry} must be {{length: TOKENS, steps: N}}, each a whole number of at "
                 "least 1 or a share between 0 and 1.",
             )
+
+    def listed(self, step: int) -> bool:
+        """True for the steps of checkpoint_steps."""
+        if self.checkpoint_steps == PYTHIA:
+            return step % 1000 == 0 or (step <= 512 and step & (step - 1) == 0)
+        return step in self.checkpoint_steps
+
+    def keeps(self, step: int) -> bool:
+        """True for steps whose checkpoints stay when newer ones come."""
+        return self.listed(step) or (self.keep_every > 0 and step % self.keep_every == 0)
+
+    def _check_checkpoint_steps(self) -> None:
+        steps = self.checkpoint_steps
+        if steps == PYTHIA:
+            return
+        require(
+            isinstance(steps, list)
+            and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+            and len(set(steps)) == len(steps),
+            f"training.checkpoint_steps={steps} must be pythia or a list of different step numbers, such as [0,100].",
+        )
+        require(
+            max(steps, default=0) <= self.steps,
+            f"training.checkpoint_steps has {max(steps, default=0)}, beyond training.steps={self.steps}: the run would "
+            "never come to it.",
+        )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary
                 f"warning: {source.prefix} was made with another tokenizer file than {folder} has: this is right only "
                 "if both give the same ids."
             )
-        classes = pad_classes(header_classes(asdict(source.header)), entries)
+        classes = pad_classes(header_classes(source.header), entries)
         return Vocabulary(used, used.sha256, classes, used.eod)
     if not own:
         return Vocabulary(None, "", None, None)
@@ -248,7 +248,7 @@ def _save(config: Config, kind: str, tensors: SafetensorsFolder, run_folder: Pat
         # An optimizer of nothing: there is no state of one to write.
         training = Training([], [model], ChainedOptimizer([]), None)
         record = {"identity": identity, "schedule": checkpoints.schedule_identity(config)}
-        saver = checkpoints.Saver(run_folder, training, record, keep=1, keep_every=0, background=False)
+        saver = checkpoints.Saver(run_folder, training, record, keep=1, kept=lambda step: False, background=False)
         saver.save(TrainState())
         saver.finish()
     return step_folder(run_folder / checkpoints.FOLDER, 0)

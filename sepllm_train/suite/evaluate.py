@@ -101,7 +101,7 @@ def shares_of(config: Config) -> PatternShares:
             keys = keys_per_query(plan, layer.window, layer.horizons)
             pairs += int(keys.sum())
             last += int(keys[0, -1])
-    vocabulary = config.model.vocabulary or corpus.vocabulary
+    vocabulary = config.model.entries(corpus.vocabulary)
     counters = {
         phase.length: FlopsCounter(shape_of(config.model, vocabulary), phase.length, dense=pattern.dense)
         for phase in schedule.phases

@@ -115,7 +115,7 @@ def derive(
     `splits`: of the sources of `corpus`. Raises UserError for an attention backend that cannot do the job.
     """
     model, training, length = config.model, config.training, schedule.length
-    vocabulary = model.vocabulary or corpus.vocabulary
+    vocabulary = model.entries(corpus.vocabulary)
     padded = padded_vocabulary(vocabulary, config.parallel.tensor)
     shape, dense = shape_of(model, vocabulary), schedule.base.dense
     counters = {phase.length: FlopsCounter(shape, phase.length, dense=dense) for phase in schedule.phases}

@@ -55,9 +55,9 @@ def disk_line(config: Config, facts: Facts) -> tuple[str, bool]:
     training = config.training
     each = checkpoint_bytes(config, facts.parameters)
     written = training.steps // training.checkpoint_interval if training.checkpoint_interval else 0
-    # The newest ones, and the next while it is written; those of keep_every stay besides.
+    # The newest ones, and the next while it is written; those of keep_every and checkpoint_steps stay besides.
     most = min(training.keep_checkpoints, written + 1) + (written > 0)
-    most += training.steps // training.keep_every if training.keep_every else 0
+    most += sum(map(training.keeps, range(training.steps + 1)))
     folder = Path(config.run_root).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent

@@ -51,6 +51,8 @@ class Loop:
         self._agree_to_stop()
         if _due(state.step, training.validation_interval) and not self.stopping and not self.logger.has_validation():
             self.validator.validate()
+        if state.step == 0 and training.listed(0) and not self.stopping:
+            self.saver.save(state)
         progress = StepProgress(live.facts.micro_batches, training.steps)
         while state.step < training.steps and not self.stopping:
             self.profiler.before(state.step + 1)
@@ -66,7 +68,7 @@ class Loop:
             log = end or phase_ends or step % live.config.logging.interval == 0
             # Who stops a run may not leave it the time to validate: that is made up for when it continues.
             validate = step == training.steps or (_due(step, training.validation_interval) and not self.stopping)
-            save = end or _due(step, training.checkpoint_interval)
+            save = end or training.listed(step) or _due(step, training.checkpoint_interval)
             if log or validate or save:
                 live.guards.check_data()
                 self.check_folder()

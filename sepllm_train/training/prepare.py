@@ -73,7 +73,7 @@ def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
             f"model.vocabulary={config.model.vocabulary} is smaller than the {corpus.vocabulary} entries of the "
             f"tokenizer of {corpus.sources[0].prefix}: raise it, or leave it null to take the tokenizer's."
         )
-    vocabulary = config.model.vocabulary or corpus.vocabulary
+    vocabulary = config.model.entries(corpus.vocabulary)
     tokenizer, validated = corpus.tokenizer_sha256, corpus.validation_identity()
     identity = checkpoint.identity(config, vocabulary, corpus.identity(), tokenizer, validated)
     schedule = checkpoint.schedule_identity(config)

@@ -144,7 +144,7 @@ def _loop(prepared: Prepared, live: LiveRun, journal: Journal | None) -> Loop:
         live.training,
         {"identity": prepared.recorded_identity, "schedule": prepared.schedule},
         keep=settings.keep_checkpoints,
-        keep_every=settings.keep_every,
+        kept=settings.keeps,
         background=settings.async_checkpoint,
     )
     logs = (None, None) if journal is None else (journal.metrics, journal.bad_steps)

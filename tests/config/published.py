@@ -33,7 +33,8 @@ COMMON: dict[str, Any] = {
     "training.validation_interval": 40000,
     "training.validation_samples": 10240,
     "training.checkpoint_interval": 1000,
-    "training.keep_every": 1000,
+    # 0, 1, 2, 4, ... 512 and every 1,000th, all kept.
+    "training.checkpoint_steps": "pythia",
     "parallel.sharded_optimizer": True,
     "seed": 1234,
 }

@@ -154,3 +154,18 @@ def test_pythias_schedule() -> None:
     assert told is not None
     for step, figure in zip((71_500, 93_000, 115_139), told.groups(), strict=True):
         assert f"{ratios[step - 1]:.2f}" == figure
+
+
+def test_pythias_checkpoints() -> None:
+    training = configuration_of(["model=pythia160m", "training.checkpoint_steps=pythia"]).training
+    steps = [step for step in range(143_001) if training.keeps(step)]
+    assert steps == [0, *(2**power for power in range(10)), *range(1000, 143_001, 1000)] and len(steps) == 154
+
+
+def test_published_rows_are_taken_with_a_tokenizer_that_they_fit() -> None:
+    """Pythia's tokenizer has 50,254 entries, 50,277 with those that were added."""
+    for size, rows in (("pythia160m", 50_304), ("pythia6.9b", 50_432), ("pythia12b", 50_688)):
+        model = configuration_of([f"model={size}"]).model
+        assert [model.entries(count) for count in (50_254, 50_277, 4096, 65_536)] == [rows, rows, 4096, 65_536]
+    assert configuration_of(["model=pythia160m", "model.vocabulary=50277"]).model.entries(50_277) == 50_277
+    assert configuration_of(["model=llama8b"]).model.entries(50_277) == 50_277

@@ -85,7 +85,7 @@ def update(training: Training) -> None:
 
 def saver_for(root: Path, training: Training, **settings: Any) -> Saver:
     """The writer of the run's checkpoints."""
-    defaults = {"keep": 2, "keep_every": 0, "background": True}
+    defaults = {"keep": 2, "kept": lambda step: False, "background": True}
     return Saver(root / "run", training, {"identity": {}, "schedule": {}}, **(defaults | settings))
 
 
@@ -184,7 +184,7 @@ def test_a_save_returns_before_the_checkpoint_is_written(
 
 
 def test_old_checkpoints_are_dropped_and_latest_names_the_newest(tmp_path: Path, training: Training) -> None:
-    save_steps(tmp_path, training, 1, 2, 3, 4, 5, 6, 7, keep=2, keep_every=3)
+    save_steps(tmp_path, training, 1, 2, 3, 4, 5, 6, 7, keep=2, kept=lambda step: step == 3)
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", *(f"step_{step:08d}" for step in (3, 6, 7))]
     assert (folder / "latest").read_text() == "step_00000007\n"

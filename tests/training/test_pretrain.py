@@ -234,6 +234,19 @@ def test_a_run_trains_at_the_rates_of_its_schedule(trainer: Any, finished: Calla
     assert len(set(rates)) == 4 and rates == rates_of()
 
 
+def test_listed_steps_are_saved_and_kept(trainer: Any) -> None:
+    """Step 0 too, which a run can continue from as from any other."""
+    options = ("name=listed", "training.checkpoint_steps=[0,1]", "training.keep_checkpoints=1")
+    assert trainer.here(*options, "training.checkpoint_interval=3").code == 0
+    folder = trainer.root / "listed" / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step_*")) == [f"step_{step:08d}" for step in (0, 1, 4)]
+    whole = trainer.values("listed", "train/loss")
+    again = trainer.here("name=from_0", f"resume={folder / 'step_00000000'}", "training.checkpoint_steps=[0]")
+    assert again.code == 0 and trainer.values("from_0", "train/loss") == whole
+    beyond = trainer.here("name=beyond", "training.checkpoint_steps=[0,5]")
+    assert beyond.code == 2 and "has 5, beyond training.steps=4" in beyond.sentence
+
+
 def test_bf16_follows_fp32(trainer: Any, finished: Callable) -> None:
     one = trainer.values(finished("one"), "train/loss")
     losses = trainer.values(finished("bf16", "training.precision=bf16", "training.checkpoint_interval=0"), "train/loss")

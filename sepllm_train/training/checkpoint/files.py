@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +236,13 @@ def _refuse_unseen(path: Path, size: int) -> None:
         )
 
 
-def succeed(target: Path, keep: int, keep_every: int) -> None:
+def succeed(target: Path, keep: int, kept: Callable[[int], bool]) -> None:
     """Let the checkpoint `target`, just published, take the place of older ones: `latest` names it, and then they are
     dropped. Where that fails they stay until the next one, and a warning is printed: the checkpoint itself is there."""
     try:
         sync_folder(target.parent)
         write_whole(target.parent / LATEST, f"{target.name}\n".encode())
-        drop_old(target.parent, keep, keep_every)
+        drop_old(target.parent, keep, kept)
     except (OSError, UserError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         say(f"warning: {target} is written, but older checkpoints could not be dropped for it ({reason}): they stay.")
@@ -256,10 +257,10 @@ def named_by_latest(run_folder: Path) -> Path | None:
     return run_folder / FOLDER / name if _NAME.fullmatch(name) else None
 
 
-def drop_old(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0 = none)."""
+def drop_old(checkpoints: Path, keep: int, kept: Callable[[int], bool]) -> None:
+    """Remove all but the newest `keep` checkpoints and those for whose step `kept` is true."""
     for old in checkpoints_of(checkpoints.parent)[:-keep]:
-        if not (keep_every and step_of(old) % keep_every == 0):
+        if not kept(step_of(old)):
             remove(old)
 
 

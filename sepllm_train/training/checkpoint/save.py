@@ -79,7 +79,8 @@ class Outcome:
 class Saver:
     """Writes checkpoints of a run, one at a time. Every rank makes one and calls it at the same steps.
 
-    With `background`, host memory for one more copy of this rank's tensors is taken now and kept.
+    keep: newest checkpoints that stay, besides those for whose step `kept` is true. With `background`, host memory for
+    one more copy of this rank's tensors is taken now and kept.
     """
 
     def __init__(
@@ -89,14 +90,14 @@ class Saver:
         identities: dict[str, Any],
         *,
         keep: int,
-        keep_every: int,
+        kept: Callable[[int], bool],
         background: bool,
     ) -> None:
         self.folder = run_folder / files.FOLDER
         self.training = training
         self.identities = identities
         self.keep = keep
-        self.keep_every = keep_every
+        self.kept = kept
         self.background = background
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token, src=0)
@@ -289,7 +290,7 @@ class _Job:
                 file.write(data)
             written[name] = file.entry()
         files.publish(self.aside, self.target, written)
-        files.succeed(self.target, self.saver.keep, self.saver.keep_every)
+        files.succeed(self.target, self.saver.keep, self.saver.kept)
         return sum(entry["bytes"] for entry in written.values())
 
 

@@ -240,6 +240,11 @@ class DataConfig:
         text=True,
     )
     sequence_length: int = setting(2048, "Tokens of a sequence.")
+    order: str = setting(
+        "shuffled",
+        "shuffled (documents packed into sequences, all of them shuffled by the seed) | stored (preshuffled data, a "
+        "sequence and its label in each row of the .idx, read in stored order from row schedule_start x global_batch).",
+    )
     validation_fraction: float = setting(
         VALIDATION_FRACTION, "Share of the tokens of each dataset that is held out for validation: its last documents."
     )
@@ -257,6 +262,11 @@ class DataConfig:
         finite("data", self)
         at_most("data", self, sequence_length=2**30, workers=1024, sample_vocabulary=2**20)
         one_of("data.source", self.source, ("sample", "prefixes"))
+        one_of("data.order", self.order, ("shuffled", "stored"))
+        require(
+            self.order == "shuffled" or len(self.prefixes) == 1,
+            f"data.order=stored reads the rows of one dataset, and data.prefixes has {len(self.prefixes)}.",
+        )
         one_of("data.sample_text", self.sample_text, ("docs", "code", "both"))
         positive("data", self, "sequence_length", "sample_vocabulary")
         require(self.workers >= 0, f"data.workers={self.workers} must be 0 or more.")

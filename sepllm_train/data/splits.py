@@ -25,6 +25,7 @@ from sepllm_train.data.blend import blend_of
 from sepllm_train.data.corpus import Corpus, Source, cache_folder
 from sepllm_train.data.dataset import Epochs, SeparatorDataset, TokenStore
 from sepllm_train.data.placement import PlacedDataset, Placement, placement_of
+from sepllm_train.data.stored_rows import stored_rows
 from sepllm_train.distributed.collectives import on_all_ranks
 
 
@@ -77,7 +78,7 @@ def _write_indices(config: Config, corpus: Corpus, folder: Path) -> None:
         if folder.exists():
             return
         with whole_folder(folder, remedy) as partial:
-            for source in corpus.sources:
+            for source in corpus.sources if config.data.order == "shuffled" else ():
                 _source_datasets(config, source, partial)
             for source in corpus.validation:
                 _whole(config, source, partial)
@@ -93,8 +94,15 @@ def _read_datasets(
     validation: dict[str, Dataset] = {}
     placement = placement_of(config.attention, config.seed)
     for source in corpus.sources:
-        train, held_out = _source_datasets(config, source, folder)
-        training.append(Epochs(_placed(train, source, placement), config.seed))
+        train: Any
+        held_out: Any
+        if config.data.order == "stored":
+            train, held_out = stored_rows(config, source)
+            train.dataset = _placed(train.dataset, source, placement)
+            training.append(train)
+        else:
+            train, held_out = _source_datasets(config, source, folder)
+            training.append(Epochs(_placed(train, source, placement), config.seed))
         if held_out is not None:
             validation[source.name] = _placed(held_out, source, placement)
     for source in corpus.validation:
@@ -102,7 +110,7 @@ def _read_datasets(
     return blend_of(training, corpus.weights(), blend_order), validation
 
 
-def _placed(dataset: SeparatorDataset, source: Source, placement: Placement | None) -> Dataset:
+def _placed(dataset: Any, source: Source, placement: Placement | None) -> Dataset:
     """The dataset with its separators where `placement` has them."""
     if placement is None:
         return dataset
@@ -181,8 +189,10 @@ def _index_folder(config: Config, corpus: Corpus) -> Path:
     """Folder of the shuffled indices, named after everything they depend on."""
     data = config.data
     validation = corpus.validation_identity()
-    key = (corpus.identity(), data.validation_fraction, data.sequence_length, config.seed)
-    name = repr((*key, validation) if validation else key).encode()
+    key: tuple[Any, ...] = (corpus.identity(), data.validation_fraction, data.sequence_length, config.seed)
+    key += (validation,) if validation else ()
+    key += (data.order,) if data.order != "shuffled" else ()
+    name = repr(key).encode()
     return cache_folder(data) / "index" / hashlib.sha256(name).hexdigest()[:16]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 COMMON: dict[str, Any] = {
     "data.sequence_length": 2048,
+    # Preshuffled rows of 2,049 tokens.
+    "data.order": "stored",
     "model.rotary_fraction": 0.25,
     "model.rotary_base": 10000,
     "model.tied_embeddings": False,

@@ -46,6 +46,7 @@ _CONTENT = {"sha256": "other tokens", "index": "other document boundaries", "sep
 _BEFORE: dict[str, Any] = {
     VALIDATION_DATA: {},
     "model.init_output_std": None,
+    "data.order": "shuffled",
     "attention.window_choices": None,
     "attention.placement": "natural",
     "attention.keep_share": None,
@@ -76,6 +77,7 @@ def identity(
         VALIDATION_DATA: validation or {},
         **({BLEND_ORDER: LATEST_BLEND_ORDER} if len(data) > 1 else {}),
         TOKENIZER: tokenizer,
+        "data.order": config.data.order,
         "data.sequence_length": config.data.sequence_length,
         VALIDATION_FRACTION: config.data.validation_fraction,
         "seed": config.seed,

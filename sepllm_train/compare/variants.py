@@ -15,8 +15,7 @@ import yaml
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.compare.timing import VariantTiming
-from sepllm_train.config.compatibility import LATER_KEYS, same_data
-from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, tell_apart
+from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, same_data, tell_apart
 
 # What may differ between the seeds of a variant.
 FREE_KEYS = ("seed", "name", "run_root", "resume")
@@ -270,9 +269,10 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key in [*REQUIRED, *sorted((first.keys() | run.info["comparable"].keys()) - REQUIRED.keys() - {ALLOWED})]:
             if same_data(first.get(key), run.info["comparable"].get(key)):
                 continue
-            for name in sorted(n for n in settings.keys() | other.keys() if n == key or n.startswith(f"{key}.")):
-                absent = name not in settings or name not in other
-                if settings.get(name) != other.get(name) and not (absent and name.endswith(LATER_KEYS)):
+            names = [n for n in settings.keys() | other.keys() if n == key or n.startswith(f"{key}.")]
+            # What only one of them has on record, last.
+            for name in sorted(names, key=lambda n: (n not in settings or n not in other, n)):
+                if settings.get(name) != other.get(name):
                     raise UserError(
                         f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
                         f"{settings.get(name, 'absent')!r} in {runs[0].folder} and {other.get(name, 'absent')!r} in "

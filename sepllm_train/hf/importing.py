@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _vocabulary(folder: Path, corpus: Corpus | None, entries: int) -> Vocabulary
                 f"warning: {source.prefix} was made with another tokenizer file than {folder} has: this is right only "
                 "if both give the same ids."
             )
-        classes = pad_classes(header_classes(asdict(source.header)), entries)
+        classes = pad_classes(header_classes(source.header), entries)
         return Vocabulary(used, used.sha256, classes, used.eod)
     if not own:
         return Vocabulary(None, "", None, None)

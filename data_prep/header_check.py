@@ -131,7 +131,8 @@ def _whole(key: str, value: Any, least: int, most: int) -> int:
 
 
 def _text(key: str, value: Any) -> None:
-    if not isinstance(value, str):
+    # JSON can spell half a surrogate pair, which can be neither printed nor the name of a file.
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         _refuse(key, value, "a text")
 
 

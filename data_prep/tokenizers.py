@@ -288,17 +288,17 @@ def _piece_bytes(piece: str) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode("utf8")
 
 
-def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as a flat list of its steps."""
-    if part is None:
+def _components(part: Any) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as a flat list of its steps, without what the library does not read."""
+    if not isinstance(part, dict):
         return []
     nested = part.get("pretokenizers") or part.get("normalizers") or part.get("decoders")
-    return [step for inner in nested for step in _components(inner)] if nested else [part]
+    return [step for inner in nested for step in _components(inner)] if isinstance(nested, list) and nested else [part]
 
 
 def _uses_byte_level(definition: dict[str, Any]) -> bool:
     steps = [*_components(definition.get("pre_tokenizer")), *_components(definition.get("decoder"))]
-    return any(step["type"] == "ByteLevel" for step in steps)
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def _cuts_before_newlines(definition: dict[str, Any]) -> bool:
@@ -311,10 +311,10 @@ def _cuts_before_newlines(definition: dict[str, Any]) -> bool:
     NFC composes nothing with a newline; added tokens must neither contain one nor swallow whitespace around them.
     """
     check: list[Callable[[], bool]] = [
-        lambda: all(step["type"] == "NFC" for step in _components(definition.get("normalizer"))),
+        lambda: all(step.get("type") == "NFC" for step in _components(definition.get("normalizer"))),
         lambda: (
             [
-                (step["type"], step.get("add_prefix_space"), step.get("use_regex", True))
+                (step.get("type"), step.get("add_prefix_space"), step.get("use_regex", True))
                 for step in _components(definition.get("pre_tokenizer"))
             ]
             == [("ByteLevel", False, True)]

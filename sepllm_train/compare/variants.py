@@ -16,8 +16,7 @@ import yaml
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_yaml
 from sepllm_train.compare.timing import VariantTiming
-from sepllm_train.config.compatibility import LATER_KEYS, same_data
-from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, tell_apart
+from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, same_data, tell_apart
 
 # What may differ between the seeds of a variant.
 FREE_KEYS = ("seed", "name", "run_root", "resume")
@@ -272,9 +271,9 @@ def check_comparable(runs: Sequence[Run]) -> None:
             if same_data(first.get(key), other.get(key)):
                 continue
             ours, theirs = (flatten({key: settings.get(key)}) for settings in (first, other))
-            for name in sorted(ours.keys() | theirs.keys()):
-                absent = name not in ours or name not in theirs
-                if ours.get(name) != theirs.get(name) and not (absent and name.endswith(LATER_KEYS)):
+            # What only one of them has on record, last.
+            for name in sorted(ours.keys() | theirs.keys(), key=lambda n: (n not in ours or n not in theirs, n)):
+                if ours.get(name) != theirs.get(name):
                     raise UserError(
                         f"The runs cannot be compared, they used different {REQUIRED.get(key, key)}: {name} is "
                         f"{_shown(ours.get(name))} in {runs[0].folder} and {_shown(theirs.get(name))} in {run.folder}."

@@ -23,7 +23,6 @@ VOCABULARY = "model.vocabulary"
 
 # Later additions to the record of a data source: document boundaries and separators. With them, the weight is exact.
 _LATER = ("index", "separators")
-LATER_KEYS = tuple(f".{key}" for key in _LATER)
 
 # Keys of checkpoints and runs that were written before these had names.
 _OLD = {

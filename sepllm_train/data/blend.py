@@ -31,7 +31,7 @@ class _Split:
     whole: int
 
     def left_of(self, samples: int) -> int:
-        """How many of the first `samples` samples go left, to the nearest whole one."""
+        """Number of the first `samples` samples that go left, to the nearest whole one."""
         return (2 * samples * self.share + self.whole) // (2 * self.whole)
 
 

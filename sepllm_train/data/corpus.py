@@ -62,6 +62,11 @@ class Corpus:
         """UTF-8 bytes that each vocabulary entry stands for."""
         return self.sources[0].header.token_bytes
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes in front of each document that `token_bytes` takes back: see `data_prep.sidecar.token_lengths`."""
+        return -self.token_bytes[self.sources[0].header.tokenizer.eod]
+
     def weights(self) -> list[float]:
         """Fraction of the training sequences from each source; they sum to 1."""
         raw = [s.header.tokens if s.weight is None else s.weight for s in self.sources]

@@ -84,6 +84,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "comparable": {
             "data": corpus.identity(),
             **({BLEND_ORDER: order} if (order := prepared.recorded_identity.get(BLEND_ORDER, 1)) > 1 else {}),
+            # Bits per byte are of other bytes with it.
+            **({"prefix_bytes": corpus.prefix_bytes} if corpus.prefix_bytes else {}),
             "tokenizer": corpus.tokenizer_sha256,
             "vocabulary": facts.vocabulary,
             "sequence_length": config.data.sequence_length,

@@ -54,6 +54,18 @@ def test_runs_that_do_not_compare(
     assert all(word in sentence for word in (*words, str(one), str(two))), sentence
 
 
+def test_records_of_before_compare_with_those_of_today(
+    make_run: Callable[..., Path], refusal: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Older runs have the tokens of their data on record, today's documents and separators too."""
+    data = {"corpus": {"sha256": "abc", "weight": 1.0, "index": "1", "separators": "2"}}
+    old, new = make_run("old", GOOD), make_run("new", GOOD, comparable={"data": data})
+    assert main([str(old), str(new), "--output", str(tmp_path / "compared")]) == 0
+    capsys.readouterr()
+    other = make_run("other", GOOD, comparable={"data": {"corpus": {**data["corpus"], "separators": "9"}}})
+    assert "data.corpus.separators is '2' in" in refusal(new, other)
+
+
 def test_another_order_of_the_data_is_a_caveat(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def restore_signals() -> None:
 
     A shell starts what it puts in the background with SIGINT and SIGQUIT ignored; other launchers block or ignore more.
     """
-    handlers = dict.fromkeys((signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_DFL)
+    handlers = dict.fromkeys((signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), signal.SIG_DFL)
     for number, handler in {signal.SIGINT: signal.default_int_handler, **handlers}.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)

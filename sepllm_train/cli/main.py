@@ -75,6 +75,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words` (default: that of the process) and return its exit code."""
     words = list(sys.argv[1:] if words is None else words)
     name = words[0] if words else ""
+    if name == "pretrain":
+        from sepllm_train.base.signals import ending_at_once
+
+        with ending_at_once():
+            requirements.end_if_unsound(requirements.checkout_of(Path(__file__).resolve().parents[1]))
+            return _run(COMMANDS[name], words[1:])
     if name in COMMANDS:
         # The report on an unsound environment must come out of one.
         if name != "env":

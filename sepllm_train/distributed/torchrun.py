@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sepllm_train.base.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_USER_ERROR
+from sepllm_train.base.signals import STOPPING, decide, handled, heeded
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 TOLD_BY_WORKERS = (EXIT_USER_ERROR, EXIT_BAD_STEPS, EXIT_LOST_RANK, EXIT_INTERRUPTED)
 # After these a restart would end the same, or is not wanted.
 FINAL = (EXIT_USER_ERROR, EXIT_BAD_STEPS, EXIT_INTERRUPTED)
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Ends of workers that the forwarded signal brought about.
+_STOPPED = (EXIT_INTERRUPTED, *(-number for number in STOPPING))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,11 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # them. They do not inherit a handler of SIGTERM: a worker that has nothing to save ends at once.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # A terminal that closes knows this process alone, and the agent would leave the workers 30 seconds to save.
+    if signal.SIGHUP in heeded():
+        signal.signal(signal.SIGHUP, lambda number, frame: _signal_workers(number))
+    interrupting = "SIGINT,SIGQUIT" if signal.SIGINT in heeded() else "SIGQUIT"
     # The agent logs at length what the workers print or `_exit_code` does.
     logging.disable(logging.CRITICAL)
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
-        return _run(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words], [])
+        return _run([f"--signals-to-handle={interrupting}", *words], [])
     finally:
         logging.disable(logging.NOTSET)
         # Python's own end takes the handler away before the process is gone.
@@ -57,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(words: Sequence[str]) -> int:
     """Run torchrun with `words`, with nothing printed but what the workers print, and give an exit code as `main` does.
 
-    SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) are forwarded to the workers, which save and end; EXIT_INTERRUPTED also when
-    they had nothing to save.
+    SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP are forwarded to the workers, which save and end; EXIT_INTERRUPTED also
+    when they had nothing to save.
     """
     asked: list[str] = []
 
@@ -67,18 +73,16 @@ def launch(words: Sequence[str]) -> int:
         # Python's own answer to SIGINT would be a traceback of a worker that is still starting.
         _signal_workers(signal.SIGTERM if number == signal.SIGINT else number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
     # The agent logs at length what the workers print or `_exit_code` does, and torch's C++ a trace of the stack when
     # another node ends first.
     logging.disable(logging.CRITICAL)
-    _import_torch_quietly()
-    try:
-        return _run(["--signals-to-handle=SIGHUP,SIGQUIT", *words], asked)
-    finally:
-        logging.disable(logging.NOTSET)
-        for number, handler in before.items():
-            # As in training.signals: signals may come again until the process is gone.
-            signal.signal(number, signal.SIG_IGN if asked else handler)
+    with handled(forward, lambda: bool(asked)):
+        try:
+            _import_torch_quietly()
+            return _run(["--signals-to-handle=SIGQUIT", *words], asked)
+        finally:
+            decide()
+            logging.disable(logging.NOTSET)
 
 
 def _run(words: Sequence[str], asked: list[str]) -> int:
@@ -95,7 +99,11 @@ def _run(words: Sequence[str], asked: list[str]) -> int:
     try:
         run(parse_args(list(words)))
     except ChildFailedError as error:
-        return _interrupted(asked) if asked and _killed(error.failures) else _exit_code(error.failures)
+        if asked and _stopped(error.failures):
+            # One that listened has reported it.
+            told = any(failure.exitcode == EXIT_INTERRUPTED for failure in error.failures.values())
+            return EXIT_INTERRUPTED if told else _interrupted(asked)
+        return _exit_code(error.failures)
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
@@ -157,9 +165,9 @@ def _restart_only_after_crashes(asked: list[str]) -> None:
     api.LocalElasticAgent = Agent  # type: ignore[misc]
 
 
-def _killed(failures: Mapping[int, ProcessFailure]) -> bool:
-    """True when the signal that was forwarded ended all workers, before they listened for it."""
-    return all(failure.exitcode in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures.values())
+def _stopped(failures: Mapping[int, ProcessFailure]) -> bool:
+    """True when the signal that was forwarded ended all workers, whether they listened for it yet or not."""
+    return all(failure.exitcode in _STOPPED for failure in failures.values())
 
 
 def _interrupted(asked: list[str]) -> int:
@@ -170,7 +178,8 @@ def _interrupted(asked: list[str]) -> int:
 def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     """Exit code of the first failure, which is also told in a sentence where the worker cannot have told it."""
     # Once a worker has failed, torchrun ends the others with SIGTERM: those are no causes.
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+    ended = (-signal.SIGTERM, EXIT_INTERRUPTED)
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode in ended, item[1].timestamp))
     code = failure.exitcode
     if code not in TOLD_BY_WORKERS:
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -20,10 +20,10 @@ import psutil
 from data_prep.tokenize import usable_cores
 from sepllm_train.base.console import duration, say
 from sepllm_train.base.errors import EXIT_INTERRUPTED, Interrupted, UserError
+from sepllm_train.base.signals import STOPPING, heeded
 from sepllm_train.config.overrides import literal
 from sepllm_train.distributed.processes import end_with_parent
 from sepllm_train.suite.plan import Plan, PlannedRun, data_overrides, finished
-from sepllm_train.training.signals import STOPPING
 
 # Seconds between looks at the processes, and between lines of progress.
 _LOOK = 0.5
@@ -146,7 +146,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(f"{signal.Signals(number).name} stopped the suite: the same command continues it.")
 
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    before = {number: signal.signal(number, stop) for number in heeded()}
     try:
         yield
     finally:

@@ -1,8 +1,7 @@
 """Signals that end a run in good order: the step is finished, a checkpoint saved, the process ends with its own code.
 
-SIGTERM (schedulers, torchrun), SIGUSR1 (a scheduler's warning before the time limit) and SIGINT (Ctrl-C) mean the
-same. A handler only notes the signal: the ranks agree on the step at which they stop in the reduction that every step
-does anyway, so that a signal to one of them is enough.
+`base.signals` has which signals these are. A handler only notes the signal: the ranks agree on the step at which they
+stop in the reduction that every step does anyway, so that a signal to one of them is enough.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from sepllm_train.base.signals import decide, handled
 
 
 class StopRequest:
@@ -36,15 +35,13 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the signals of STOPPING for the duration of the block. Only for the main thread.
+    """Note the signals of `base.signals.STOPPING` for the duration of the block. Only for the main thread.
 
-    A process that was asked to stop ignores them from then on: they may come again until it is gone, and its exit code
-    must still be that of what it did.
+    After it signals change nothing more: the exit code is that of what was done.
     """
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in STOPPING}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if request.name is None else signal.SIG_IGN)
+    with handled(request.note, lambda: request.name is not None):
+        try:
+            yield request
+        finally:
+            decide()

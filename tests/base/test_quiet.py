@@ -46,6 +46,22 @@ def test_a_step_with_tensor_and_sequence_parallelism(repository: Path, sample_ca
     run_strictly(*launcher, program, *common, *layout, sample_cache=sample_cache)
 
 
+def test_a_toolkit_without_a_gpu_is_no_message(tmp_path: Path) -> None:
+    """torch reports it where megatron-core imports its builder of extensions."""
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    cuda_build = "import torch; torch.cuda._is_compiled = lambda: True"
+    plain, ours = (
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", f"{cuda_build}; import {module}"],
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+        for module in ("torch.utils.cpp_extension", "sepllm_train.distributed.launch")
+    )
+    assert b"No CUDA runtime is found" in plain.stderr and ours.stderr == b""
+
+
 def test_messages_are_muted_by_their_text() -> None:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")

@@ -142,7 +142,9 @@ def test_two_nodes_train(ranks: Ranks) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_signal_to_the_launcher_stops_the_ranks(
     number: signal.Signals,
     tmp_path: Path,

@@ -19,7 +19,7 @@ class SepCache(SlotCache):
     """SepLLM's cache of four blocks [initial | separators | past window | local window].
 
     cache = SepCache(model, initial=4, separators=64, window=256, capacity=800, tokenizer=tokenizer)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
     Tokens are appended until there are `capacity` keys. Before the next one the cache drops all but the `initial` first
     tokens of the text, the newest `separators` separators and the last `window` tokens (the one to come included).

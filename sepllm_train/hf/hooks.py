@@ -218,6 +218,11 @@ def tokens_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     mask = kwargs.get("attention_mask")
     if mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, one mask for each kind of layer, and must be a tensor of two "
+            "dimensions: the pattern and the cache make their own masks."
+        )
     if mask.dim() != 2:
         raise ValueError(f"attention_mask has {mask.dim()} dimensions and must have 2: the cache makes its own mask.")
     return ids, mask[:, -ids.shape[1] :].bool()

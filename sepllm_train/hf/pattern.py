@@ -48,6 +48,12 @@ class PatternOnModel:
         Raises ValueError for embeddings in place of ids, a mask of more than two dimensions, padding on the right, and
         caches that do not keep all keys in order.
         """
+        cache = cache_of(kwargs)
+        # Before the mask, which transformers makes for its own static caches.
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"the pattern does not work with {type(cache).__name__}: use transformers' DynamicCache or one of ours."
+            )
         ids, valid = tokens_of(kwargs)
         if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             raise ValueError("a row of the batch has padding after its first token: pad on the left.")
@@ -81,10 +87,6 @@ class PatternOnModel:
             if not (base.config.use_cache if used is None else used):
                 return kwargs, None
             cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
-        if not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"the pattern does not work with {type(cache).__name__}: use transformers' DynamicCache or one of ours."
-            )
         return kwargs, _Ids.of(cache, base.config.get_text_config().num_hidden_layers)
 
 

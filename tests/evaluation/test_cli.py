@@ -18,7 +18,7 @@ from tests.evaluation.conftest import choice, words, write_lines
 from tests.support.command import command, program
 from tests.support.waiting import HANG_SECONDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
 
 
 @pytest.fixture

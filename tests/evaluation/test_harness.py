@@ -24,10 +24,10 @@ from sepllm_train.evaluation.run import EvaluationOptions, evaluate, line, token
 from sepllm_train.evaluation.stream_model import Opened, open_model
 from sepllm_train.evaluation.tasks import load_tasks
 from sepllm_train.generation.choice import AttentionChoice
-from sepllm_train.hf import apply_pattern, load_model
+from sepllm_train.hf import apply_pattern, cache_argument, load_model
 from tests.evaluation.conftest import CONTEXT, words
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
 
 ALL = ("arc_easy", "lambada", "logiqa", "piqa", "wikitext")
 CACHE = AttentionChoice("cache", separators=4, capacity=17)
@@ -123,7 +123,8 @@ def test_a_cache_scores_as_token_by_token(models: dict[str, Path]) -> None:
 
     def forward(ids: Tensor) -> Tensor:
         cache = made()
-        steps = [one_by_one(ids[:, at : at + 1], past_key_values=cache).logits for at in range(ids.shape[1])]
+        kept = {cache_argument(one_by_one): cache}
+        steps = [one_by_one(ids[:, at : at + 1], **kept).logits for at in range(ids.shape[1])]
         return torch.cat(steps, 1)
 
     expected = loglikelihoods(lm, forward)
@@ -149,7 +150,7 @@ def test_generation(models: dict[str, Path], options: AttentionChoice, batch_siz
     held = tokens = ended = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([lm.tok_encode(prompt)])
-        cache = {} if attention.policies is None else {"past_key_values": bound.generation_cache()}
+        cache = {} if attention.policies is None else {cache_argument(alone): bound.generation_cache()}
         made = alone.generate(ids, max_new_tokens=14, do_sample=False, **cache)[0, ids.shape[1] :].tolist()
         stops = [n for n in range(len(made) + 1) if stopped(lm.tok_decode(made[:n], skip_special_tokens=False))]
         used = made[: stops[0]] if stops else made
@@ -158,7 +159,9 @@ def test_generation(models: dict[str, Path], options: AttentionChoice, batch_siz
         if attention.policies is not None:
             once = bound.generation_cache()
             with torch.no_grad():
-                alone(torch.cat((ids, torch.tensor([used[:-1]], dtype=torch.int64)), 1), past_key_values=once)
+                alone(
+                    torch.cat((ids, torch.tensor([used[:-1]], dtype=torch.int64)), 1), **{cache_argument(alone): once}
+                )
             held += once.mean_length * once.columns_seen
             tokens += once.columns_seen * (once.columns_seen + 1) // 2
     assert 0 < ended < 4 and found["sequences"] == 4 and found["kv_share"] < found["attended_share"] < 1

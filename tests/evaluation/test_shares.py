@@ -18,9 +18,10 @@ from sepllm_train.evaluation.attention import Attention, bind
 from sepllm_train.evaluation.shares import Scored, Shares, keys_seen
 from sepllm_train.evaluation.stream_model import Opened, open_model
 from sepllm_train.generation.choice import AttentionChoice
+from sepllm_train.hf import cache_argument
 from sepllm_train.hf.separators import CONFIG_KEY
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
 
 # Ids of single bytes, separators often among them.
 ROWS = [[n * n % 29 for n in range(7 * start, 7 * start + length)] for start, length in ((1, 61), (5, 40), (9, 1))]
@@ -71,7 +72,7 @@ def test_caches_count_what_a_running_one_holds(opened: Opened, numbers: dict[str
     for row, counted in zip(ROWS, kept, strict=True):
         cache = attention.generation_cache()
         with torch.no_grad():
-            opened.model(torch.tensor([row]), past_key_values=cache)
+            opened.model(torch.tensor([row]), **{cache_argument(opened.model): cache})
         assert counted[: len(row)].mean() == pytest.approx(cache.mean_length)
         assert counted[len(row) - 1] == cache.lengths[0]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ TOLERANCE = 1e-5
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:training-free use"),
-    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+    pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning"),
 ]
 
 
@@ -434,3 +436,17 @@ def test_full_layers_of_training_stay_full() -> None:
     cache = SepCache(model, **SIZES)
     assert cache.positions == "training" and [p.window >= FOREVER for p in cache.policies] == [True, False]
     assert len(cache.pattern.tier_of_token) == VOCABULARY
+
+
+def test_the_documented_call_is_not_deprecated(models: dict[str, Any], repository: Path) -> None:
+    """Of the version of transformers that is there; README and docs show the same."""
+    model, (row,) = models["llama"], random_rows((30,))
+    cache = SepCache(model, initial=2, separators=2, window=6, capacity=16, separator_ids=SEPARATORS)
+    argument = cache_argument(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model.generate(row[None], max_new_tokens=3, do_sample=False, **{argument: cache})
+    if argument == "cache":
+        for name in ("README.md", "docs/inference.md", "docs/api.md"):
+            calls = re.findall(r"generate\([^)]*?(\w+)=(?:SepCache|cache\b|\.\.\.)", (repository / name).read_text())
+            assert set(calls) <= {"cache"}, name

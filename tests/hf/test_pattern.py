@@ -23,7 +23,7 @@ WITHOUT_KERNEL = ("falcon", "gemma2")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:training-free use"),
-    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+    pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning"),
 ]
 
 
@@ -254,6 +254,30 @@ def test_a_folder_with_a_pattern(tmp_path: Any) -> None:
     torch.testing.assert_close(found, expected("llama", paper(model), row), **TOLERANCE)
     dense = load_model(str(tmp_path), dense=True)(input_ids=row[None]).logits
     torch.testing.assert_close(dense, model(input_ids=row[None]).logits, **TOLERANCE)
+
+
+# Whose forwards take one mask for all layers, or a dict of one for each kind of layer.
+MASKS = ("llama", "neox", "qwen2", "qwen3", "gemma2", "gemma3", "olmo3", "gpt_oss", "ministral", "cohere2")
+
+
+@pytest.mark.parametrize("family", MASKS)
+def test_static_caches_and_their_masks_are_refused(family: str) -> None:
+    """generate hands some models a dict of masks with its static caches; with a cache that grows it works."""
+    model, (row,) = tiny(family), random_rows((20,))
+    pattern = paper(model)
+    apply_pattern(model, pattern)
+    made = model.generate(row[None], max_new_tokens=5, do_sample=False)
+    again = model(input_ids=made, use_cache=False).logits[0, 19:-1].argmax(-1)
+    assert torch.equal(made[0, 20:], again)
+    sentence = "the pattern does not work with StaticCache: use transformers' DynamicCache"
+    static = {cache_argument(model): transformers.StaticCache(config=model.config, max_cache_len=40)}
+    for options in ({"cache_implementation": "static"}, static):
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(row[None], max_new_tokens=3, do_sample=False, **options)
+    masks = {"full_attention": torch.ones(1, 1, 20, 20), "sliding_attention": torch.ones(1, 1, 20, 20)}
+    for cache in ({}, {cache_argument(model): PatternCache(model, pattern)}):
+        with pytest.raises(ValueError, match="attention_mask is a dict, one mask for each kind of layer"):
+            model.base_model(input_ids=row[None], attention_mask=masks, **cache)
 
 
 def test_nothing_attends_fully_in_silence() -> None:

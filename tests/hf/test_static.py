@@ -17,7 +17,7 @@ SIZES = {"initial": 3, "separators": 5, "window": 6, "capacity": 24}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:training-free use"),
-    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+    pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning"),
 ]
 
 

@@ -11,6 +11,8 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sepllm_train.hf import cache_argument
+
 VOCABULARY = 64
 SEPARATORS = [3, 7, 11, 19]
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -34,6 +36,17 @@ _CLASSES = {
     "cohere": ("CohereConfig", {}),
 }
 FAMILIES = tuple(_CLASSES)
+# With layers of several kinds.
+_CLASSES |= {
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]}),
+    "olmo3": ("Olmo3Config", {"layer_types": ["full_attention", "sliding_attention"]}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "attn_implementation": "eager"},
+    ),
+    "ministral": ("MinistralConfig", {"head_dim": 16}),
+    "cohere2": ("Cohere2Config", {}),
+}
 
 
 def tiny(name: str, layers: int = 2, **settings: Any) -> Any:
@@ -133,8 +146,8 @@ class Oracle(Cache):
         output = self.model(
             input_ids=torch.tensor([[token]]),
             position_ids=torch.tensor([[self.place]]),
-            past_key_values=self,
             use_cache=True,
+            **{cache_argument(self.model): self},
         )
         return output.logits[0, -1]
 

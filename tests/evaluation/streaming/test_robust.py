@@ -23,11 +23,12 @@ from sepllm_train.evaluation.stream_model import make_cache, open_model
 from sepllm_train.evaluation.stream_score import perplexity
 from sepllm_train.evaluation.stream_state import load_state, save_state
 from sepllm_train.generation.choice import AttentionChoice
+from sepllm_train.hf import cache_argument
 from tests.support import command as commands
 
 main = commands.command("stream")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
 
 SIZES = ["--initial", "3", "--separators", "5", "--window", "6", "--capacity", "24"]
 
@@ -56,7 +57,7 @@ def test_two_kills_leave_a_state(model_folder: Path, tmp_path: Path, monkeypatch
 
     filled = cache()
     with torch.inference_mode():
-        opened.model(torch.arange(9)[None], past_key_values=filled)
+        opened.model(torch.arange(9)[None], **{cache_argument(opened.model): filled})
     save_state(tmp_path, filled, {"at": 1})
     (tmp_path / "state").rename(tmp_path / "state.removed.partial")
     monkeypatch.setattr("safetensors.torch.save_file", lambda *_: 1 / 0)

@@ -24,7 +24,7 @@ from tests.support.waiting import HANG_SECONDS, wait_until
 
 main = command("stream")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
 
 SIZES = ["--initial", "3", "--separators", "5", "--window", "6", "--capacity", "24"]
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags
+from sepllm_train.config.present import require_dataset
 
 if TYPE_CHECKING:
     from sepllm_train.runs.open import TrainedRun
@@ -66,6 +68,19 @@ def _add_run(command: flags.Parser, samples: int) -> None:
     )
 
 
+def _require(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a run, a dataset or numbers that cannot be: before torch is imported."""
+    flags.at_least(arguments, 1, "samples")
+    flags.require_run(arguments.run_folder, arguments.checkpoint)
+    if arguments.held_out is not None and not 0 <= arguments.held_out < 1:
+        raise UserError(f"--held-out {arguments.held_out} must be at least 0 and below 1.")
+    if arguments.data is not None:
+        require_dataset(arguments.data)
+    output: Path = arguments.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: it must be a folder.")
+
+
 def _run(arguments: argparse.Namespace) -> TrainedRun:
     from sepllm_train.runs.open import open_run
 
@@ -89,7 +104,7 @@ def _add_attention(commands: flags.Subcommands) -> None:
 
 
 def _run_attention(arguments: argparse.Namespace) -> None:
-    flags.require_run(arguments.run_folder)
+    _require(arguments)
     from sepllm_train.analysis.attention import MassOptions, attention_command
 
     options = MassOptions(
@@ -127,7 +142,7 @@ def _add_loss(commands: flags.Subcommands) -> None:
 
 
 def _run_loss(arguments: argparse.Namespace) -> None:
-    flags.require_run(arguments.run_folder)
+    _require(arguments)
     from sepllm_train.analysis.losses import LossOptions, loss_command
 
     questions = LossOptions(
@@ -160,7 +175,7 @@ def _add_ablate(commands: flags.Subcommands) -> None:
 
 
 def _run_ablate(arguments: argparse.Namespace) -> None:
-    flags.require_run(arguments.run_folder)
+    _require(arguments)
     from sepllm_train.analysis.ablation import AblationOptions, ablation_command
 
     options = AblationOptions(window=arguments.window, initial=arguments.initial, subsets=arguments.subsets)
@@ -181,6 +196,7 @@ def _add_recovery(commands: flags.Subcommands) -> None:
 
 
 def _run_recovery(arguments: argparse.Namespace) -> None:
+    arguments.runs = flags.all_runs(arguments.runs)
     for folder in (*arguments.runs, arguments.continued):
         if folder is not None:
             flags.require_run(folder)

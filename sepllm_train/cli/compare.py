@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> None:
         "runs/demo_dense runs/demo_sep --output runs/comparison",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME, or of runs")
     add("--output", type=Path, required=True, metavar="DIR", help="where the comparison is written")
     add(
         "--loss",
@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> None:
         help="seconds of a step by variant, of a timing benchmark: they replace the seconds of the runs",
     )
     options = vars(parser.parse_args(words))
-    compare(options.pop("runs"), options.pop("output"), **options)
+    compare(flags.all_runs(options.pop("runs")), options.pop("output"), **options)
 
 
 def _loss(text: str) -> float | str:

@@ -24,7 +24,8 @@ def main(words: Sequence[str]) -> None:
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, where its data is gone")
     add("--overwrite", action="store_true", help="replace an exported model in OUTPUT")
     arguments = parser.parse_args(words)
-    flags.require_run(arguments.run_folder)
+    flags.require_run(arguments.run_folder, arguments.checkpoint)
+    flags.require_new(arguments.output, overwrite=arguments.overwrite)
     flags.require_tokenizer(arguments.tokenizer)
 
     from sepllm_train.hf.export import export_run

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from sepllm_train.base.console import fold, note
 from sepllm_train.base.errors import UserError
 from sepllm_train.generation.choice import (
     ATTENTIONS,
@@ -101,16 +102,67 @@ def add_run(group: Group) -> None:
     group.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
 
 
-def require_run(folder: Path) -> None:
-    """Raise UserError unless `folder` is that of a run: before anything large is imported."""
+def is_run(folder: Path) -> bool:
+    """True for the folder of a run."""
+    return any((folder / name).is_file() for name in ("config.yaml", "run.json", "metrics.jsonl"))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder of runs, or of a suite, by name; none where the folder is a run itself."""
+    if is_run(folder) or not folder.is_dir():
+        return []
+    for place in (folder, folder / "runs"):
+        if found := sorted(path for path in place.glob("*") if is_run(path)):
+            return found
+    return []
+
+
+def all_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs that are meant: of a folder of runs all that are in it, which a note on stderr names."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = runs_in(folder)
+        if inside:
+            note(fold(f"{folder} holds {len(inside)} runs: {', '.join(path.name for path in inside)}"))
+        found += inside or [folder]
+    return found
+
+
+def require_run(folder: Path, step: int | None = None) -> None:
+    """Raise UserError unless `folder` is that of a run, with a checkpoint of `step` (None: any).
+
+    Before anything large is imported.
+    """
     path = folder / "config.yaml"
-    if not path.is_file() and (folder / "config.json").is_file():
+    if not path.is_file():
+        _refuse_other_folders(folder)
+        raise UserError(f"{path} does not exist: give the folder of a run, such as runs/NAME.")
+    checkpoints = folder / "checkpoints"
+    known = sorted(int(one.name[5:]) for one in checkpoints.glob("step_*") if one.name[5:].isdecimal())
+    if step is not None and step not in known:
+        steps = ", ".join(map(str, known)) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}: there are {steps}.")
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Raise UserError, which names the run that may be meant, for a folder of runs, of a checkpoint or of a model."""
+    if inside := runs_in(folder):
+        names = ", ".join(path.name for path in inside[:8]) + (", ..." if len(inside) > 8 else "")
+        raise UserError(f"{folder} is a folder of runs ({names}): give one of them, such as {inside[0]}.")
+    above = next((one for one in folder.absolute().parents if (one / "config.yaml").is_file()), None)
+    if above is not None and folder.exists():
+        raise UserError(f"{folder} is inside of a run: give the run itself, {above}.")
+    if (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is a transformers model, not a run: give its run, such as runs/NAME, or make one of it with "
             f"`sepllm import {folder} OUTPUT`."
         )
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the folder of a run, such as runs/NAME.")
+
+
+def require_new(output: Path, *, overwrite: bool) -> None:
+    """Raise UserError for an output folder that is there, in the words of hf.folder."""
+    if not overwrite and (output.exists() or output.is_symlink()):
+        raise UserError(f"{output} exists already: choose another name or pass --overwrite.")
 
 
 def add_model(group: Group) -> None:
@@ -127,6 +179,7 @@ def require_model(arguments: argparse.Namespace) -> None:
     at_least(arguments, 1, "threads")
     folder = Path(arguments.model)
     if not ((folder / "config.yaml").is_file() or (folder / "config.json").is_file()):
+        _refuse_other_folders(folder)
         raise UserError(f"{folder} is neither a run (config.yaml) nor a transformers model (config.json).")
     require_tokenizer(arguments.tokenizer)
 

@@ -57,7 +57,7 @@ def _generate_with(arguments: argparse.Namespace) -> None:
     require(arguments.pipeline == 1, "generation has no pipeline parallelism: --tensor takes any run's checkpoints.")
     sampling = Sampling(flags.temperature(arguments), arguments.top_k, arguments.top_p, arguments.seed)
     choice = flags.choice(arguments, "cache")
-    flags.require_run(arguments.run_folder)
+    flags.require_run(arguments.run_folder, arguments.checkpoint)
     flags.require_tokenizer(arguments.tokenizer)
 
     # Imported late: torch and megatron-core take seconds, which a mistake should not cost.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags
+from sepllm_train.config.present import require_dataset
 
 
 def main(words: Sequence[str]) -> None:
@@ -35,6 +36,9 @@ def main(words: Sequence[str]) -> None:
     path = arguments.model / "config.json"
     if not path.is_file():
         raise UserError(f"{path} cannot be read (No such file or directory): give the folder of a transformers model.")
+    flags.require_new(arguments.output, overwrite=arguments.overwrite)
+    for prefix in arguments.data:
+        require_dataset(prefix)
 
     from sepllm_train.hf.importing import import_model
 

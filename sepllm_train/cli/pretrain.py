@@ -160,6 +160,7 @@ def pretrain(config: Config) -> None:
     Raises UserError before any GPU work for whatever a user can mend.
     """
     from sepllm_train.config.validate import validate
+    from sepllm_train.metrics.trackers import check_tracker
 
     by_torchrun = "RANK" in os.environ
     # A dry run by hand stands for the smallest launch that fits.
@@ -167,6 +168,8 @@ def pretrain(config: Config) -> None:
         config.parallel.processes if config.dry_run and not by_torchrun else int(os.environ.get("WORLD_SIZE", 1))
     )
     validate(config, world_size)
+    if not by_torchrun:
+        check_tracker(config.logging)
     require_data(config)
 
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.

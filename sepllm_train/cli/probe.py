@@ -94,6 +94,7 @@ def _text(arguments: argparse.Namespace) -> None:
 
 def _ask(arguments: argparse.Namespace) -> None:
     flags.at_least(arguments, 1, "samples", "needles")
+    arguments.runs = flags.all_runs(arguments.runs)
     for folder in arguments.runs:
         flags.require_run(folder)
     for path in arguments.text:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.schema import Config
 
 
@@ -20,6 +21,9 @@ def require_data(config: Config) -> None:
         prefix = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(prefix, str):
             require_dataset(prefix)
+    finished = None if config.dry_run else finished_run(config)
+    if finished is not None:
+        raise UserError(f"{finished_advice(finished)}.")
     # What the run begins with: not read any more by one that continues, which training sees from its folder.
     key = "init_from" if config.resume in ("auto", "never") else "resume"
     path = getattr(config, key)
@@ -36,3 +40,18 @@ def require_dataset(prefix: str) -> None:
     from data_prep.sidecar import dataset_prefix, read_header
 
     read_header(os.path.abspath(dataset_prefix(prefix)))
+
+
+def finished_advice(folder: Path) -> str:
+    """What to do where `folder` holds a finished run."""
+    return (
+        f"{folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW and more "
+        "training.steps"
+    )
+
+
+def finished_run(config: Config) -> Path | None:
+    """The run's folder where it holds a finished run."""
+    folder = Path(config.run_root) / config.name
+    used = (folder / "metrics.jsonl").exists()
+    return folder if used and read_json_if_any(folder / "run.json").get("status") == "finished" else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
+from typing import Any
 
+from data_prep.separators import CLASSES, NAMED_SETS
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import phases_of
-from sepllm_train.config.schema import Config, ParallelConfig, require
+from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig, require
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -37,6 +40,7 @@ def validate(config: Config, world_size: int) -> None:
 
 def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what to tell otherwise) of every condition."""
+    yield from _classes(config.attention)
     yield from _grid(config)
     yield from _curriculum(config)
     yield from _sequence(config)
@@ -44,6 +48,27 @@ def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     yield from _schedule(config)
     yield from _profile(config, world_size)
     yield from _node()
+
+
+def _classes(attention: AttentionConfig) -> Iterator[tuple[bool, str]]:
+    """The names of separator classes; the rest of attention.separators is checked where it is resolved."""
+    listed = attention.separators if isinstance(attention.separators, list) else [attention.separators]
+    names = [name for entry in listed for name in _names(entry)]
+    known = [entry.name for entry in CLASSES] + [*NAMED_SETS, "auto"]
+    unknown = next((name for name in names if attention.pattern == "sep" and name not in known), None)
+    near = difflib.get_close_matches(unknown, known, n=1) if unknown else []
+    yield (
+        unknown is None,
+        f"attention.separators: unknown separator class {unknown!r}"
+        + (f" (did you mean {near[0]}?)" if near else "")
+        + f"; known are {', '.join(known)}.",
+    )
+
+
+def _names(entry: Any) -> list[str]:
+    """Names of classes in an entry of attention.separators."""
+    inner = entry.get("classes") if isinstance(entry, dict) else entry
+    return [name for name in (inner if isinstance(inner, list) else [inner]) if isinstance(name, str)]
 
 
 def _node() -> Iterator[tuple[bool, str]]:

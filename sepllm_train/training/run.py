@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sepllm_train.base.console import duration, fold, say
 from sepllm_train.base.errors import Interrupted, RunStopped, UserError
 from sepllm_train.config.compatibility import EARLIER_DATA
+from sepllm_train.config.present import finished_advice, finished_run
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.distributed.launch import Launch
@@ -38,7 +39,7 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
 
     Under the name of a finished run it is one under another name, which the run itself would need.
     """
-    taken = run_folder.finished_run(config)
+    taken = finished_run(config)
     prepared = prepare(
         config if taken is None else replace(config, name=run_folder.free_name(config)), world_size, device
     )
@@ -46,7 +47,7 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     for line in lines:
         say(fold(line))
     if taken is not None:
-        say(fold(f"note: {run_folder.finished_advice(taken)}."))
+        say(fold(f"note: {finished_advice(taken)}."))
     but = "" if fits else ", but it does not fit this machine"
     say(f"dry run: the checks of a run on {processes(world_size)} passed{but}; nothing was trained.")
 

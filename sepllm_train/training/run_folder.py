@@ -29,6 +29,7 @@ from sepllm_train.base.parsing import read_json, read_json_if_any
 from sepllm_train.base.secrets import masked_words
 from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
+from sepllm_train.config.present import finished_advice
 from sepllm_train.config.schema import Config
 from sepllm_train.config.stored import to_yaml
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
@@ -205,21 +206,6 @@ def enter(
         step, earlier_data, order = _check_checkpoint(config, found, identity, schedule, folder if in_place else None)
     kept = visit.earlier.get("origin") if in_place else None
     return Entry(folder, found, step, visit.skipped, kept or origin, content, earlier_data, order)
-
-
-def finished_advice(folder: Path) -> str:
-    """What to do where `folder` holds a finished run."""
-    return (
-        f"{folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW and more "
-        "training.steps"
-    )
-
-
-def finished_run(config: Config) -> Path | None:
-    """The run's folder where it holds a finished run."""
-    folder = Path(config.run_root) / config.name
-    used = (folder / "metrics.jsonl").exists()
-    return folder if used and read_run_json(folder).get("status") == "finished" else None
 
 
 def free_name(config: Config) -> str:

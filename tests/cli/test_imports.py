@@ -55,6 +55,26 @@ MISTAKES = {
     ("suite", "+suite=papers"): "did you mean paper?",
     ("suite", "+suite=paper", "suite.jops=2"): "did you mean suite.jobs?",
     ("match", "keep-share", "attention=tierss"): "did you mean tiers?",
+    ("pretrain", "+experiment=demo_sep", "attention.separators=[comma,peroid]"): "did you mean period?",
+    ("pretrain", "+experiment=demo_sep", "name=finished", "run_root=../runs"): "resume=../runs/finished name=NEW",
+    ("pretrain", "--experiment", "demo_sep"): "write +experiment=demo_sep",
+    ("pretrain", "+training.stepz=3"): "did you mean training.steps?",
+    ("suite", "--suite", "paper"): "write +suite=paper",
+    # Runs and folders of runs.
+    ("generate", "../runs", "--prompt", "x"): "is a folder of runs (finished, other): give one of them",
+    ("generate", "../runs/other", "--prompt", "x", "--checkpoint", "9"): "has no checkpoint of step 9: there are 4.",
+    ("generate", "../runs/other/checkpoints", "--prompt", "x"): "is inside of a run: give the run itself",
+    ("stream", "score", "../runs", *SCORE): "is a folder of runs",
+    ("evaluate", "../runs", "--tasks", "piqa"): "is a folder of runs",
+    ("analyze", "loss", "../runs", "--output", "out"): "is a folder of runs",
+    ("analyze", "loss", "../runs/other", "--output", "out", "--samples", "0"): "--samples 0 must be at least 1",
+    ("analyze", "loss", "../runs/other", "--output", "out", "--held-out", "2"): "--held-out 2.0 must be",
+    ("analyze", "loss", "../runs/other", "--output", "page.txt"): "--output page.txt is a file",
+    ("analyze", "attention", "../runs/other", "--output", "out", "--data", "no"): "There is no dataset at",
+    ("export", "../runs", "out"): "is a folder of runs",
+    ("export", "../runs/other", "."): ". exists already: choose another name or pass --overwrite.",
+    ("import", "../model", "."): ". exists already: choose another name or pass --overwrite.",
+    ("import", "../model", "out", "--data", "no"): "There is no dataset at",
     # Files that are not there.
     ("pretrain", "+experiment=demo_sep", *DATA): "There is no dataset at",
     ("pretrain", "--nproc", "2", "+experiment=demo_sep", *DATA): "There is no dataset at",
@@ -110,9 +130,16 @@ def test_help(words: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
 def test_mistakes(words: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "page.txt").write_text("A page.")
-    code, told, modules = answer(words, tmp_path)
+    other, place = tmp_path / "runs" / "other", tmp_path / "here"
+    for folder in (tmp_path / "runs" / "finished", other / "checkpoints" / "step_00000004", tmp_path / "model", place):
+        folder.mkdir(parents=True)
+    (other / "config.yaml").write_text("name: other\n")
+    (tmp_path / "runs" / "finished" / "metrics.jsonl").touch()
+    (tmp_path / "runs" / "finished" / "run.json").write_text('{"status": "finished"}')
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (place / "page.txt").write_text("A page.")
+    code, told, modules = answer(words, place)
     assert code == 2 and MISTAKES[words] in told and "Traceback" not in told
     assert not modules & set(LARGE)
     assert words[0] in ("pretrain", "suite", "match") or not modules & set(CONFIGURING)
-    assert [path.name for path in tmp_path.iterdir()] == ["page.txt"]
+    assert [path.name for path in place.iterdir()] == ["page.txt"]

@@ -42,7 +42,7 @@ def main() -> None:
         training.optimizer.step()
         for background in (True, False):
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                saver = Saver(Path(folder), training, {}, keep=1, keep_every=0, background=background)
+                saver = Saver(Path(folder), training, {}, keep=1, kept=lambda step: False, background=background)
                 outcomes = []
                 for step in range(1, arguments.saves + 1):
                     saver.save(TrainState(step=step))

@@ -188,7 +188,7 @@ def checkpoint_stall(model: Any) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         background = model.config.training.async_checkpoint
-        saver = Saver(Path(folder), model.training, {}, keep=1, keep_every=0, background=background)
+        saver = Saver(Path(folder), model.training, {}, keep=1, kept=lambda step: False, background=background)
         saver.save(TrainState(step=1))
         (outcome,) = saver.finish()
     return outcome.stall_seconds

@@ -15,8 +15,7 @@ from sepllm_train.base.errors import exit_on_user_error
 from sepllm_train.base.files import write_json
 from sepllm_train.base.parsing import read_json
 from sepllm_train.base.shapes import Range, require_shape
-from sepllm_train.config.load import run_with_hydra
-from sepllm_train.config.schema import Config
+from sepllm_train.config.load import configuration_of
 
 
 def decide(folder: Path, job: str) -> tuple[bool, str]:
@@ -49,15 +48,16 @@ def decide(folder: Path, job: str) -> tuple[bool, str]:
 
 def main() -> None:
     """Entry point: the first word is the job, the others are the run's overrides."""
-    job = sys.argv.pop(1)
+    job, *overrides = sys.argv[1:]
     answers: list[bool] = []
 
-    def task(config: Config) -> None:
+    def answer() -> None:
+        config = configuration_of(overrides)
         yes, reason = decide(Path(config.run_root) / config.name, job)
         print(reason, flush=True)
         answers.append(yes)
 
-    exit_on_user_error(lambda: run_with_hydra(task))
+    exit_on_user_error(answer)
     sys.exit(0 if answers[0] else 1)
 
 

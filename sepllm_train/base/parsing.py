@@ -26,6 +26,8 @@ LARGEST_YAML = 1 << 20
 DEEPEST = 64
 # Whole numbers fit 64 bits: larger ones cannot become tensors, times or counts.
 _WIDEST_INTEGER = 1 << 64
+# Half of a character that is written as two can be in no name of a file, and cannot be printed.
+_MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 # Without one of these no number in a text is out of range.
 _MAYBE_OUT_OF_RANGE = re.compile(r"\d{19}|[eE]\+?\d{3}")
 
@@ -48,8 +50,12 @@ def parse_json(
             }
         value = json.loads(text, parse_constant=None if nan else _refuse_constant, **bounded)
         _check_depth(value)
+        if _MAYBE_HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: {remedy}.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is not JSON of this kind (half of a character): {remedy}.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON (line {error.lineno}: {error.msg}): {remedy}.") from None
     except _OutOfRange as error:

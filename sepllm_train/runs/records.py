@@ -115,7 +115,7 @@ def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Re
     _, corrected = without_padding(info)
     own = _latest(map(corrected, _records(folder / "metrics.jsonl")))
     later = [*later, folder.resolve()]
-    if not own or not isinstance(info.get("origin"), str):
+    if not own or not isinstance(info.get("origin"), str) or "\0" in info["origin"]:
         return own, ""
     origin = Path(info["origin"])
     parent = origin.parent.parent if _CHECKPOINT.fullmatch(origin.name) else origin

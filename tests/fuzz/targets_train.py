@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import pickle
@@ -73,13 +74,13 @@ def mutated_json(draw: random.Random, value: Any) -> Any:
         if how == 0:
             del holder[key]
         elif how == 1 and isinstance(holder, dict):
-            holder[draw.choice(("", "x", "step", "..", "\0"))] = draw.choice(ODD)
+            holder[draw.choice(("", "x", "step", "..", "\0"))] = copy.deepcopy(draw.choice(ODD))
         elif how == 2:
             other, name = draw.choice(places)
             with contextlib.suppress(KeyError, IndexError):
                 holder[key] = json.loads(json.dumps(other[name]))
         else:
-            holder[key] = draw.choice(ODD)
+            holder[key] = copy.deepcopy(draw.choice(ODD))
         if not value:
             break
     return value

@@ -28,6 +28,8 @@ DEEPEST = 64
 _WIDEST_INTEGER = 1 << 64
 # Above every FLOP that a run may count, which 64 bits do not hold.
 WIDEST_COUNT = 10**40
+# Half of a character that is written as two can be in no name of a file, and cannot be printed.
+_MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 # Without one of these no number in a text is out of range.
 _MAYBE_OUT_OF_RANGE = re.compile(r"\d{19}|[eE]\+?\d{3}")
 
@@ -50,8 +52,12 @@ def parse_json(
             }
         value = json.loads(text, parse_constant=None if nan else _refuse_constant, **bounded)
         _check_depth(value)
+        if _MAYBE_HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: {remedy}.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is not JSON of this kind (half of a character): {remedy}.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON (line {error.lineno}: {error.msg}): {remedy}.") from None
     except _OutOfRange as error:

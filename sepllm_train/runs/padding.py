@@ -8,16 +8,32 @@ records today. They are recognised exactly, by what their difference is made of,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from types import NoneType
 from typing import Any
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.base.shapes import Range, misfit
 from sepllm_train.config.compatibility import VOCABULARY
 from sepllm_train.config.schema import ModelConfig
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 
 # Padding was to a multiple of this, times the tensor parallelism.
 _MULTIPLE = 128
+
+_SIZE = Range(1, 1 << 40)
+# What of a run's identity its counts depend on.
+_MODEL = {
+    VOCABULARY: _SIZE,
+    **{f"model.{key}": _SIZE for key in ("layers", "hidden", "heads", "ffn")},
+    "model.kv_heads?": (_SIZE, NoneType),
+    **{f"model.{key}?": str for key in ("activation", "norm")},
+    **{f"model.{key}?": bool for key in ("bias", "tied_embeddings")},
+}
+_PHASES = {
+    "comparable": {"sequence_length": _SIZE},
+    "identity": {"training.global_batch": _SIZE},
+    "curriculum?": ([{"steps": _SIZE, "length": _SIZE}], NoneType),
+}
 
 Record = dict[str, Any]
 
@@ -70,27 +86,21 @@ def _dense(counters: list[tuple[int, FlopsCounter]], tokens: int) -> int:
 
 def _model(identity: Any) -> tuple[ModelConfig | None, int]:
     """Model and vocabulary of the `identity` in run.json; None where they are not recorded."""
-    settings = identity if isinstance(identity, dict) else {}
-    vocabulary = settings.get(VOCABULARY)
-    known = {field.name for field in fields(ModelConfig)} - {"name", "vocabulary"}
-    values = {key: settings[f"model.{key}"] for key in known if f"model.{key}" in settings}
-    if not isinstance(vocabulary, int) or values.keys() < {"layers", "hidden", "heads", "ffn"}:
+    if misfit(identity, _MODEL) is not None:
         return None, 0
+    known = [name.removesuffix("?").removeprefix("model.") for name in _MODEL if name != VOCABULARY]
+    values = {key: identity[f"model.{key}"] for key in known if f"model.{key}" in identity}
+    vocabulary = identity[VOCABULARY]
     try:
         return ModelConfig(**values), vocabulary
-    except (UserError, TypeError):
+    except UserError:
         return None, 0
 
 
 def _phases(info: Record) -> list[tuple[int, int]] | None:
     """(tokens, sequence length) of each phase of a run; None where they are not recorded."""
-    comparable, identity = info.get("comparable"), info.get("identity")
-    length = comparable.get("sequence_length") if isinstance(comparable, dict) else None
-    batch = identity.get("training.global_batch") if isinstance(identity, dict) else None
-    curriculum = info.get("curriculum") or []
-    if not isinstance(length, int) or not isinstance(batch, int) or not isinstance(curriculum, list):
+    if misfit(info, _PHASES) is not None:
         return None
-    try:
-        return [*((int(one["steps"]) * batch * length, int(one["length"])) for one in curriculum), (0, length)]
-    except (KeyError, TypeError, ValueError):
-        return None
+    length, batch = info["comparable"]["sequence_length"], info["identity"]["training.global_batch"]
+    shorter = [(one["steps"] * batch * length, one["length"]) for one in info.get("curriculum") or []]
+    return [*shorter, (0, length)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -114,18 +113,9 @@ def _read_info(folder: Path) -> Record:
         raise UserError(f"{folder} is not a folder: give the folder of a run, such as runs/NAME.")
     path = folder / "run.json"
     info = read_json(path, "every run writes one when it starts", nan=True)
-    _refuse_half_characters(json.dumps(info, ensure_ascii=False), path)
     if not isinstance(info.get("comparable"), dict):
         raise UserError(f"{path} has no 'comparable' object, so the run cannot be compared with another.")
     return with_current_keys(info)
-
-
-def _refuse_half_characters(text: str, where: str | Path) -> None:
-    """Raise UserError for escapes of half a character, which no file can hold."""
-    try:
-        text.encode("utf8")
-    except UnicodeEncodeError:
-        raise UserError(f"{where} holds half of a character (\\ud800 to \\udfff): it is damaged.") from None
 
 
 def _history(folder: Path, info: Record, later: Sequence[Path]) -> tuple[list[Record], str]:
@@ -204,8 +194,6 @@ def _records(path: Path) -> Iterator[Record]:
             if number == len(lines):
                 return
             raise
-        if b"\\" in line:
-            _refuse_half_characters("".join(record), where)
         yield _checked(record, where)
 
 

@@ -149,3 +149,14 @@ def test_what_omegaconf_writes_is_read_as_it_was(value: object) -> None:
     text = OmegaConf.to_yaml(OmegaConf.create({"a": {"b": [value]}}))
     found = parse_yaml(text, "x", "no")["a"]["b"][0]
     assert found == value and type(found) is type(value)
+
+
+def test_half_of_a_character_is_refused(tmp_path: Path) -> None:
+    """It could be neither printed nor the name of a file."""
+    path = tmp_path / "some.json"
+    path.write_text(r'{"name": "\ud83d\ude00"}')
+    assert read_json(path, "make it again") == {"name": "\U0001f600"}
+    for content in (r'{"name": "a\ud800"}', r'{"\uDC00": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="half of a character"):
+            read_json(path, "make it again")

@@ -185,7 +185,7 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(
 
 INFO: dict[str, tuple[dict[str, Any], str]] = {
     "digits": ({"steps": 10**400}, "run.json is not JSON of this kind (a number of 401 digits)"),
-    "half a character": ({"name": "\ud800"}, "run.json holds half of a character"),
+    "half a character": ({"name": "\ud800"}, "half of a character"),
     "comparable": ({"comparable": None}, "has no 'comparable' object"),
 }
 

@@ -88,6 +88,11 @@ class _Made:
 class _Machine(pickle._Unpickler):
     """Python's own unpickler, reduced to the operations of a description of tensors. Calls nothing."""
 
+    # Of the base class, as it has them at run time.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def find_class(self, module: str, name: str) -> _Kind:
         """Return a record of the type. Raises UnpicklingError unless it describes tensors."""
         if (module, name) in _KNOWN or (module == "torch" and _dtype(name) is not None):
@@ -153,7 +158,9 @@ def _dtype(name: str) -> torch.dtype | None:
 def _metadata(root: Any) -> Metadata:
     """torch's objects for what the file describes. Raises UnpicklingError for anything but tensors and their places."""
     state = _state(root, "Metadata")
-    tensors = {_text(name): _tensor(_text(name), entry) for name, entry in _table(state["state_dict_metadata"]).items()}
+    tensors: dict[str, Any] = {
+        _text(name): _tensor(_text(name), entry) for name, entry in _table(state["state_dict_metadata"]).items()
+    }
     places = {_index(index): _place(place) for index, place in _table(state["storage_data"]).items()}
     return Metadata(tensors, storage_data=places)
 

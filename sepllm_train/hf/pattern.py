@@ -220,9 +220,7 @@ def check_folder(folder: Path) -> None:
     if os.path.isfile(folder / "config.json"):
         return
     if os.path.isfile(folder / "config.yaml"):
-        raise UserError(
-            f"{folder} is a run, not a model of transformers: `sepllm export {folder} FOLDER` writes one."
-        )
+        raise UserError(f"{folder} is a run, not a model of transformers: `sepllm export {folder} FOLDER` writes one.")
     if os.path.isfile(folder / "adapter_config.json"):
         raise UserError(f"{folder} is an adapter without its model: load the model, then put the adapter on it.")
     if os.path.isdir(folder):

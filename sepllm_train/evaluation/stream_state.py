@@ -20,11 +20,14 @@ def save_state(folder: Path, cache: Any, progress: dict[str, Any]) -> None:
     """Write cache and progress to `folder`/state, whole or not at all."""
     from safetensors.torch import save_file
 
+    from sepllm_train.hf.weights import writing_safetensors
+
     place = folder / FOLDER
     restore_folder(place)
     with whole_folder(place) as aside:
         tensors, numbers = cache_tensors(cache)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "cache.safetensors")
+        with writing_safetensors():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "cache.safetensors")
         write_json(aside / "progress.json", {**progress, "cache": numbers})
 
 

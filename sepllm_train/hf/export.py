@@ -94,7 +94,8 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
     one_of("--dtype", precision, tuple(PRECISIONS))
     with whole_folder(output) as aside:
         model = in_memory(run, PRECISIONS[precision])
-        model.save_pretrained(aside)
+        with weights.writing_safetensors():
+            model.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):
             # Written so that nobody but the user may read it.
             shutil.copymode(aside / "config.json", file)

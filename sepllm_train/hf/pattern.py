@@ -5,7 +5,9 @@ Shape letters: B rows (sequences), T tokens of which the last N are new, H heads
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.guard import ATTENTION
 from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
@@ -191,14 +194,17 @@ def remove_pattern(model: Any) -> Any:
     return model
 
 
-def load_model(path: str, *, dense: bool = False, **options: Any) -> Any:
+def load_model(path: str | Path, *, dense: bool = False, **options: Any) -> Any:
     """Load a causal model of transformers from a folder; one of ours attends by the pattern it was trained with.
 
     dense: full attention whatever it was trained with. options: those of AutoModelForCausalLM.from_pretrained. Raises
-    ValueError for files that lack some of the weights.
+    UserError, a ValueError, for what is no folder of a model, which no hub is asked for, and ValueError for files that
+    lack some of the weights.
     """
+    check_folder(Path(path))
     options.setdefault("use_safetensors", True)
     options.setdefault("attn_implementation", "sdpa")
+    options.setdefault("local_files_only", True)
     model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     wrong = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
     if wrong:
@@ -207,6 +213,24 @@ def load_model(path: str, *, dense: bool = False, **options: Any) -> Any:
     if trained_pattern(model.config) is not None and not dense:
         apply_pattern(model)
     return model
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError with what to do for what is no folder of a transformers model."""
+    if os.path.isfile(folder / "config.json"):
+        return
+    if os.path.isfile(folder / "config.yaml"):
+        raise UserError(f"{folder} is a run, not a model of transformers: `sepllm export {folder} FOLDER` writes one.")
+    if os.path.isfile(folder / "adapter_config.json"):
+        raise UserError(f"{folder} is an adapter without its model: load the model, then put the adapter on it.")
+    if os.path.isdir(folder):
+        raise UserError(f"{folder} has no config.json: give the folder of a transformers model.")
+    if os.path.exists(folder):
+        raise UserError(f"{folder} is a file: give the folder of a transformers model, with its config.json.")
+    raise UserError(
+        f"{folder} is not a folder: give that of an exported model, or download a model of a hub first "
+        "(`hf download NAME --local-dir FOLDER`)."
+    )
 
 
 def no_kernel(base: Any) -> str | None:

@@ -146,6 +146,17 @@ def _cut(family: Family, model: ModelConfig, inside: str, tensor: Tensor) -> tup
     return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
 
 
+@contextmanager
+def writing_safetensors() -> Iterator[None]:
+    """Raise what safetensors reports of a full disk in the block as the OSError that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
+
+
 class SafetensorsFolder:
     """The tensors of a transformers model by name, read one at a time.
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is an op
 
 from sepllm_train.distributed.launch import alone  # noqa: E402
 from sepllm_train.evaluation.stream_model import open_model  # noqa: E402
+from sepllm_train.evaluation.stream_state import save_state  # noqa: E402
 from sepllm_train.hf.architecture import model_type  # noqa: E402
 from sepllm_train.hf.export import export_run, in_memory  # noqa: E402
 from sepllm_train.hf.importing import import_model  # noqa: E402
@@ -223,6 +228,36 @@ def test_run_with_weights_that_are_no_numbers_is_refused(models: Callable[[str],
     with alone(opened.config), pytest.raises(UserError, match=words):
         opened.load_model()
     assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Files of this process end at `size` bytes, as on a full disk."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_weights_that_the_disk_cannot_hold_are_one_sentence(models: Callable[[str], Path], tmp_path: Path) -> None:
+    run = open_run(models("llama") / "ours")
+    with (
+        disk_of(100_000),
+        pytest.raises(UserError, match=f"cannot write {tmp_path / 'out'} .*(File too large|os error)"),
+    ):
+        export_run(run, tmp_path / "out")
+    cache = SimpleNamespace(
+        offset=torch.zeros(50_000), tokens=torch.zeros(1), ended=torch.zeros(1), held=[], layers=[], columns_seen=0
+    )
+    with (
+        disk_of(100_000),
+        pytest.raises(UserError, match=f"cannot write {tmp_path / 'state'} .*(File too large|os error)"),
+    ):
+        save_state(tmp_path, cache, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_message_on_a_damaged_checkpoint_has_the_cause(trained: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers
 from sep_attention import FOREVER
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import PatternCache, apply_pattern, cache_argument, load_model, make_pattern, remove_pattern
 from tests.hf.tiny_models import FAMILIES, SEPARATORS, VOCABULARY, left_padded, random_rows, tiny
@@ -244,6 +247,32 @@ def test_weights_that_are_not_there(tmp_path: Any) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks weights of its model.*layers.1.mlp.up_proj.weight"):
         load_model(str(tmp_path))
+
+
+def test_names_that_are_no_folder_of_a_model_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no hub is asked."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "adapter", "empty", "gone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: run\n")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
+    for path, sentence in {
+        "run": "run is a run, not a model of transformers: `sepllm export run FOLDER` writes one",
+        "adapter": "adapter is an adapter without its model",
+        "empty": "empty has no config.json",
+        "run/config.yaml": "run/config.yaml is a file",
+        "runs/nowhere": "runs/nowhere is not a folder: give that of an exported model, or download",
+        "gpt2": "gpt2 is not a folder",
+        "": "has no config.json",
+        "x" * 5000: "is not a folder",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            load_model(path)
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            load_model(Path(path))
+    (tmp_path / "gone" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(OSError, match="gone"):
+        load_model("gone")
 
 
 def test_a_folder_with_a_pattern(tmp_path: Any) -> None:

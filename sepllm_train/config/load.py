@@ -23,7 +23,8 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.config import schema
 from sepllm_train.config.folder import config_folder
 from sepllm_train.config.keys import hints_of, nearest
-from sepllm_train.config.overrides import plus, settled, without_options
+from sepllm_train.config.overrides import is_group, plus, settled, without_options
+from sepllm_train.config.stored import check_types
 
 C = TypeVar("C")
 
@@ -50,6 +51,7 @@ def to_dataclasses(config: DictConfig, kind: type[C]) -> C:
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(one_sentence(error, kind)) from None
     assert isinstance(result, kind)
+    check_types(result)
     return result
 
 
@@ -168,7 +170,7 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
         if plus(unknown[1]) != unknown[1]:
             return f"configuration: {unknown[1]}s are added with a plus: {plus(unknown[1])}=NAME."
-        if (config_folder() / unknown[1]).is_dir():
+        if is_group(unknown[1]):
             return (
                 f"configuration: {unknown[1]} takes the name of a file in configs/; {_known_files(unknown[1] + '/')}."
             )

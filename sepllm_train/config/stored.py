@@ -66,6 +66,20 @@ def from_mapping(
         raise UserError(f"{where} {error}") from None
 
 
+def check_types(values: Any, group: str = "") -> None:
+    """Raise UserError for a value of another type than its key's: an interpolation may stand for anything."""
+    for key, hint in hints_of(type(values)).items():
+        value, name = getattr(values, key), f"{group}{key}"
+        for inner, held in (
+            [(name, value)] if not isinstance(value, dict) else [(f"{name}.{k}", v) for k, v in value.items()]
+        ):
+            if is_dataclass(held):
+                check_types(held, f"{inner}.")
+            else:
+                kind = Hint(get_args(hint.kind)[1]) if get_origin(hint.kind) is dict else hint
+                _converted(held, kind, inner, "configuration:", "sepllm pretrain --keys explains every key")
+
+
 def _inside(texts: Any, key: str) -> Any:
     def inner() -> Any:
         outer = texts()
@@ -99,8 +113,10 @@ def _converted(value: Any, hint: Hint, name: str, where: str, remedy: str) -> An
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
         float: isinstance(value, int | float) and not isinstance(value, bool),
-    }[hint.kind]
-    if not fits:
+    }
+    if not fits.get(hint.kind, False):
+        if hint.kind not in fits:
+            raise UserError(f"{where} {name} must be a mapping of keys, not {_shown(value)}: {remedy}.")
         what = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint.kind]
         raise UserError(f"{where} {name} must be {what}, not {_shown(value)}: {remedy}.")
     return float(value) if hint.kind is float else value

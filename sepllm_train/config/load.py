@@ -72,6 +72,11 @@ def _configuration_of(words: Sequence[str], primary: str, name: str, kind: type[
     return to_dataclasses(composed, kind)
 
 
+def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
+    """Compose the configuration of a run from the command line and call `task` with it."""
+    compose_and_run(task, sys.argv[1:], "pretrain", "schema", schema.Config)
+
+
 def compose_and_run(task: Callable[[C], None], words: Sequence[str], primary: str, name: str, kind: type[C]) -> None:
     """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, with `words`, and call `task`.
 
@@ -137,9 +142,9 @@ def _without_environment() -> Iterator[None]:
 def _refuse_unknown(config: DictConfig, kind: type, whole: type, group: str = "") -> None:
     """Raise UserError for a key that `kind` does not have: +KEY and ++KEY add any, which nothing would read."""
     hints = hints_of(kind)
-    for key in config:
+    for key in map(str, config):
         name = f"{group}{key}"
-        hint = hints.get(str(key))
+        hint = hints.get(key)
         if hint is None:
             raise UserError(_no_key(name, whole))
         inner = config._get_node(key)
@@ -147,7 +152,7 @@ def _refuse_unknown(config: DictConfig, kind: type, whole: type, group: str = ""
             _refuse_unknown(inner, cast(type, hint.kind), whole, f"{name}.")
         elif get_origin(hint.kind) is dict and isinstance(inner, DictConfig) and not inner._is_none():
             held = get_args(hint.kind)[1]
-            for entry in inner if is_dataclass(held) else ():
+            for entry in map(str, inner) if is_dataclass(held) else ():
                 node = inner._get_node(entry)
                 if isinstance(node, DictConfig):
                     _refuse_unknown(node, cast(type, held), whole, f"{name}.{entry}.")

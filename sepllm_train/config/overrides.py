@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,6 +30,7 @@ _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _LONGEST, _DEEPEST = 1 << 16, 32
 # What a key of such a type holds.
 _SIMPLE = {int: "a whole number", float: "a number", bool: "true or false"}
+_LONGEST_NAME = 200
 _OPENING, _CLOSING = "[{(", "]})"
 
 
@@ -101,6 +103,11 @@ def _settled(words: Sequence[str], place: int, kind: type) -> str:
     if sign and re.match(r"hydra\b", key):
         raise UserError(f"configuration: {key} is of Hydra itself, which takes no keys that it does not have.")
     hint = hint_of(kind, key)
+    if hint is None or is_dataclass(hint.kind):
+        # What is left is a group of configs/ and the name of a file there.
+        named = not value.startswith("{") and len(value) > _LONGEST_NAME
+        if named or len(key) > _LONGEST_NAME:
+            raise UserError(f"configuration: there is no key or file {_short(word)}; known groups are in configs/.")
     if hint is not None:
         value = _typed(value, hint)
     if (depth := _deepest(value)) > _DEEPEST and not _QUOTED.fullmatch(value):

@@ -45,7 +45,7 @@ def from_mapping(
     scalars as they are typed, for text that was not quoted. Raises UserError for an unknown key or another type.
     """
     hints = hints_of(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{group}{key}"
         if key not in hints:
@@ -70,14 +70,13 @@ def check_types(values: Any, group: str = "") -> None:
     """Raise UserError for a value of another type than its key's: an interpolation may stand for anything."""
     for key, hint in hints_of(type(values)).items():
         value, name = getattr(values, key), f"{group}{key}"
-        for inner, held in (
-            [(name, value)] if not isinstance(value, dict) else [(f"{name}.{k}", v) for k, v in value.items()]
-        ):
+        several = get_origin(hint.kind) is dict and isinstance(value, dict)
+        inner = Hint(get_args(hint.kind)[1]) if several else hint
+        for place, held in {f"{name}.{k}": v for k, v in value.items()}.items() if several else [(name, value)]:
             if is_dataclass(held):
-                check_types(held, f"{inner}.")
+                check_types(held, f"{place}.")
             else:
-                kind = Hint(get_args(hint.kind)[1]) if get_origin(hint.kind) is dict else hint
-                _converted(held, kind, inner, "configuration:", "sepllm pretrain --keys explains every key")
+                _converted(held, inner, place, "configuration:", "sepllm pretrain --keys explains every key")
 
 
 def _inside(texts: Any, key: str) -> Any:

@@ -33,14 +33,16 @@ FILES = [
     "../pretrain",
 ]
 SCALARS = [
-    "", "0", "1", "-1", "2", "64", "1e3", "1e308", "-1e999", "nan", "inf", "9" * 30, "1.5", "0x10", "007", "1_000",
-    "true", "off", "null", "~", "None", "a", "ü", "日本", "\u202e", "\x00", "\n", "a b", " a ", "a=b", "a:b", "a,b", "#", "$",
-    "%s", "\\", "\\'", "'", '"', "'a'", '"a"', "'a", "[", "]", "{", "}", "(", ")", "[]", "{}", "()", "[a,b]", "[1,[2,[3]]]",
-    "{a: b}", "{path: a, weight: 2}", "[{path: 3.10}]", "[{classes: [comma], horizon: 5}]", "[{length: 64, steps: 2}]",
-    "${model.name}", "${name}", "${oc.env:HOME}", "${oc.env:NOPE,x}", "${now:%Y}", "${", "${}", "${a", "\\${x}",
-    "${x:y}", "${${name}}", "${oc.decode:'{'}", "${oc.create:{a:1}}", "${model}", "${hydra:job.name}", "???", "!!python/object:x",
-    "*a", "&a b", "<<", "sep", "paper", "all", "auto", "first", "none", "thinned", "fixed", "sum(1,2)", "choice(1,2)",
-    "range(1,9)", "glob(*)", "shuffle(1,2)", "[" * 40, "{a:" * 40, "x" * 300, "1,2,3", "~x", "+x", "--x", "@x", "a@b",
+    "", "0", "1", "-1", "2", "64", "1e3", "1e308", "-1e999", "nan", "inf", "9" * 30, "1.5", "0x10", "007",
+    "1_000", "true", "off", "null", "~", "None", "a", "ü", "日本", "\u202e", "\x00", "\n", "a b", " a ",
+    "a=b", "a:b", "a,b", "#", "$", "%s", "\\", "\\'", "'", '"', "'a'", '"a"', "'a", "[", "]", "{", "}", "(",
+    ")", "[]", "{}", "()", "[a,b]", "[1,[2,[3]]]", "{a: b}", "{path: a, weight: 2}", "[{path: 3.10}]",
+    "[{classes: [comma], horizon: 5}]", "[{length: 64, steps: 2}]", "${model.name}", "${name}",
+    "${oc.env:HOME}", "${oc.env:NOPE,x}", "${now:%Y}", "${", "${}", "${a", "\\${x}", "${x:y}", "${${name}}",
+    "${oc.decode:'{'}", "${oc.create:{a:1}}", "${model}", "${hydra:job.name}", "???", "!!python/object:x",
+    "*a", "&a b", "<<", "sep", "paper", "all", "auto", "first", "none", "thinned", "fixed", "sum(1,2)",
+    "choice(1,2)", "range(1,9)", "glob(*)", "shuffle(1,2)", "[" * 40, "{a:" * 40, "x" * 300, "1,2,3", "~x",
+    "+x", "--x", "@x", "a@b",
 ]  # fmt: skip
 SIGNS = ["", "", "", "", "+", "++", "~", "--", "-", "+~", " "]
 BASE = to_yaml(Config())

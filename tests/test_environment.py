@@ -40,7 +40,9 @@ def installed(folder: Path, package: str, version: str) -> None:
 def test_report_is_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    monkeypatch.setenv("NVIDIA_API_KEY", "secret")
+    for name in ("NVIDIA_API_KEY", "TORCH_AUTH", "CUDA_PWD", "SEPLLM_CREDENTIALS", "NCCL_PASSPHRASE"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("SEPLLM_STORE", "redis://me:secret@host/x?token=secret")
     command = [sys.executable, "-m", "sepllm_train", "env", "--json", "--mebibytes=1"]
     done = subprocess.run(
         [*command, f"--run-root={tmp_path}/a/b"],
@@ -60,6 +62,7 @@ def test_report_is_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert report["self_test"]["gloo"]["processes"] == 2
     assert report["self_test"]["gloo"]["gigabytes_per_second"] > 0
     assert report["variables"]["NCCL_DEBUG"] == "WARN" and "secret" not in done.stdout
+    assert report["variables"]["SEPLLM_STORE"] == "redis://me:***@host/x?token=***"
 
 
 def test_unmet_requirements(found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ _SECRET_WORD = re.compile(_WORD, re.IGNORECASE)
 _PATTERNS = (
     # scheme://user:password@host and scheme://token@host.
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://(?:[^/\s:@'\"]*:)?)[^/\s@'\"]+@", re.IGNORECASE), rf"\1{MASK}@"),
+    (re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{MASK}"),
     # token=..., "api_key": "...", --password=..., also in the query of a URL.
     (re.compile(rf"(\b{_WORD}['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;\]}})]+", re.IGNORECASE), rf"\1{MASK}"),
-    (re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{MASK}"),
     # Tokens that are known by their form.
     (
         re.compile(

@@ -9,7 +9,7 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from sepllm_train.base.errors import UserError
 
@@ -89,7 +89,7 @@ def hint_of(kind: type, name: str) -> Hint | None:
     hint = Hint(kind)
     for part in name.split("."):
         if is_dataclass(hint.kind):
-            found = hints_of(hint.kind).get(part)
+            found = hints_of(cast(type, hint.kind)).get(part)
             if found is None:
                 return None
             hint = found

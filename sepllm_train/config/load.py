@@ -23,7 +23,8 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.config import schema
 from sepllm_train.config.folder import config_folder
 from sepllm_train.config.keys import hints_of, nearest
-from sepllm_train.config.overrides import plus, settled, without_options
+from sepllm_train.config.overrides import is_group, plus, settled, without_options
+from sepllm_train.config.stored import check_types
 
 C = TypeVar("C")
 
@@ -50,6 +51,7 @@ def to_dataclasses(config: DictConfig, kind: type[C]) -> C:
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(one_sentence(error, kind)) from None
     assert isinstance(result, kind)
+    check_types(result)
     return result
 
 
@@ -68,6 +70,11 @@ def _configuration_of(words: Sequence[str], primary: str, name: str, kind: type[
     except _COMPOSITION_ERRORS as error:
         raise UserError(one_sentence(error, kind)) from None
     return to_dataclasses(composed, kind)
+
+
+def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
+    """Compose the configuration of a run from the command line and call `task` with it."""
+    compose_and_run(task, sys.argv[1:], "pretrain", "schema", schema.Config)
 
 
 def compose_and_run(task: Callable[[C], None], words: Sequence[str], primary: str, name: str, kind: type[C]) -> None:
@@ -135,9 +142,9 @@ def _without_environment() -> Iterator[None]:
 def _refuse_unknown(config: DictConfig, kind: type, whole: type, group: str = "") -> None:
     """Raise UserError for a key that `kind` does not have: +KEY and ++KEY add any, which nothing would read."""
     hints = hints_of(kind)
-    for key in config:
+    for key in map(str, config):
         name = f"{group}{key}"
-        hint = hints.get(str(key))
+        hint = hints.get(key)
         if hint is None:
             raise UserError(_no_key(name, whole))
         inner = config._get_node(key)
@@ -145,7 +152,7 @@ def _refuse_unknown(config: DictConfig, kind: type, whole: type, group: str = ""
             _refuse_unknown(inner, cast(type, hint.kind), whole, f"{name}.")
         elif get_origin(hint.kind) is dict and isinstance(inner, DictConfig) and not inner._is_none():
             held = get_args(hint.kind)[1]
-            for entry in inner if is_dataclass(held) else ():
+            for entry in map(str, inner) if is_dataclass(held) else ():
                 node = inner._get_node(entry)
                 if isinstance(node, DictConfig):
                     _refuse_unknown(node, cast(type, held), whole, f"{name}.{entry}.")
@@ -168,7 +175,7 @@ def one_sentence(error: BaseException, kind: type = schema.Config) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
         if plus(unknown[1]) != unknown[1]:
             return f"configuration: {unknown[1]}s are added with a plus: {plus(unknown[1])}=NAME."
-        if (config_folder() / unknown[1]).is_dir():
+        if is_group(unknown[1]):
             return (
                 f"configuration: {unknown[1]} takes the name of a file in configs/; {_known_files(unknown[1] + '/')}."
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,6 +30,7 @@ _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _LONGEST, _DEEPEST = 1 << 16, 32
 # What a key of such a type holds.
 _SIMPLE = {int: "a whole number", float: "a number", bool: "true or false"}
+_LONGEST_NAME = 200
 _OPENING, _CLOSING = "[{(", "]})"
 
 
@@ -101,6 +103,11 @@ def _settled(words: Sequence[str], place: int, kind: type) -> str:
     if sign and re.match(r"hydra\b", key):
         raise UserError(f"configuration: {key} is of Hydra itself, which takes no keys that it does not have.")
     hint = hint_of(kind, key)
+    if hint is None or is_dataclass(hint.kind):
+        # What is left is a group of configs/ and the name of a file there.
+        named = not value.startswith("{") and len(value) > _LONGEST_NAME
+        if named or len(key) > _LONGEST_NAME:
+            raise UserError(f"configuration: there is no key or file {_short(word)}; known groups are in configs/.")
     if hint is not None:
         value = _typed(value, hint)
     if (depth := _deepest(value)) > _DEEPEST and not _QUOTED.fullmatch(value):
@@ -147,8 +154,6 @@ def _entries(value: str) -> str:
 def _entry(part: str) -> str:
     if part.startswith("{") and part.endswith("}"):
         return "{" + ",".join(_field(field) for field in _parts(part[1:-1])) + "}"
-    if _list_like(part):
-        return _entries(part)
     return part if _QUOTED.fullmatch(part) or not part else quoted(part)
 
 
@@ -230,7 +235,7 @@ def _not_an_override(words: Sequence[str], place: int, kind: type) -> str:
             f"configuration: {_short(word)} is no KEY=VALUE: if it belongs to the word before it, put quotes around "
             f"both, {_for_shell(f'{before} {word}')}."
         )
-    if name and "=" not in name and (hint_of(kind, name) is not None or _is_group(name)):
+    if name and "=" not in name and (hint_of(kind, name) is not None or is_group(name)):
         value = after if after and "=" not in after and not after.startswith(("-", "+")) else "VALUE"
         return f"configuration: {_short(word)} has no value: write {_short(f'{plus(name)}={value}')}."
     for group in ("experiment", "suite"):
@@ -256,7 +261,7 @@ def option_advice(words: Sequence[str], place: int, kind: type) -> str:
         value = words[place].partition("=")[2]
     else:
         value = after if after and not after.startswith(("-", "+")) and "=" not in after else "VALUE"
-    if _is_group(name):
+    if is_group(name):
         return f"write {plus(name)}={_short(value)}"
     known = [key.name for key in keys_of(kind)]
     same = [key for key in known if key == name or key.endswith(f".{name}")]
@@ -269,8 +274,9 @@ def plus(group: str) -> str:
     return f"+{group}" if group in ("experiment", "suite") else group
 
 
-def _is_group(name: str) -> bool:
-    return re.fullmatch(r"\w+", name) is not None and (config_folder() / name).is_dir()
+def is_group(name: str) -> bool:
+    """True for a group of configs/."""
+    return re.fullmatch(r"\w{1,40}", name) is not None and (config_folder() / name).is_dir()
 
 
 def _files(group: str) -> list[str]:

@@ -45,7 +45,7 @@ def from_mapping(
     scalars as they are typed, for text that was not quoted. Raises UserError for an unknown key or another type.
     """
     hints = hints_of(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{group}{key}"
         if key not in hints:
@@ -64,6 +64,19 @@ def from_mapping(
         return kind(**values)
     except UserError as error:
         raise UserError(f"{where} {error}") from None
+
+
+def check_types(values: Any, group: str = "") -> None:
+    """Raise UserError for a value of another type than its key's: an interpolation may stand for anything."""
+    for key, hint in hints_of(type(values)).items():
+        value, name = getattr(values, key), f"{group}{key}"
+        several = get_origin(hint.kind) is dict and isinstance(value, dict)
+        inner = Hint(get_args(hint.kind)[1]) if several else hint
+        for place, held in {f"{name}.{k}": v for k, v in value.items()}.items() if several else [(name, value)]:
+            if is_dataclass(held):
+                check_types(held, f"{place}.")
+            else:
+                _converted(held, inner, place, "configuration:", "sepllm pretrain --keys explains every key")
 
 
 def _inside(texts: Any, key: str) -> Any:
@@ -99,8 +112,10 @@ def _converted(value: Any, hint: Hint, name: str, where: str, remedy: str) -> An
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
         float: isinstance(value, int | float) and not isinstance(value, bool),
-    }[hint.kind]
-    if not fits:
+    }
+    if not fits.get(hint.kind, False):
+        if hint.kind not in fits:
+            raise UserError(f"{where} {name} must be a mapping of keys, not {_shown(value)}: {remedy}.")
         what = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint.kind]
         raise UserError(f"{where} {name} must be {what}, not {_shown(value)}: {remedy}.")
     return float(value) if hint.kind is float else value

@@ -26,7 +26,7 @@ from sepllm_train.base.console import fold, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import locked, write_json, write_whole
 from sepllm_train.base.parsing import read_json, read_json_if_any
-from sepllm_train.base.secrets import masked_words
+from sepllm_train.base.secrets import masked, masked_words
 from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
 from sepllm_train.config.present import finished_advice
@@ -370,7 +370,9 @@ def _keep_records(entry: Entry) -> None:
 
 def describe(folder: Path, config: Config, run: dict[str, Any]) -> None:
     """Write config.yaml, environment.json and run.json (status: running)."""
-    write_whole(folder / "config.yaml", to_yaml(config).encode())
+    text = to_yaml(config)
+    # It has to hold what was set; where that looks like a secret, nobody else may read it.
+    write_whole(folder / "config.yaml", text.encode(), private=masked(text) != text)
     write_json(folder / "environment.json", environment(), indent=2, private=True)
     write_run(folder, {**run, "status": "running"})
 

@@ -12,6 +12,7 @@ from sepllm_train.config.load import configuration_of
 from sepllm_train.config.overrides import literal, settled
 from sepllm_train.config.schema import Config
 from sepllm_train.suite.config import SuiteSettings
+from sepllm_train.training import requeue
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
@@ -194,3 +195,16 @@ def test_giant_values_are_refused_before_anything_is_made_of_them(override: str)
 def test_the_schema_is_taken_as_it_is() -> None:
     assert configuration_of(["+experiment=demo_sep"]) == configuration_of(["+experiment=demo_sep", "++seed=1234"])
     assert isinstance(configuration_of([]), Config)
+
+
+def test_the_batch_scripts_read_overrides_as_a_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm's question whether a run is requeued: python -m sepllm_train.training.requeue JOB OVERRIDES."""
+    words = ["requeue", "7", "+experiment=demo_sep", f"run_root={tmp_path}", "name=3.10"]
+    for more, code, words_told in (([], 1, f"making {tmp_path / '3.10'}."), (["+foo=1"], 2, "no key foo")):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
+            requeue.main()
+        output, errors = capsys.readouterr()
+        assert ended.value.code == code and words_told in output + errors

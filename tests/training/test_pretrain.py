@@ -346,3 +346,16 @@ def test_a_dry_run_knows_the_size_of_a_checkpoint(trainer: Any, precision: str) 
     written = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     asked = configuration_of([*SMALL_RUN, f"training.precision={precision}"])
     assert written == pytest.approx(checkpoint_bytes(asked, parameters), rel=0.15)
+
+
+def test_secrets_of_the_command_line_are_in_no_record(trainer: Any) -> None:
+    """config.yaml alone holds what was set, for the user to read."""
+    settings = ("logging=tensorboard", "logging.entity=https://me:hunter2@host", "logging.tags=[api_key=hunter2]")
+    outcome = trainer.here("name=masked", *settings)
+    assert outcome.code == 0, outcome.errors
+    folder = trainer.root / "masked"
+    holding = [path for path in folder.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert holding == [folder / "config.yaml"] and "hunter2" not in outcome.output + outcome.errors
+    command = json.loads((folder / "environment.json").read_text())["command"]
+    assert {"logging.entity=https://me:***@host", "logging.tags=[api_key=***]"} <= set(command)
+    assert [(folder / name).stat().st_mode & 0o777 for name in ("config.yaml", "environment.json")] == [0o600, 0o600]

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from sepllm_train import requirements
+from sepllm_train.cli.environment import advice, facts
 from sepllm_train.distributed.all_reduce import measure_here
-from sepllm_train.environment import advice, facts
 from tests.support.waiting import HANG_SECONDS
 
 

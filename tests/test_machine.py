@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sepllm_train import requirements
-from sepllm_train.environment import advice, facts
+from sepllm_train.cli.environment import advice, facts
 
 Usage = namedtuple("Usage", "total used free")
 RANGE = requirements.declared().python  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from benchmarks.multi_gpu.results import FAILED, SKIPPED, Results, code_fingerpr
 from benchmarks.multi_gpu.verdicts import BARS
 from data_prep.sample import cache_folder
 from sepllm_train.base.errors import EXIT_USER_ERROR, UserError
-from sepllm_train.environment import facts as machine_facts
+from sepllm_train.cli.environment import facts as machine_facts
 
 
 def main(description: str, arguments: Sequence[str] | None = None) -> int:

@@ -20,8 +20,8 @@ from benchmarks.multi_gpu.results import FAILED, PASSED, SKIPPED, Results
 from benchmarks.multi_gpu.verdicts import Verdict, judge
 from sepllm_train.base.console import duration
 from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.cli.environment import advice, self_test
 from sepllm_train.distributed.processes import logged_process
-from sepllm_train.environment import advice, self_test
 
 START_PATIENCE = 10  # times the seconds of a launch
 POLL_SECONDS = 0.05

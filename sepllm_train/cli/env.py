@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
 
     from data_prep.sample import cache_folder
-    from sepllm_train.environment import advice, facts, print_report, self_test
+    from sepllm_train.cli.environment import advice, facts, print_report, self_test
 
     found = facts(arguments.run_root, arguments.cache or cache_folder())
     if not arguments.no_self_test and not found["torch"].get("error"):

@@ -88,7 +88,7 @@ def printable(text: str) -> bool:
 
 
 def _damaged(result: dict[str, Any]) -> str | None:
-    """What a result of the right types says that cannot be, or None."""
+    """The impossible value in a result of the right types, or None."""
     for place, text in (("attention.label", result["attention"]["label"]), ("model.name", result["model"]["name"])):
         if not printable(text):
             return f"{place} is no name"

@@ -75,7 +75,7 @@ class MetricsLog:
         self._size = os.fstat(self._held.fileno()).st_size
 
     def fault(self) -> str | None:
-        """What has happened to the file that another process should not do, or None."""
+        """A change of the file by another process, in words, or None."""
         if self._held is None:
             return None
         try:

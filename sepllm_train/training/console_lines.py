@@ -48,7 +48,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
 
 
 def recipe_line(config: Config) -> str:
-    """Which of the model size's published settings the run has, and what it has in place of others."""
+    """The model size's published settings that the run has, and its own in place of others."""
     model, recipe = config.model, config.model.recipe
     lr, min_lr = config.optim.rates
     rates = f"lr {lr:g} falling to {min_lr:g}" if config.optim.schedule != "constant" else f"lr {lr:g}"

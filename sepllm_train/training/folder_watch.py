@@ -20,7 +20,7 @@ DESCRIPTION = ("config.yaml", "environment.json", "run.json")
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What was done to a run's folder. `message` says so; `usable`: checkpoints can still be written there."""
+    """A disturbance of a run's folder. `message` says so; `usable`: checkpoints can still be written there."""
 
     message: str
     usable: bool

@@ -82,7 +82,7 @@ class Guards:
         on_all_ranks(lambda: self.files.check() if dist.get_rank() == 0 else None)
 
     def disturbed_folder(self) -> Disturbance | None:
-        """What rank 0 sees that was done to the run's folder, or None. Every rank calls it."""
+        """The disturbance of the run's folder that rank 0 sees, or None. Every rank calls it."""
         found = [None if self.folder is None else self.folder.check()]
         dist.broadcast_object_list(found, src=0)
         return found[0]

@@ -43,7 +43,7 @@ def require_dataset(prefix: str) -> None:
 
 
 def finished_advice(folder: Path) -> str:
-    """What to do where `folder` holds a finished run."""
+    """Return the advice where `folder` holds a finished run."""
     return (
         f"{folder} holds a finished run: choose another name=, or train on with resume={folder} name=NEW and more "
         "training.steps"

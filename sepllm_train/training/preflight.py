@@ -1,4 +1,4 @@
-"""What a run checks of its configuration when it starts, for programs that start runs: before the first of them."""
+"""Checks of a configuration at the start of a run, for programs that start runs: before the first of them."""
 
 from __future__ import annotations
 

@@ -101,6 +101,8 @@ def _converted(value: Any, hint: Hint, name: str, where: str, remedy: str) -> An
     if value is None and hint.optional:
         return None
     if hint.kind is Any:
+        if _holds_a_group(value):
+            raise UserError(f"{where} {name} must be values, not a whole group of keys: {remedy}.")
         return value
     if get_origin(hint.kind) is list or hint.kind is list:
         if not isinstance(value, list):
@@ -119,6 +121,13 @@ def _converted(value: Any, hint: Hint, name: str, where: str, remedy: str) -> An
         what = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint.kind]
         raise UserError(f"{where} {name} must be {what}, not {_shown(value)}: {remedy}.")
     return float(value) if hint.kind is float else value
+
+
+def _holds_a_group(value: Any) -> bool:
+    """True where an interpolation stands for a whole group: ${model}."""
+    if isinstance(value, dict):
+        return any(map(_holds_a_group, value.values()))
+    return any(map(_holds_a_group, value)) if isinstance(value, list) else is_dataclass(value)
 
 
 def _shown(value: Any) -> str:

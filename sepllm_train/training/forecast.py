@@ -1,4 +1,4 @@
-"""Forecasts of a dry run: whether memory and disk of this machine are enough, and the least time that it takes."""
+"""Forecast of a dry run: whether memory and disk of this machine are enough, and the least time that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a configuration that a run makes when it starts, for programs that start runs: before the first of them."""
+"""Checks of a configuration at the start of a run, for programs that start runs: before the first of them."""
 
 from __future__ import annotations
 

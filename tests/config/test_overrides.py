@@ -192,6 +192,14 @@ def test_giant_values_are_refused_before_anything_is_made_of_them(override: str)
         configuration_of([override])
 
 
+@pytest.mark.parametrize(
+    "override", ["attention.full_layers=[${model}]", "attention.window=${model}", "logging.tags=${name}"]
+)
+def test_an_interpolation_of_another_type_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        configuration_of([override])
+
+
 def test_the_schema_is_taken_as_it_is() -> None:
     assert configuration_of(["+experiment=demo_sep"]) == configuration_of(["+experiment=demo_sep", "++seed=1234"])
     assert isinstance(configuration_of([]), Config)

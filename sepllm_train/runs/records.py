@@ -103,8 +103,9 @@ def read_run(folder: Path) -> Run:
 def name_of(info: Record, folder: Path) -> str:
     """Name of a run in run.json, or of its folder where that gives none that can be printed in a line."""
     name = info.get("name")
-    usable = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
-    return name if usable else folder.name
+    if isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable():
+        return name
+    return folder.name
 
 
 def _read_info(folder: Path) -> Record:

@@ -17,6 +17,8 @@ from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.model.pattern import AttentionPattern
 
 FORMAT = 1
+# Entries of a vocabulary beyond which a number is none of a model's.
+_MOST_ENTRIES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,14 @@ class TokenPattern:
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+            if not (type(content["vocabulary"]) is int and 0 < content["vocabulary"] <= _MOST_ENTRIES):
+                raise ValueError(f"vocabulary {repr(content['vocabulary'])[:40]}")
+            for key in ("interval", "end_of_document"):
+                if content[key] is not None and (type(content[key]) is not int or content[key] < 0):
+                    raise ValueError(f"{key} {repr(content[key])[:40]}")
+            numbers = [content["initial_tokens"], *content["windows"], *(tier["horizon"] for tier in content["tiers"])]
+            if any(number is not None and not 0 <= int(number) <= FOREVER for number in numbers):
+                raise ValueError("a count of tokens out of range")
             tiers = torch.zeros(content["vocabulary"], dtype=torch.uint8)
             for number, tier in enumerate(content["tiers"], 1):
                 tiers[torch.tensor(tier["tokens"], dtype=torch.int64)] = number
@@ -163,7 +173,7 @@ class TokenPattern:
                 interval=content["interval"],
                 end_of_document=content["end_of_document"],
             )
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
             raise ValueError(f"the separator pattern cannot be read ({error}): export the model again.") from None
 
 

@@ -15,6 +15,7 @@ from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, req
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
 
+_MOST = {"num_hidden_layers": 10_000, "vocab_size": 1 << 26}
 FAMILIES: dict[str, Family] = {"gpt_neox": NEOX, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
 # model.activation and transformers' names of it, the one that is exported first.
 GELUS = {"gelu": ("gelu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")}
@@ -97,11 +98,16 @@ def read_theirs(folder: Path) -> Any:
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    kind = read_json(path, "give the folder of a transformers model", nan=True).get("model_type")
+    content = read_json(path, "give the folder of a transformers model", nan=True)
+    kind = content.get("model_type")
     require(
         isinstance(kind, str) and kind in FAMILIES,
         f"{path} is of a {kind} model: those that can be imported are {', '.join(FAMILIES)}.",
     )
+    for key, most in _MOST.items():
+        value = content.get(key, 1)
+        # transformers makes lists of so many entries.
+        require(type(value) is int and 1 <= value <= most, f"{path} has {key}={repr(value)[:40]}, which no model has.")
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises errors of many kinds
@@ -111,8 +117,17 @@ def read_theirs(folder: Path) -> Any:
 def to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
     """Our configuration of a model of theirs, and whether it normalises queries and keys.
 
-    Raises UserError for what our model does not have.
+    Raises UserError for what our model does not have, and for values that are of no use.
     """
+    try:
+        return _to_ours(theirs, name)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"config.json has a value that cannot be used ({first_line(error)}).") from None
+
+
+def _to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
     neox = theirs.model_type == "gpt_neox"
 
     def equal(key: str, value: Any, why: str) -> None:

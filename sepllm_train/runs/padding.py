@@ -13,7 +13,7 @@ from typing import Any
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.shapes import Range, misfit
-from sepllm_train.config.compatibility import VOCABULARY
+from sepllm_train.config.compatibility import VOCABULARY, with_current_keys
 from sepllm_train.config.schema import ModelConfig
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 
@@ -43,7 +43,7 @@ def without_padding(info: Record) -> tuple[Record, Callable[[Record], Record]]:
 
     Where run.json does not record the model, nothing is changed.
     """
-    model, vocabulary = _model(info.get("identity"))
+    model, vocabulary = _model(with_current_keys(info).get("identity"))
     phases = _phases(info)
     if model is None or phases is None:
         return info, dict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import WIDEST_COUNT, parse_json, parse_json_object
+from sepllm_train.runs.padding import without_padding
 from sepllm_train.runs.records import CUMULATIVE, LARGEST, LOSS, Record, name_of
 from sepllm_train.watch.tail import SLICE, Tail, open_within
 from sepllm_train.watch.thin import SCALES, Rows, Thinned
@@ -37,6 +39,8 @@ class FollowedRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: Record = {}
+        # Takes the padding out of the counts of older runs, once run.json says what the model is.
+        self._corrected: Callable[[Record], Record] = dict
         self.version = 0
         self._tail = Tail(folder, "metrics.jsonl")
         self._described: tuple[int, ...] | None = None
@@ -128,7 +132,8 @@ class FollowedRun:
         except UserError:
             self._folder_notes.append("run.json is no JSON object: status and settings are unknown.")
             return False
-        self.info, self._described = info, described
+        self.info, self._corrected = without_padding(info)
+        self._described = described
         return True
 
     def _take(self, number: int, line: bytes) -> None:
@@ -154,6 +159,8 @@ class FollowedRun:
         for key, counter in zip(COUNTERS, counters, strict=True):
             if not counter >= 0:
                 raise _Unusable(f"has no number for {key!r}")
+        record = self._corrected(record)
+        counters = [_number(record, key) for key in COUNTERS]
         training = [_number(record, key) for key in TRAINING] if TRAINING[0] in record else None
         validation = [_number(record, LOSS)] if LOSS in record else None
         step = counters[0]

@@ -13,6 +13,7 @@ from sepllm_train.config.schema import ModelConfig
 from sepllm_train.metrics.flops import FlopsCounter, parameter_count, shape_of
 from sepllm_train.runs.padding import without_padding
 from sepllm_train.runs.records import read_run
+from sepllm_train.watch.follow import COUNTERS, FollowedRun
 
 MODEL = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": None, "ffn": 128, "activation": "gelu"}
 ENTRIES, LENGTH, BATCH = 4100, 128, 4
@@ -90,3 +91,15 @@ def test_what_is_no_padding_is_left_alone() -> None:
         broken = {**info, "identity": identity}
         same, corrected = without_padding(broken)
         assert same == broken and corrected(record(3, 4224)) == record(3, 4224)
+
+
+def test_the_live_page_counts_as_the_comparison_does(tmp_path: Path) -> None:
+    padded = PADDED["tensor2"]
+    folder = written(tmp_path / "run", run_json(padded), [record(step, padded) for step in (0, 10, 20)])
+    followed = FollowedRun(folder)
+    followed.read()
+    drawn = followed.curves("linear")["val/loss"]
+    for key in ("flops/model", "flops/dense"):
+        counted = [float(one) for one in drawn[COUNTERS.index(key)]]
+        assert counted == [pytest.approx(one[key]) for one in read_run(folder).validation]
+    assert followed.info["parameters"] == parameter_count(ModelConfig(**MODEL), ENTRIES)

@@ -98,7 +98,7 @@ def test_the_live_page_counts_as_the_comparison_does(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", run_json(padded), [record(step, padded) for step in (0, 10, 20)])
     followed = FollowedRun(folder)
     followed.read()
-    drawn = followed.curves("linear")["val/loss"]
+    drawn = followed.curves("linear")["validation"]
     for key in ("flops/model", "flops/dense"):
         counted = [float(one) for one in drawn[COUNTERS.index(key)]]
         assert counted == [pytest.approx(one[key]) for one in read_run(folder).validation]

@@ -29,7 +29,7 @@ ASSUMED_LR = 6e-4
 class RecipeConfig:
     """Published settings of a model size: what `optim` takes where it sets nothing, and what the start prints."""
 
-    lr: float | None = setting(None, "Published learning rate; None = not published for this size.")
+    rate: float | None = setting(None, "Published learning rate; None = not published for this size.")
     vocabulary: int | None = setting(None, "Rows of the published embedding, padding included.")
     micro_batch: int | None = setting(None, "Sequences that a published process computed at once; printed as a hint.")
     gpus: int | None = setting(None, "GPUs of the published run; printed as a hint.")
@@ -38,7 +38,7 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         finite("model.recipe", self)
         positive("model.recipe", self, "vocabulary", "micro_batch", "gpus", "tensor")
-        require(self.lr is None or self.lr > 0, f"model.recipe.lr={self.lr} must be above 0.")
+        require(self.rate is None or self.rate > 0, f"model.recipe.rate={self.rate} must be above 0.")
 
 
 @dataclass
@@ -361,7 +361,7 @@ class ParallelConfig:
 class OptimConfig:
     """Adam and its schedule. Step counts are optimizer steps."""
 
-    lr: float | None = setting(None, "Learning rate after warm-up; None = model.recipe.lr, the model size's own.")
+    lr: float | None = setting(None, "Learning rate after warm-up; None = model.recipe.rate, the model size's own.")
     min_lr: float | None = setting(None, "Learning rate at the end of the schedule; None = a tenth of optim.lr.")
     schedule: str = setting(
         "cosine",
@@ -625,7 +625,7 @@ class Config:
             bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
             f"name={self.name!r} must be a plain folder name: the run is written to {self.run_root}/NAME.",
         )
-        self.optim.take(self.model.recipe.lr)
+        self.optim.take(self.model.recipe.rate)
         require(
             not self.resume_other_data or self.resume not in ("auto", "never"),
             f"resume_other_data=true with resume={self.resume}: it is for a run that continues another one's "

@@ -169,7 +169,9 @@ def test_mistake(trained: Trained, options: list[str], words: str, tmp_path: Pat
 
 def test_output_that_cannot_be_written(trained: Trained, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
-    refused(["ablate", str(trained.folder), "--output", str(tmp_path / "file")], "is a file: name a folder", capsys)
+    refused(
+        ["ablate", str(trained.folder), "--output", str(tmp_path / "file")], "is a file: it must be a folder", capsys
+    )
 
 
 def test_a_run_with_drawn_windows(run: TrainedRun) -> None:

@@ -66,7 +66,7 @@ def test_words_of_a_command_line() -> None:
         "200",
     ]
     assert masked_words([*words, "+x.password='hunter2 b'", "name=a"]) == [
-        "sepllm", "pretrain", "a.b.WANDB_API_KEY=***", "--hf-token", "***", "--tokens", "200",
+        "sepllm", "pretrain", "hydra.job.env_set.WANDB_API_KEY=***", "--hf-token", "***", "--tokens", "200",
         "+x.password=***", "name=a",
     ]  # fmt: skip
 

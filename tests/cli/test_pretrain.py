@@ -47,7 +47,10 @@ def test_every_key_has_a_description() -> None:
 def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--keys", "lr"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[:2] == ["optim.lr: float = 0.0006", "    Learning rate after warm-up."]
+    assert told[:2] == [
+        "optim.lr: float | None = null",
+        "    Learning rate after warm-up; None = model.recipe.rate, the model size's own.",
+    ]
     assert [one.name for one in matching(Config, "*.lr")] == ["optim.lr"]
     assert main(["--keys"]) == 0
     assert capsys.readouterr().out.count("\n    ") >= len(list(keys_of(Config)))

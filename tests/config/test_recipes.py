@@ -90,7 +90,7 @@ def test_what_the_user_sets_wins() -> None:
         ("optim.lr=1e-3",): (1e-3, 1e-4),
         ("optim.min_lr=1e-6",): (3e-4, 1e-6),
         ("optim.lr=1e-3", "optim.min_lr=0"): (1e-3, 0.0),
-        ("model.recipe.lr=1e-2",): (1e-2, 1e-3),
+        ("model.recipe.rate=1e-2",): (1e-2, 1e-3),
     }.items():
         assert configuration_of(["model=pythia410m", *overrides]).optim.rates == rates
     for size in SIZES:
@@ -119,7 +119,7 @@ def test_rates_without_a_model() -> None:
     assert Config().optim.rates == (6e-4, 6e-5)
     assert Config(optim=OptimConfig(lr=1e-3)).optim.rates == (1e-3, 1e-4)
     assert OptimConfig(lr=2e-3, min_lr=0.0).rates == (2e-3, 0.0)
-    assert ModelConfig().recipe.lr is None
+    assert ModelConfig().recipe.rate is None
 
 
 def pythia_v1(step: int, *, lr: float, steps: int, warmup: int) -> float:

@@ -152,7 +152,7 @@ NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
     "truth": ({**WHOLE, "documents": True}, "its documents is missing or of another type"),
     "count": ({**WHOLE, "documents": -1}, "its documents is below 0"),
     "label": ({**WHOLE, "attention": WHOLE["attention"] | {"label": "a\n| b"}}, "its attention.label is no name"),
-    "half a character": ({**WHOLE, "model": WHOLE["model"] | {"name": "\ud800"}}, "its model.name is no name"),
+    "half a character": ({**WHOLE, "model": WHOLE["model"] | {"name": "\ud800"}}, "(half of a character)"),
     "file": (
         {**WHOLE, "data": {"source": "x", "files": {"test": 7}}},
         "its data.files.'test' has no sha256",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ def test_a_few_inputs(target: str, tmp_path: Path) -> None:
     """Here in this process, where an exception shows its traceback."""
     for number in range(60):
         all_targets()[target](random.Random(f"0 {target} {number}"), tmp_path)
-        for path in tmp_path.iterdir():
-            path.unlink()
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
 
 
 def test_what_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,8 @@ def test_side_car_tells_classes_that_it_counts_as_one(trained: Path, sample_pref
     comma = next(entry for entry in header["classes"] if entry["name"] == "comma_mixed")
     moved, period["ids"] = period["ids"], []
     comma["ids"] += moved
+    comma["strings"] += period["strings"]
+    period["strings"] = []
     (tmp_path / "data" / "docs.sep.json").write_text(json.dumps(header))
     config = (tmp_path / "run" / "config.yaml").read_text()
     prefix = tmp_path / "data" / "docs"

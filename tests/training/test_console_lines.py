@@ -54,7 +54,9 @@ def test_start_lines_fit_the_console(trainer: Any, overrides: tuple[str, ...]) -
     assert re.search(r"\| whole run [\d.]+ [TPEZ]FLOP$", text, re.MULTILINE)
     sep = "demo_dense" not in overrides[0]
     assert bool(re.search(r"^data: .* \| separators in use \d+\.\d% of the tokens \| tokenizer ", text, re.M)) is sep
-    assert re.search(r"^dry run: the checks of a run on (1 process|\d processes) passed; nothing", text, re.MULTILINE)
+    # Large models do not fit this machine.
+    passed = r"^dry run: the checks of a run on (1 process|\d processes) passed(, but [^;]*)?; nothing"
+    assert re.search(passed, text, re.MULTILINE)
 
 
 def test_the_step_line_of_a_long_run_fits_the_console() -> None:

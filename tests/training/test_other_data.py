@@ -109,7 +109,9 @@ def test_data_that_was_exchanged_is_other_data(trainer: Any, finished: Callable,
     for what, (suffix, content) in changes.items():
         changed = copy_dataset(other, tmp_path / suffix.strip("."))
         rewrite(changed, suffix, content)
-        outcome = trainer.here("name=again", source, "data=prefixes", f"data.prefixes=[{changed}]", "training.steps=6")
+        outcome = trainer.here(
+            "name=refused_exchange", source, "data=prefixes", f"data.prefixes=[{changed}]", "training.steps=6"
+        )
         assert outcome.code == 2 and f"other {what} in the data source lines" in outcome.sentence, outcome.errors[
             -2000:
         ]

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -100,7 +101,7 @@ def _child(target: str, numbers: range, seed: int, place: mmap.mmap, findings: C
             if _peak() - before > MOST_MEMORY:
                 findings.send((number, f"took {(_peak() - before) / 2**20:,.0f} MiB"))
             for path in Path(folder).iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     findings.close()
 
 

@@ -122,7 +122,8 @@ def require(condition: bool, message: str) -> None:
 
 def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
-    require(value in choices, f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+    shown = value if str(value).isprintable() else repr(value)
+    require(value in choices, f"{key}={shown} is unknown: choose one of {', '.join(choices)}.")
 
 
 def positive(group: str, values: Any, *keys: str) -> None:

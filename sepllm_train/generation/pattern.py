@@ -156,8 +156,8 @@ class TokenPattern:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
             if not (type(content["vocabulary"]) is int and 0 < content["vocabulary"] <= _MOST_ENTRIES):
                 raise ValueError(f"vocabulary {repr(content['vocabulary'])[:40]}")
-            for key in ("interval", "end_of_document"):
-                if content[key] is not None and (type(content[key]) is not int or content[key] < 0):
+            for key, least in (("interval", 1), ("end_of_document", 0)):
+                if content[key] is not None and (type(content[key]) is not int or content[key] < least):
                     raise ValueError(f"{key} {repr(content[key])[:40]}")
             numbers = [content["initial_tokens"], *content["windows"], *(tier["horizon"] for tier in content["tiers"])]
             if any(number is not None and not 0 <= int(number) <= FOREVER for number in numbers):

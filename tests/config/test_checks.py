@@ -219,3 +219,8 @@ def test_layers_of_pipeline_stages() -> None:
     words = "cannot be shared out over parallel.pipeline=4 stages with parallel.first_stage_layers=2"
     with pytest.raises(UserError, match=words):
         validate(Config(parallel=ParallelConfig(pipeline=4, first_stage_layers=2)), 4)
+
+
+def test_a_value_with_line_breaks_is_shown_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^attention\.backend='a\\nb' is unknown: choose one of auto"):
+        AttentionConfig(backend="a\nb")

@@ -131,6 +131,9 @@ def test_pattern_of_a_run_survives_json() -> None:
     assert again.windows == (4, FOREVER) and again.separators == [1, 4] and again.end_of_document is None
     with pytest.raises(ValueError, match="the separator pattern cannot be read"):
         TokenPattern.from_dict({**pattern.to_dict(), "tiers": [{"tokens": [99]}]})
+    for key, value in (("interval", 0), ("end_of_document", -1), ("vocabulary", 0), ("windows", [None, -1])):
+        with pytest.raises(ValueError, match="the separator pattern cannot be read"):
+            TokenPattern.from_dict({**pattern.to_dict(), key: value})
     with pytest.raises(ValueError, match="format 9 is not 1"):
         TokenPattern.from_dict({**pattern.to_dict(), "format": 9})
 

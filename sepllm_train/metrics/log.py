@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -71,7 +72,8 @@ class MetricsLog:
 
     def _hold(self) -> None:
         """Keep the file open under its name of now."""
-        self._held = open(self.path, "rb", buffering=0)  # noqa: SIM115  held for as long as the run
+        self._held = open(self.path, "rb", buffering=0)  # noqa: SIM115  held for as long as this object
+        weakref.finalize(self, self._held.close)
         self._size = os.fstat(self._held.fileno()).st_size
 
     def fault(self) -> str | None:

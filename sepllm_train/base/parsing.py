@@ -54,16 +54,10 @@ def parse_json(
         _check_depth(value)
         if _MAYBE_HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError:
-        raise UserError(f"{where} is not UTF-8 text: {remedy}.") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where} is not JSON of this kind (half of a character): {remedy}.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON (line {error.lineno}: {error.msg}): {remedy}.") from None
-    except _OutOfRange as error:
-        raise UserError(f"{where} is not JSON of this kind ({error}): {remedy}.") from None
-    except RecursionError:
-        raise UserError(f"{where} is not JSON of this kind (nested too deeply): {remedy}.") from None
+    except (UnicodeError, _OutOfRange, RecursionError) as error:
+        raise _refusal(error, where, "JSON", remedy) from None
     return value
 
 
@@ -117,21 +111,28 @@ def parse_yaml(
         # The text given as such: PyYAML would guess at the encoding of bytes.
         content = yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, loader or _StoredYaml)
         _check_depth(content)
-    except UnicodeDecodeError:
-        raise UserError(f"{where} is not UTF-8 text: {remedy}.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{where} is not YAML ({line}{error.problem}): {remedy}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML ({first_line(error)}): {remedy}.") from None
-    except _OutOfRange as error:
-        raise UserError(f"{where} is not YAML of this kind ({error}): {remedy}.") from None
-    except RecursionError:
-        raise UserError(f"{where} is not YAML of this kind (nested too deeply): {remedy}.") from None
+    except (UnicodeError, _OutOfRange, RecursionError) as error:
+        raise _refusal(error, where, "YAML", remedy) from None
     if not isinstance(content, dict):
         raise UserError(f"{where} does not hold a YAML mapping: {remedy}.")
     return content
+
+
+def _refusal(error: Exception, where: str | Path, kind: str, remedy: str) -> UserError:
+    """The sentence on a text that is of its language but beyond the bounds, or no text."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{where} is not UTF-8 text: {remedy}.")
+    if isinstance(error, UnicodeEncodeError):
+        reason = "half of a character"
+    else:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return UserError(f"{where} is not {kind} of this kind ({reason}): {remedy}.")
 
 
 class _OutOfRange(Exception):

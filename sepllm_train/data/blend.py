@@ -5,6 +5,7 @@ Both orders compute the source of any sample from its number, so a run may begin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,7 +39,7 @@ class _Split:
 _Tree: TypeAlias = "_Split | int"
 
 
-class _Blend(Dataset):
+class _Blend(Dataset, ABC):
     """Samples of several endless datasets."""
 
     def __init__(self, datasets: Sequence[Any]) -> None:
@@ -53,9 +54,9 @@ class _Blend(Dataset):
         source, place = self.place(number)
         return self.datasets[source].documents(place)
 
+    @abstractmethod
     def place(self, number: int) -> tuple[int, int]:
         """(source, its sample) that sample `number` of the blend is."""
-        raise NotImplementedError
 
 
 class Blend(_Blend):

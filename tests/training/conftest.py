@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ import torch
 from megatron.core import parallel_state
 
 from sepllm_train.cli.main import main
+from sepllm_train.config.schema import Config
+from sepllm_train.distributed.launch import Launch, process_grid
+from sepllm_train.training.setup import Training, build_training
 from tests.support.small_run import SMALL_RUN
 from tests.support.waiting import HANG_SECONDS
+from tests.training.checkpoints import VOCABULARY, config_of, update
 
 
 @dataclass(frozen=True)
@@ -115,3 +119,18 @@ def finished(trainer: Trainer) -> Callable[..., str]:
         return name
 
     return train
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[torch.device]:
+    """A single process as the whole grid, for the length of this module."""
+    with process_grid(Config(), Launch(rank=0, world_size=1, local_rank=0, by_torchrun=False)) as device:
+        yield device
+
+
+@pytest.fixture
+def training(grid: torch.device, tmp_path: Path) -> Training:
+    """A model and its optimizer after one update."""
+    made = build_training(config_of(tmp_path), VOCABULARY, grid)
+    update(made)
+    return made

@@ -72,11 +72,6 @@ def _configuration_of(words: Sequence[str], primary: str, name: str, kind: type[
     return to_dataclasses(composed, kind)
 
 
-def run_with_hydra(task: Callable[[schema.Config], None]) -> None:
-    """Compose the configuration of a run from the command line and call `task` with it."""
-    compose_and_run(task, sys.argv[1:], "pretrain", "schema", schema.Config)
-
-
 def compose_and_run(task: Callable[[C], None], words: Sequence[str], primary: str, name: str, kind: type[C]) -> None:
     """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, with `words`, and call `task`.
 

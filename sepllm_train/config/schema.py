@@ -6,6 +6,7 @@ Errors name the key as it is typed on the command line. `sepllm pretrain --keys`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -523,6 +524,13 @@ class TrainingConfig:
     def keeps(self, step: int) -> bool:
         """True for steps whose checkpoints stay when newer ones come."""
         return self.listed(step) or (self.keep_every > 0 and step % self.keep_every == 0)
+
+    def kept(self) -> int:
+        """Most checkpoints that stay when newer ones come, of the whole run."""
+        listed = self.steps // 1000 + 11 if self.checkpoint_steps == PYTHIA else len(self.checkpoint_steps)
+        interval = self.checkpoint_interval
+        every = math.lcm(self.keep_every, interval) if self.keep_every and interval else 0
+        return listed + (self.steps // every if every else 0)
 
     def _check_checkpoint_steps(self) -> None:
         steps = self.checkpoint_steps

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sepllm_train.base.console import duration, quantity
+from sepllm_train.base.console import duration, flop_count
 from sepllm_train.config.schema import Config
 from sepllm_train.metrics.flops import peak_tflops
 from sepllm_train.training.facts import Facts
@@ -57,7 +57,7 @@ def disk_line(config: Config, facts: Facts) -> tuple[str, bool]:
     written = training.steps // training.checkpoint_interval if training.checkpoint_interval else 0
     # The newest ones, and the next while it is written; those of keep_every and checkpoint_steps stay besides.
     most = min(training.keep_checkpoints, written + 1) + (written > 0)
-    most += sum(map(training.keeps, range(training.steps + 1)))
+    most += training.kept()
     folder = Path(config.run_root).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
@@ -85,7 +85,7 @@ def time_line(config: Config, facts: Facts, world_size: int, device: torch.devic
         return f"time: at least {whole}, at the peak of {world_size} GPUs; {part} at 40% of it"
     speed = cpu_speed()
     return (
-        f"time: at least {duration(work / speed)}, at the {quantity(speed)}FLOP/s of bare products of matrices on "
+        f"time: at least {duration(work / speed)}, at the {flop_count(speed)}/s of bare products of matrices on "
         "this CPU; the lines of the steps tell how long it is"
     )
 

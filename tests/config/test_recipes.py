@@ -159,7 +159,19 @@ def test_pythias_schedule() -> None:
 def test_pythias_checkpoints() -> None:
     training = configuration_of(["model=pythia160m", "training.checkpoint_steps=pythia"]).training
     steps = [step for step in range(143_001) if training.keeps(step)]
-    assert steps == [0, *(2**power for power in range(10)), *range(1000, 143_001, 1000)] and len(steps) == 154
+    assert steps == [0, *(2**power for power in range(10)), *range(1000, 143_001, 1000)]
+    assert len(steps) == training.kept() == 154
+
+
+def test_kept_checkpoints_are_counted_for_runs_of_any_length() -> None:
+    """Of every N-th step those that are written: its multiples that are also the interval's."""
+    for settings, count in {
+        ("training.steps=100", "training.checkpoint_interval=10", "training.keep_every=25"): 2,
+        ("training.steps=100", "training.checkpoint_interval=0", "training.keep_every=25"): 0,
+        ("training.steps=100", "training.checkpoint_steps=[0,7]"): 2,
+        ("training.steps=1000000000000", "training.checkpoint_interval=1000", "training.keep_every=1000"): 10**9,
+    }.items():
+        assert configuration_of(list(settings)).training.kept() == count
 
 
 def test_published_rows_are_taken_with_a_tokenizer_that_they_fit() -> None:

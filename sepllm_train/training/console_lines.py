@@ -53,8 +53,8 @@ def recipe_line(config: Config) -> str:
     lr, min_lr = config.optim.rates
     rates = f"lr {lr:g} falling to {min_lr:g}" if config.optim.schedule != "constant" else f"lr {lr:g}"
     if recipe.rate is None:
-        assumed = " (assumed)" if lr == ASSUMED_LR else ""
-        return f"recipe: none published for {model.name} | {rates}{assumed} | schedule {config.optim.schedule}"
+        assumed = f", assumed: no recipe is published for {model.name}" if lr == ASSUMED_LR else ""
+        return f"optimizer: {rates}{assumed} | schedule {config.optim.schedule}"
     own = "" if lr == recipe.rate else f" (yours; published {recipe.rate:g})"
     hint = f" | published run: micro-batches of {recipe.micro_batch} on {recipe.gpus} GPUs" if recipe.gpus else ""
     hint += f", tensor {recipe.tensor}" if hint and (recipe.tensor or 1) > 1 else ""

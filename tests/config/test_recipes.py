@@ -106,10 +106,9 @@ def test_the_start_says_what_came_from_the_recipe() -> None:
         "published run: micro-batches of 32 on 32 GPUs",
         ("model=pythia12b", "optim.lr=1e-3", "optim=pythia"): "recipe: pythia12b | lr 0.001 falling to 0.0001 (yours; "
         "published 0.00012) | schedule pythia | gelu_tanh | published run: micro-batches of 8 on 256 GPUs, tensor 4",
-        ("model=llama160m",): "recipe: none published for llama160m | lr 0.0006 falling to 6e-05 (assumed) | schedule "
-        "cosine",
-        ("model=demo", "optim.lr=2e-3", "optim.schedule=constant"): "recipe: none published for demo | lr 0.002 | "
-        "schedule constant",
+        ("model=llama160m",): "optimizer: lr 0.0006 falling to 6e-05, assumed: no recipe is published for llama160m | "
+        "schedule cosine",
+        ("model=demo", "optim.lr=2e-3", "optim.schedule=constant"): "optimizer: lr 0.002 | schedule constant",
     }
     for overrides, line in lines.items():
         assert recipe_line(configuration_of(list(overrides))) == line

@@ -76,16 +76,8 @@ def alone(config: Config | None = None) -> Iterator[torch.device]:
         require(dist.get_world_size() == 1, "an analysis runs in one process: start it without torchrun.")
         yield device_of(ALONE)
         return
-    try:
-        with process_grid(config or Config(), ALONE) as device:
-            yield device
-    except BaseException:
-        # The grid leaves this to the end of the process, which here may continue.
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        raise
+    with process_grid(config or Config(), ALONE) as device:
+        yield device
 
 
 @contextmanager
@@ -134,6 +126,19 @@ def model_parallel(config: Config, device: torch.device) -> Iterator[None]:
         from sepllm_train.distributed import cpu
 
         cpu.install()
+    try:
+        _initialize(config)
+        yield
+    except BaseException:
+        # As in _process_group: others are not waited for, and one process alone may continue.
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            parallel_state.destroy_model_parallel()
+        raise
+    parallel_state.destroy_model_parallel()
+
+
+def _initialize(config: Config) -> None:
+    """megatron-core's groups and random number generators."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -147,8 +152,6 @@ def model_parallel(config: Config, device: torch.device) -> Iterator[None]:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    parallel_state.destroy_model_parallel()
 
 
 def context_group() -> ContextGroup | None:

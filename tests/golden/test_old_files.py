@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from tests.golden.archives import FILES
@@ -39,8 +38,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
     torch.set_num_threads(1)
     yield Tree.at(REPOSITORY)
     torch.set_num_threads(threads)
-    # Where a program fails, megatron-core's groups are left to the end of the process.
-    parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize("run", RUNS)

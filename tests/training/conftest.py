@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from sepllm_train.cli.main import main
 from sepllm_train.config.schema import Config
@@ -80,8 +79,6 @@ class Trainer:
             try:
                 code = main(["pretrain", *SMALL_RUN, *self._folders, *overrides])
             finally:
-                # After a refusal megatron-core's groups are left to the end of the process.
-                parallel_state.destroy_model_parallel()
                 torch.set_num_threads(threads)
         return Outcome(code, output.getvalue(), errors.getvalue())
 

@@ -46,11 +46,12 @@ def to_transformers(tokenizer: Tokenizer) -> Any:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
     """Write the files of transformers' tokenizer to `folder`, and SentencePiece's own file beside them.
 
-    Gives None, or the reason why transformers cannot have it; then only the file itself is written.
+    Gives None, or the reason why transformers cannot have it; then only the file itself is written. Raises OSError where
+    the disk cannot hold the files.
     """
     shutil.copyfile(tokenizer.path, folder / TOKENIZER_NAMES[tokenizer.kind])
     try:
-        to_transformers(tokenizer).save_pretrained(folder)
+        _write(to_transformers(tokenizer), folder)
         check_same_ids(_read_again(folder), tokenizer)
     except UserError as error:
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -58,6 +59,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
                 (folder / name).unlink(missing_ok=True)
         return str(error)
     return None
+
+
+def _write(made: Any, folder: Path) -> None:
+    try:
+        made.save_pretrained(folder)
+    except Exception as error:  # the library raises bare Exception, also for a full disk
+        if "(os error" not in str(error):
+            raise
+        raise OSError(first_line(error)) from error
 
 
 def check_same_ids(made: Any, tokenizer: Tokenizer) -> None:

@@ -72,6 +72,8 @@ MISTAKES = {
     ("analyze", "loss", "../runs/other", "--output", "page.txt"): "--output page.txt is a file",
     ("analyze", "attention", "../runs/other", "--output", "out", "--data", "no"): "There is no dataset at",
     ("export", "../runs", "out"): "is a folder of runs",
+    ("analyze", "recovery", "../runs"): "../runs/finished/config.yaml does not exist",
+    ("probe", "ask", "../runs", "--output", "out"): "../runs/finished/config.yaml does not exist",
     ("export", "../runs/other", "."): ". exists already: choose another name or pass --overwrite.",
     ("import", "../model", "."): ". exists already: choose another name or pass --overwrite.",
     ("import", "../model", "out", "--data", "no"): "There is no dataset at",

@@ -37,6 +37,17 @@ def test_the_files(output: Path) -> None:
     }
 
 
+def test_a_folder_of_runs_stands_for_the_runs_in_it(
+    output: Path, dense: Path, sep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert dense.parent == sep.parent == tmp_path
+    assert main([str(tmp_path), "--output", str(tmp_path / "whole"), "--title", "Dense & <sep>"]) == 0
+    assert f"{tmp_path} holds 2 runs: dense, sep" in " ".join(capsys.readouterr().err.split())
+    for name in ("curves.csv", "comparison.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (output / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_svg_text_is_text_and_says_the_convention(output: Path, name: str) -> None:
     root = ET.parse(output / f"{name}.svg").getroot()

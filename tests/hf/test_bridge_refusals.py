@@ -260,6 +260,11 @@ def test_weights_that_the_disk_cannot_hold_are_one_sentence(models: Callable[[st
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_the_disk_cannot_hold(tokenizer: Path, tmp_path: Path) -> None:
+    with disk_of(tokenizer.stat().st_size + 1), pytest.raises(OSError, match="os error"):
+        save_tokenizer(load_tokenizer(tokenizer), tmp_path)
+
+
 def test_message_on_a_damaged_checkpoint_has_the_cause(trained: Path, tmp_path: Path) -> None:
     """Not the name of the error in which torch wraps those of all ranks."""
     shutil.copytree(trained, tmp_path / "run")

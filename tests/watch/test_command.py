@@ -86,6 +86,14 @@ def test_folders_that_are_none_or_twice(new_run: NewRun, tmp_path: Path, capsys:
     assert "is the same run as" in refused([str(run.folder), str(tmp_path / "link")], capsys)
 
 
+def test_a_folder_of_runs_stands_for_the_runs_in_it(new_run: NewRun, repository: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        new_run(name).train(1, 5)
+    with started(repository, tmp_path, "--port", 0) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Watching 2 runs at ")
+
+
 def test_output_and_serve_exclude_one_another(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(new_run("one").folder)
     for command_of_runs, arguments in ((command("compare"), [run]), (main, [run, "--output", "x"])):

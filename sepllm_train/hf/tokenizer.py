@@ -46,8 +46,8 @@ def to_transformers(tokenizer: Tokenizer) -> Any:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
     """Write the files of transformers' tokenizer to `folder`, and SentencePiece's own file beside them.
 
-    Gives None, or the reason why transformers cannot have it; then only the file itself is written. Raises OSError where
-    the disk cannot hold the files.
+    Gives None, or the reason why transformers cannot have it; then only the file itself is written. Raises OSError
+    where the disk cannot hold the files.
     """
     shutil.copyfile(tokenizer.path, folder / TOKENIZER_NAMES[tokenizer.kind])
     try:

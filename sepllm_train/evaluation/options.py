@@ -16,6 +16,14 @@ _TEXTS = ("classes", "positions")
 # of its nine separators (docs/evaluation.md).
 PAPER = "paper"
 PAPER_INTERVAL = 5
+_LLAMA3 = "period+comma+question+exclamation+semicolon+colon+space+newline+bos"
+# Baselines by one word: the training-free ones of the paper's Tables 1 and 15, and the separators of its release for
+# Llama 3, which has no tab and takes the token that begins a text as one.
+PRESETS = {
+    "fixllm5": "fixed:initial=3:window=256:interval=5",
+    "fixllm4": "fixed:initial=3:window=256:interval=4",
+    "llama3": f"pattern:initial=3:window=256:classes={_LLAMA3}",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -24,16 +32,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def baseline(asked: AttentionChoice, text: str) -> AttentionChoice:
-    """Another attention from NAME or NAME:KEY=VALUE:..., such as streaming:window=380.
+    """Another attention from NAME or NAME:KEY=VALUE:..., such as streaming:window=380; a name of PRESETS stands for its
+    text, and settings after it replace those.
 
     What the text does not name is as in `asked`. Several classes are joined by +. Raises UserError.
     """
-    name, *settings = text.split(":")
+    first, *own = text.split(":")
+    name, *settings = [*PRESETS.get(first, first).split(":"), *own]
     if name not in ATTENTIONS:
+        known = (*ATTENTIONS, *PRESETS)
         raise UserError(
-            f"the baseline {name!r} is unknown: choose from {', '.join(ATTENTIONS)}, or {PAPER} for dense, streaming "
-            f"and fixed (several classes of a baseline are joined by +, not by commas)"
-            f"{nearest(name, (*ATTENTIONS, PAPER))}."
+            f"the baseline {name!r} is unknown: choose from {', '.join(known)}, or {PAPER} for dense, streaming and "
+            "fixed (several classes of a baseline are joined by +, not by commas)"
+            f"{nearest(name, (*known, PAPER))}."
         )
     given: dict[str, Any] = {}
     for setting in settings:

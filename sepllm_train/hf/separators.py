@@ -15,6 +15,7 @@ from sepllm_train.generation.pattern import TokenPattern, separator_ids
 
 # Key of config.json under which an exported model carries its pattern.
 CONFIG_KEY = "sepllm_attention"
+BOS = "bos"
 
 
 def trained_pattern(config: Any) -> TokenPattern | None:
@@ -39,14 +40,19 @@ def make_pattern(
     numbers are those of its training-free experiments.
 
     Separators are those given by id, or those of `tokenizer` (a transformers tokenizer, one of ours, or the path of its
-    file) among the classes `selection`, or those an exported model was trained with.
+    file) among the classes `selection`, or those an exported model was trained with. `bos` among the classes is the
+    token of the model's config that begins a text, which SepLLM's release takes as a separator of Llama 3.
 
     Raises ValueError when there are none, or they do not fit the model's vocabulary.
     """
     config = model.config.get_text_config() if hasattr(model, "config") else model.get_text_config()
     vocabulary, layers = config.vocab_size, config.num_hidden_layers
     if separators is None and tokenizer is not None:
-        separators = separator_ids(read_tokenizer(tokenizer, vocabulary), selection)
+        names = [name.strip() for name in selection.split(",")]
+        classes = ",".join(name for name in names if name != BOS)
+        separators = separator_ids(read_tokenizer(tokenizer, vocabulary), classes) if classes else []
+        if BOS in names:
+            separators = [*separators, _beginning(config)]
     trained = trained_pattern(config)
     if separators is not None:
         if not len(separators):
@@ -64,6 +70,14 @@ def make_pattern(
         trained.tier_of_token,
         end_of_document=trained.end_of_document,
     )
+
+
+def _beginning(config: Any) -> int:
+    """The token that begins a text. Raises ValueError where the config names none."""
+    token = config.bos_token_id
+    if not isinstance(token, int):
+        raise ValueError(f"the class {BOS} needs a bos_token_id in the model's config, which has {token}.")
+    return token
 
 
 def no_separators(model: Any, *, window: int, initial: int, interval: int | None = None) -> TokenPattern:

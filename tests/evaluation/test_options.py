@@ -33,6 +33,17 @@ def test_the_paper_s_baselines(asked: AttentionChoice, labels: list[str]) -> Non
     assert {one.interval for one in found if one.name == "fixed"} == {asked.interval or 5}
 
 
+def test_presets_have_the_published_numbers() -> None:
+    made = {name: baseline(ASKED, name) for name in ("fixllm5", "fixllm4", "llama3")}
+    assert {(one.initial, one.window) for one in made.values()} == {(3, 256)}
+    assert [(one.name, one.interval, one.label) for one in made.values()] == [
+        ("fixed", 5, "fixllm5"),
+        ("fixed", 4, "fixllm4"),
+        ("pattern", None, "llama3"),
+    ]
+    assert baseline(ASKED, "fixllm4:window=64").window == 64
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -44,6 +55,7 @@ def test_the_paper_s_baselines(asked: AttentionChoice, labels: list[str]) -> Non
             "dense:window=5",
             "'window=5' in the baseline dense:window=5 does not apply to dense, which takes no settings",
         ),
+        ("fixllm6", "the baseline 'fixllm6' is unknown: .* the nearest is fixllm"),
         ("pattern:interval=4", "does not apply to pattern, which takes initial, window, classes"),
         ("streaming:classes=comma", "does not apply to streaming, which takes initial, window"),
         ("streaming:width=4", "'width=4' in the baseline streaming:width=4 does not apply to streaming"),

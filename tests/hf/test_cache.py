@@ -397,6 +397,29 @@ def test_tokenizers_of_transformers_tell_their_separators() -> None:
         make_pattern(small, tokenizer=wrapped)
 
 
+def test_llama_3_s_separators() -> None:
+    """The ids that SepLLM's release lists, on a tokenizer that has these entries at the places of Llama 3's."""
+    import tokenizers
+
+    from sepllm_train.evaluation.options import PRESETS
+
+    entries = {13: ".", 11: ",", 30: "?", 0: "!", 26: ";", 25: ":", 198: "\u010a", 220: "\u0120", 197: "\u0109"}
+    words = {entries.get(number, f"w{number}"): number for number in range(230)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    made.decoder = tokenizers.decoders.ByteLevel()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    classes = PRESETS["llama3"].rpartition("=")[2].replace("+", ",")
+    model = tiny("llama", vocab_size=300)
+    model.config.bos_token_id = 280
+    pattern = make_pattern(model, tokenizer=wrapped, selection=classes)
+    assert pattern.separators == sorted([13, 11, 30, 0, 26, 25, 198, 220, 280])
+    assert make_pattern(model, tokenizer=wrapped, selection="bos").separators == [280]
+    model.config.bos_token_id = None
+    with pytest.raises(ValueError, match="the class bos needs a bos_token_id in the model's config, which has None"):
+        make_pattern(model, tokenizer=wrapped, selection=classes)
+
+
 def test_gradient_checkpointing_is_refused() -> None:
     model, (row,) = tiny("llama"), random_rows((20,))
     cache = sep_cache(model)

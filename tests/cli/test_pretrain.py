@@ -146,7 +146,12 @@ def test_two_nodes_train(ranks: Ranks) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+    ],
+    ids=lambda number: number.name,
 )
 def test_a_signal_to_the_launcher_stops_the_ranks(
     number: signal.Signals,
@@ -164,6 +169,7 @@ def test_a_signal_to_the_launcher_stops_the_ranks(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_crashed_ranks_are_started_again(tmp_path: Path, ranks: Ranks) -> None:
     """--max-restarts: after a kill, but not after the signal that asks them to stop."""
     with ranks(*ENDLESS, "training.checkpoint_interval=1", "--max-restarts", "1") as process:

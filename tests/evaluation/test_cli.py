@@ -98,6 +98,7 @@ def with_examples(data_dir: Path) -> Path:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_ranks_give_the_results_of_one(
     needs_harness: None, models: dict[str, Path], data_dir: Path, tmp_path: Path
 ) -> None:

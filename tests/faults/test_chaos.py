@@ -13,7 +13,8 @@ from tests.support.waiting import HANG_SECONDS
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kills", "steps"), [(1, 20), pytest.param(5, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(1, 20), (5, 60)])
+@pytest.mark.slow
 def test_kills_end_bitwise_alike(sample_cache: Path, tmp_path: Path, kills: int, steps: int) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts" / "chaos.py"), f"--kills={kills}", f"--steps={steps}"]
     folders = [f"--folder={tmp_path}", f"--cache={sample_cache}"]

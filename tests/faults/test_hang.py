@@ -20,6 +20,7 @@ LONG = "training.steps=100000"
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_stopped_rank_is_named(launcher: Launcher) -> None:
     with launcher.ranks("stopped", LONG, "training.hang_seconds=10") as run:
         run.wait_for_text("step 3/")

@@ -41,7 +41,10 @@ def validated(run: Run) -> list[int]:
     return [record["step"] for record in records(run.folder) if "val/loss" in record]
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "first",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_second_signal_does_not_break_the_save(launcher: Launcher, first: signal.Signals) -> None:
     """Signals rain until the process is gone; the checkpoint is whole and the run continues from it.
 

@@ -106,6 +106,7 @@ def test_a_single_text_is_printed_as_it_comes(trained_run: Path, records: Record
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_share_a_model_that_one_has_trained(trained_run: Path, records: Records) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [*asked(PROMPTS), "--tokens", "25", "--temperature", "0.8", "--seed", "5"]

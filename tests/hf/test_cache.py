@@ -76,6 +76,7 @@ def in_chunks(model: Any, cache: Any, ids: Tensor, mask: Tensor, cuts: list[int]
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 def test_random_sizes_batches_and_cuts(models: dict[str, Any], data: st.DataObject) -> None:
     model = models[data.draw(st.sampled_from(sorted(models)))]
     initial, separators = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 5))
@@ -131,6 +132,7 @@ def test_rivals(models: dict[str, Any]) -> None:
     assert full.mean_length == 30.5 and full.differences == ()
 
 
+@pytest.mark.slow
 def test_many_moves_do_not_add_up(models: dict[str, Any]) -> None:
     """A separator moves some hundred times before it is dropped."""
     model, (row,) = models["llama"], random_rows((1200,))

@@ -99,6 +99,7 @@ def attended_share(config: Config) -> float:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_estimate_is_what_layouts_take() -> None:
     """The rank that takes the most, in layouts of two processes."""
     fp32, bf16 = {"precision": "fp32"}, {"precision": "bf16"}

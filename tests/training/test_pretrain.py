@@ -69,8 +69,8 @@ def test_flops_follow_from_the_attended_share(trainer: Any, finished: Callable) 
     ("name", "overrides"),
     [
         ("tensor2", ["parallel.tensor=2"]),
-        ("pipeline2", ["parallel.pipeline=2"]),
-        ("data2", []),
+        pytest.param("pipeline2", ["parallel.pipeline=2"], marks=pytest.mark.slow),
+        pytest.param("data2", [], marks=pytest.mark.slow),
     ],
 )
 def test_layouts_agree_with_one_process(trainer: Any, finished: Callable, name: str, overrides: list[str]) -> None:
@@ -117,6 +117,7 @@ def test_gradient_norms_of_large_matrices_do_not_depend_on_the_layout(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_counts_do_not_depend_on_the_layout(
     trainer: Any, finished: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +267,7 @@ def test_fp16_trains_and_resumes_across_skipped_steps(trainer: Any, finished: Ca
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_blend_is_validated_per_dataset_whatever_the_layout(
     trainer: Any, finished: Callable, sample_prefix: Path, tmp_path: Path
 ) -> None:

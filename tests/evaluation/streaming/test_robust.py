@@ -209,6 +209,7 @@ def test_logits_that_are_not_finite(
     assert math.isnan(perplexity(math.nan, 3)) and perplexity(1e9, 1) == math.inf and perplexity(0.0, 3) == 1
 
 
+@pytest.mark.slow
 def test_chat_with_foreign_bytes_and_nobody_listening(repository: Path, model_folder: Path) -> None:
     arguments = [
         sys.executable,

@@ -112,6 +112,7 @@ def test_trackers_change_no_bit(tracked: Tracked) -> None:
     assert all(other == losses[0] for other in losses)
 
 
+@pytest.mark.slow
 def test_kill_and_sigterm_of_a_real_run(launcher: Launcher) -> None:
     """kill -9 takes W&B's process along; the same command goes on; SIGTERM ends it with 75 and nothing left."""
     options = ("logging=wandb", "training.steps=100000", "training.checkpoint_interval=5", "data.workers=1")

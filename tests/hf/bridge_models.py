@@ -52,11 +52,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["pattern=sep", "window=8"],
     ),
     "llama, llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}, ["pattern=sep", "window=8"]),
-    "llama, linear": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
-        [],
-    ),
     "llama, grouped, tied": (
         "llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True},

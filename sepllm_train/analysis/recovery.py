@@ -25,7 +25,14 @@ from sepllm_train.base.files import hash_file
 from sepllm_train.base.statistics import Estimate, ratio_of_sums, token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.variants import ALLOWED, check_comparable
-from sepllm_train.config.compatibility import DATA, TOKENIZER, VALIDATION_FRACTION, same_data
+from sepllm_train.config.compatibility import (
+    DATA,
+    ROTARY_BASE,
+    ROTARY_SCALING,
+    TOKENIZER,
+    VALIDATION_FRACTION,
+    same_data,
+)
 from sepllm_train.config.schema import AttentionConfig, Config, require
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.distributed.launch import alone
@@ -207,6 +214,13 @@ def _check_alike(runs: Sequence[PostTrained]) -> None:
             if not same_data(identity[key], first.newest.identity[key]):
                 raise UserError(f"{name} and {first.folder} have different {what}: their losses do not compare.")
     for run in runs:
+        for key in (ROTARY_BASE, ROTARY_SCALING):
+            require(
+                run.newest.identity.get(key) == run.source.identity.get(key),
+                f"{run.folder} has another {key} than its source {run.source.path}, and one model evaluates the "
+                "weights of both: keep the run's initial weights (training.checkpoint_steps=[0]) and compare its "
+                "checkpoints by sepllm analyze loss.",
+            )
         if run.source.tokens:
             checkpoints.check_unseen(run.source.identity, run.newest.identity, str(run.source.path))
 

@@ -20,6 +20,9 @@ VALIDATION_FRACTION = "data.validation_fraction"
 # Data of earlier steps, where a run resumed from a checkpoint of other data: [{data, validation_fraction}].
 EARLIER_DATA = "data.earlier"
 VOCABULARY = "model.vocabulary"
+# Scaling of rotary positions, where there is one: the values that are set, by key.
+ROTARY_SCALING = "model.rotary_scaling"
+ROTARY_BASE = "model.rotary_base"
 
 # Later additions to the record of a data source: document boundaries and separators. With them, the weight is exact.
 _LATER = ("index", "separators")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sepllm_train.config.keys import at_most, finite, number_or_share, one_of, positive, require, setting
+from sepllm_train.config.rotary import RotaryScalingConfig
 
 PATTERNS = ("dense", "sep", "streaming", "fixed")
 PLACEMENTS = ("natural", "shuffled", "preceding", "thinned")
@@ -59,6 +60,7 @@ class ModelConfig:
     bias: bool = setting(True, "Biases in linear layers.")
     rotary_fraction: float = setting(0.25, "Share of the features of a head with rotary positions.")
     rotary_base: int = setting(10000, "Base of the rotary wavelengths.")
+    rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
     tied_embeddings: bool = setting(False, "Output layer and embedding share their weights.")
     vocabulary: int | None = setting(
         None,
@@ -95,9 +97,27 @@ class ModelConfig:
             0 <= self.rotary_fraction <= 1,
             f"model.rotary_fraction={self.rotary_fraction} must lie between 0 and 1.",
         )
+        self._check_scaling()
         for key in ("init_std", "init_output_std", "norm_epsilon"):
             value = getattr(self, key)
             require(value is None or value > 0, f"model.{key}={value} must be above 0.")
+
+    def _check_scaling(self) -> None:
+        """There are frequencies that the scaling can stretch."""
+        kind = self.rotary_scaling.rope_type
+        require(
+            kind is None or self.rotary_features > 0,
+            f"model.rotary_scaling.rope_type={kind} scales rotary positions, and model.rotary_fraction="
+            f"{self.rotary_fraction} has none.",
+        )
+        require(
+            kind != "ntk" or self.rotary_features > 2,
+            f"model.rotary_scaling.rope_type=ntk needs more than 2 rotary features, not {self.rotary_features}.",
+        )
+        require(
+            kind != "yarn" or self.rotary_base > 1,
+            "model.rotary_scaling.rope_type=yarn needs model.rotary_base above 1.",
+        )
 
     def entries(self, tokenizer: int) -> int:
         """Entries of the vocabulary with a tokenizer of so many: `vocabulary`, else the published rows where the
@@ -111,6 +131,16 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Features of one attention head."""
         return self.hidden // self.heads
+
+    @property
+    def rotary_features(self) -> int:
+        """Features of a head that rotate with the position."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def rotary_theta(self) -> float:
+        """Base of the rotary wavelengths, with that of `rotary_scaling.rope_type=ntk`."""
+        return self.rotary_scaling.base(self.rotary_base, self.rotary_features)
 
     @property
     def query_groups(self) -> int:

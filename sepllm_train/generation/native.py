@@ -128,9 +128,7 @@ class NativeCache(SeparatorCache):
         if self._angle_table is None or len(self._angle_table) < (end or 1):
             # Grown by doubling, so that few tables are made.
             self._angle_table = self.model.rotary_pos_emb.get_emb(1 << (end or 1).bit_length())[:, 0, 0]
-        angles = self._angle_table[position.t()][:, :, None]
-        dtype = self.model.config.params_dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return self.model.rotation_by(self._angle_table[position.t()][:, :, None])
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, added: Tensor, scale: float, sink: Tensor | None) -> Tensor:

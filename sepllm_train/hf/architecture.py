@@ -11,12 +11,16 @@ from sep_attention import FOREVER
 from data_prep.separators import CLASSES
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.parsing import read_json
+from sepllm_train.config.rotary import RotaryScalingConfig
 from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, require
+from sepllm_train.config.stored import from_mapping
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.weights import LLAMA, NEOX, QWEN3, Family
 
 _MOST = {"num_hidden_layers": 10_000, "vocab_size": 1 << 26}
 FAMILIES: dict[str, Family] = {"gpt_neox": NEOX, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
+# Scalings of rotary positions that both sides have by the same names.
+ROPE_TYPES = ("linear", "yarn", "llama3")
 # model.activation and transformers' names of it, the one that is exported first.
 GELUS = {"gelu": ("gelu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")}
 
@@ -62,7 +66,10 @@ def to_theirs(config: Config, vocabulary: int, end_of_document: int) -> Any:
     from transformers import AutoConfig
 
     model, kind = config.model, model_type(config)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_theta)}
+    # The base is all of ntk.
+    if model.rotary_scaling.rope_type != "ntk":
+        rope |= model.rotary_scaling.record()
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": model.hidden,
@@ -135,10 +142,6 @@ def _to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
         require(found == value, f"{key}={found} in config.json cannot be imported: {why}.")
 
     rope = theirs.rope_parameters
-    require(
-        rope.get("rope_type", "default") == "default",
-        f"the scaled rotary embedding {rope.get('rope_type')} cannot be imported: our model has the plain one only.",
-    )
     base = rope["rope_theta"]
     require(base == int(base), f"rope_theta={base} cannot be imported: model.rotary_base is a whole number.")
     fraction = rope.get("partial_rotary_factor", 1.0)
@@ -179,11 +182,29 @@ def _to_ours(theirs: Any, name: str) -> tuple[ModelConfig, bool]:
         bias=neox,
         rotary_fraction=fraction,
         rotary_base=int(base),
+        rotary_scaling=_scaling(rope),
         tied_embeddings=theirs.tie_word_embeddings,
         vocabulary=theirs.vocab_size,
         init="pythia" if neox else "normal",
     )
     return model, theirs.model_type == "qwen3"
+
+
+def _scaling(rope: dict[str, Any]) -> RotaryScalingConfig:
+    """The scaling in rope_parameters. Raises UserError for a type or a number that ours has not."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return RotaryScalingConfig()
+    require(
+        kind in ROPE_TYPES,
+        f"the scaled rotary embedding {kind} in config.json cannot be imported: ours are {', '.join(ROPE_TYPES)}.",
+    )
+    # `type` is the older name of rope_type, which transformers fills.
+    others = ("rope_theta", "partial_rotary_factor", "type")
+    numbers = {key: value for key, value in rope.items() if key not in others and value is not None}
+    return from_mapping(
+        RotaryScalingConfig, numbers, "config.json:", "it cannot be imported", group="model.rotary_scaling."
+    )
 
 
 def attention_of(pattern: TokenPattern, classes: np.ndarray | None) -> AttentionConfig | None:

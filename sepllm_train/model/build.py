@@ -64,7 +64,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 def _block(model: ModelConfig) -> dict[str, Any]:
     """Settings of the transformer block. Raises UserError for an odd number of rotary features."""
-    rotary = int(model.head_dim * model.rotary_fraction)
+    rotary = model.rotary_features
     require(
         rotary % 2 == 0,
         f"model.rotary_fraction={model.rotary_fraction} of {model.head_dim} features per head gives {rotary} rotary "

@@ -23,6 +23,7 @@ from sepllm_train.distributed.context import ContextPlan, part_of
 from sepllm_train.model.layers import project
 from sepllm_train.model.loss import OutputShard, output_cross_entropy
 from sepllm_train.model.pointwise import Pointwise
+from sepllm_train.model.rotary import scaled_frequencies
 from sepllm_train.model.sequence import DecodeSequence, SeparatorSequence
 
 
@@ -70,10 +71,12 @@ class SepGPTModel(LanguageModule):
             self.rotary_pos_emb = RotaryEmbedding(
                 config.kv_channels,
                 model.rotary_fraction,
-                rotary_base=model.rotary_base,
+                rotary_base=model.rotary_theta,
                 use_cpu_initialization=True,
                 cp_group=self.cp_group,
             )
+            self.rotary_pos_emb.inv_freq = scaled_frequencies(model, self.rotary_pos_emb.inv_freq)
+        self._rotary_factor = model.rotary_scaling.attention_scaling
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_sequence_length=0, position_embedding_type="none", tp_group=self.tp_group
@@ -146,7 +149,15 @@ class SepGPTModel(LanguageModule):
         angles = self.rotary_pos_emb.get_emb(plan.sequence_length)
         if isinstance(plan, ContextPlan):
             angles = part_of(angles[None], plan.group.rank, plan.group.size)[0]
-        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
+        return self.rotation_by(angles)
+
+    def rotation_by(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `angles`, fp32 in radians of any shape, in the precision of the weights, with the factor
+        that YaRN gives them."""
+        cos, sin = angles.cos(), angles.sin()
+        if self._rotary_factor != 1:
+            cos, sin = cos * self._rotary_factor, sin * self._rotary_factor
+        return cos.to(self.config.params_dtype), sin.to(self.config.params_dtype)
 
     def _hidden_states(self, tokens: Tensor, sequence: SeparatorSequence) -> Tensor:
         """Hidden states [S, B, hidden] after this chunk's layers (S / TP under sequence parallelism)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sepllm_train.base.console import duration, flop_count, fold, quantity, say
+from sepllm_train.config.rotary import in_words
 from sepllm_train.config.schema import ASSUMED_LR, Config
 from sepllm_train.distributed.optional import apex_norm
 from sepllm_train.training.facts import PROBED_SAMPLES, Facts, SourceFacts
@@ -32,6 +33,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         f"model: {model.name} | {model.layers} layers x {model.hidden} | {facts.parameters:,} parameters | vocabulary "
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
         recipe_line(config),
+        *_position_lines(config),
         _attention_line(config, facts),
         *_context_lines(config, facts),
         *_compute_lines(config, cuda=device.type == "cuda"),
@@ -114,6 +116,21 @@ def data_warnings(config: Config, sources: Sequence[SourceFacts], passes: float)
             "data=prefixes 'data.prefixes=[PREFIX]' trains on your own."
         )
     return lines
+
+
+def _position_lines(config: Config) -> list[str]:
+    """Scaling of rotary positions, if there is one, beside the length that it is made for."""
+    scaling, length = config.model.rotary_scaling, config.data.sequence_length
+    if scaling.rope_type is None:
+        return []
+    line = f"positions: rotary base {config.model.rotary_theta:,.10g} | scaling {in_words(scaling.record())}"
+    if scaling.attention_scaling != 1:
+        line += f" | cosines and sines x {scaling.attention_scaling:.4f}"
+    if original := scaling.original_max_position_embeddings:
+        reach = original * (scaling.factor or 1)
+        line += f" | made for {reach:,.0f} tokens, sequences have {length:,}"
+        line += ", more than that: raise model.rotary_scaling.factor" if length > reach else ""
+    return [line]
 
 
 def _attention_line(config: Config, facts: Facts) -> str:

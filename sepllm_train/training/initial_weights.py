@@ -10,13 +10,15 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.base.shapes import require_shape
-from sepllm_train.config.compatibility import TOKENIZER
+from sepllm_train.config.compatibility import ROTARY_BASE, ROTARY_SCALING, TOKENIZER
+from sepllm_train.config.rotary import in_words
 from sepllm_train.config.schema import Config
 from sepllm_train.training import checkpoint
 from sepllm_train.training.checkpoint.files import MANIFEST, STATE
 from sepllm_train.training.setup import Training
 
 _WEIGHTS_OF_ATTENTION = ("attention.sink", "attention.qk_norm")
+_POSITIONS = (ROTARY_BASE, ROTARY_SCALING)
 
 
 def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | None:
@@ -39,7 +41,8 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
     stored = checkpoint.read_state(found)["identity"]
     require_shape(stored, {TOKENIZER: str}, found / STATE, "name another checkpoint")
     for key, value in identity.items():
-        weights = key.startswith("model.") and not key.startswith("model.init")
+        # Other positions are how a context is extended.
+        weights = key.startswith("model.") and not key.startswith("model.init") and key not in _POSITIONS
         if (weights or key in _WEIGHTS_OF_ATTENTION) and stored.get(key) != value:
             raise UserError(f"init_from={config.init_from} has {key}={stored.get(key)}, this run {value}: set it so.")
     # A model that was imported without a tokenizer has none on record.
@@ -49,6 +52,21 @@ def find_initial_weights(config: Config, identity: dict[str, Any]) -> Path | Non
             "with its own."
         )
     return found
+
+
+def changed_positions(found: Path, identity: dict[str, Any]) -> str | None:
+    """Line on rotary positions that are other than those of the checkpoint `found`; None where they are the same.
+    identity: of this run."""
+    stored = checkpoint.read_state(found)["identity"]
+    changes = []
+    if stored.get(ROTARY_BASE) != identity[ROTARY_BASE]:
+        changes.append(f"{ROTARY_BASE} {stored.get(ROTARY_BASE)} -> {identity[ROTARY_BASE]}")
+    before, now = (one.get(ROTARY_SCALING) for one in (stored, identity))
+    if before != now:
+        changes.append(f"{ROTARY_SCALING} {in_words(before)} -> {in_words(now)}")
+    if not changes:
+        return None
+    return f"init_from: other rotary positions than those its weights were trained with: {' | '.join(changes)}"
 
 
 def load_initial_weights(found: Path, training: Training) -> None:

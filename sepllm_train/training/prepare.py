@@ -24,7 +24,7 @@ from sepllm_train.model.pattern import AUTO
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.console_lines import start_lines
 from sepllm_train.training.facts import Facts, derive
-from sepllm_train.training.initial_weights import find_initial_weights
+from sepllm_train.training.initial_weights import changed_positions, find_initial_weights
 from sepllm_train.training.schedules import StepSchedule, schedule_of
 
 
@@ -86,6 +86,9 @@ def prepare(config: Config, world_size: int, device: torch.device) -> Prepared:
     say(fold(optional_packages()))
     for line in start_lines(config, facts, world_size, device):
         say(line)
+    changed = on_all_ranks(lambda: None if initial is None else changed_positions(initial, identity))
+    if changed is not None:
+        say(fold(changed))
     if choice is not None:
         say(fold(str(choice)))
     if BLEND_ORDER in identity and entry.blend_order != LATEST_BLEND_ORDER:

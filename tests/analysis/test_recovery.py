@@ -234,3 +234,10 @@ def test_share_and_its_error() -> None:
     beside = recovery(dense, before + 9, after + 9, continued=dense - 1)
     assert beside["recovered_of_continued"].mean == pytest.approx(3 / 24)
     assert beside["left_of_continued"].mean == pytest.approx(9 + 0.5 + 1)
+
+
+def test_a_run_of_other_positions_is_refused(runs: PostTraining, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights of its source would be evaluated at them too."""
+    folder = runs.go_on("other_base", "model.rotary_base=20000", "training.steps=1")
+    assert recovery_main([str(folder)]) == 2
+    assert "has another model.rotary_base than its source" in capsys.readouterr().err

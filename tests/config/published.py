@@ -141,7 +141,15 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # Experiments that were published nowhere.
-OURS = ("demo_dense", "demo_sep", "probe", "pythia160m_sep_curriculum", "pythia160m_sep_stochastic")
+OURS = (
+    "demo_dense",
+    "demo_sep",
+    "probe",
+    "pythia160m_sep_curriculum",
+    "pythia160m_sep_stochastic",
+    "posttrain_pythia160m_32k",
+    "posttrain_pythia160m_32k_base",
+)
 
 
 def facts_of_size(size: str) -> dict[str, Any]:

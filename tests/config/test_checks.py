@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.config.rotary import RotaryScalingConfig
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
@@ -20,6 +22,14 @@ from sepllm_train.config.schema import (
 from sepllm_train.config.validate import validate
 from sepllm_train.model.pattern import resolve_pattern
 
+
+def _scaling(**numbers: Any) -> RotaryScalingConfig:
+    """YaRN with these numbers besides."""
+    return RotaryScalingConfig(
+        **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, **numbers}
+    )
+
+
 SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
 
 
@@ -32,6 +42,36 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: ModelConfig(norm="batchnorm"), "model.norm=batchnorm.*layernorm"),
         (lambda: ModelConfig(rotary_fraction=1.5), "model.rotary_fraction=1.5"),
         (lambda: ModelConfig(rotary_base=0), "model.rotary_base=0 must be at least 1"),
+        (
+            lambda: RotaryScalingConfig("yran", factor=2.0),
+            "rotary_scaling.rope_type=yran is unknown .did you mean yarn.*llama3",
+        ),
+        (lambda: RotaryScalingConfig("dynamic", factor=2.0), "rope_type=dynamic has other frequencies.*take ntk"),
+        (lambda: RotaryScalingConfig("linear"), "rope_type=linear needs model.rotary_scaling.factor"),
+        (lambda: RotaryScalingConfig("linear", factor=0.5), "model.rotary_scaling.factor=0.5 must be at least 1"),
+        (lambda: RotaryScalingConfig("ntk", factor=math.nan), "model.rotary_scaling.factor=nan must be a finite"),
+        (lambda: RotaryScalingConfig("yarn", factor=2.0), "yarn needs model.rotary_scaling.original_max_position_emb"),
+        (lambda: RotaryScalingConfig(factor=2.0), "factor=2.0 is of .*linear and ntk and yarn and llama3, not of None"),
+        (lambda: RotaryScalingConfig("default", beta_fast=8.0), "beta_fast=8.0 is of .*rope_type yarn, not of None"),
+        (lambda: _scaling(low_freq_factor=1.0), "low_freq_factor=1.0 is of .*rope_type llama3, not of yarn"),
+        (lambda: _scaling(original_max_position_embeddings=0), "original_max_position_embeddings=0 must be at least 1"),
+        (lambda: _scaling(beta_fast=0.5), "beta_fast=0.5 must be above model.rotary_scaling.beta_slow=1"),
+        (lambda: _scaling(beta_slow=0.0), "beta_slow=0.0 must be above 0"),
+        (lambda: _scaling(mscale=1.0), "mscale and model.rotary_scaling.mscale_all_dim are given together"),
+        (lambda: _scaling(mscale=1.0, mscale_all_dim=1.0, attention_factor=1.0), "attention_factor=1.0 is what mscale"),
+        (
+            lambda: RotaryScalingConfig("llama3", 8.0, 64, low_freq_factor=4.0, high_freq_factor=4.0),
+            "high_freq_factor=4 must be above model.rotary_scaling.low_freq_factor=4",
+        ),
+        (
+            lambda: ModelConfig(rotary_fraction=0.0, rotary_scaling=_scaling()),
+            "rope_type=yarn scales rotary positions, and model.rotary_fraction=0.0 has none",
+        ),
+        (
+            lambda: ModelConfig(rotary_fraction=0.03125, rotary_scaling=RotaryScalingConfig("ntk", factor=2.0)),
+            "rope_type=ntk needs more than 2 rotary features, not 2",
+        ),
+        (lambda: ModelConfig(rotary_base=1, rotary_scaling=_scaling()), "rope_type=yarn needs model.rotary_base above"),
         (lambda: ModelConfig(norm_epsilon=-1.0), "model.norm_epsilon=-1.0 must be above 0"),
         (lambda: ModelConfig(init_std=math.inf), "model.init_std=inf must be a finite number"),
         (lambda: AttentionConfig(window=0), "attention.window=0"),

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sepllm_train.config.rotary import RotaryScalingConfig
 from sepllm_train.config.schema import Config
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.generation.slots import CachePolicy
 from sepllm_train.model.build import build_model
 from sepllm_train.model.gpt import SepGPTModel
 from sepllm_train.model.pattern import resolve_pattern
+from sepllm_train.model.rotary import scaled_frequencies
 from tests.model.tiny import LLAMA, PYTHIA, VOCABULARY, tiny_config
 
 END = 7
+YARN = RotaryScalingConfig("yarn", factor=4.0, original_max_position_embeddings=24, beta_fast=8.0)
 # (model, attention) by what they try out.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pythia": (PYTHIA, {}),
@@ -39,6 +42,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streaming": (PYTHIA, {"pattern": "streaming"}),
     "dense": (LLAMA, {"pattern": "dense"}),
     "documents": (PYTHIA, {"separate_documents": True}),
+    "yarn": (LLAMA | {"rotary_scaling": YARN}, {}),
     "no rotary embedding": (PYTHIA | {"rotary_fraction": 0.0}, {}),
 }
 
@@ -135,9 +139,13 @@ def oracle_logits(
     def turned(x: Tensor, position: int) -> Tensor:
         """x [heads, D] at a position."""
         half = rotary // 2
-        angle = position / config.model.rotary_base ** (torch.arange(half) * 2 / rotary)
+        plain = 1 / config.model.rotary_base ** (torch.arange(half) * 2 / rotary)
+        angle, factor = (
+            position * scaled_frequencies(config.model, plain),
+            config.model.rotary_scaling.attention_scaling,
+        )
         first, second, rest = x[:, :half], x[:, half:rotary], x[:, rotary:]
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = factor * angle.cos(), factor * angle.sin()
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), 1)
 
     def forward_of(core: Any, keys_of: Shown) -> Any:

@@ -118,7 +118,7 @@ def test_each_row_of_a_ragged_batch_is_as_alone(name: str) -> None:
 
 @pytest.mark.parametrize("positions", ["training", "cache"])
 @pytest.mark.parametrize("separators", [3, 0], ids=["sep", "streaming"])
-@pytest.mark.parametrize("name", ["pythia", "llama, grouped queries, norms, sinks", "fixed interval, sinks"])
+@pytest.mark.parametrize("name", ["pythia", "llama, grouped queries, norms, sinks", "fixed interval, sinks", "yarn"])
 @pytest.mark.usefixtures("grid")
 def test_bounded_caches_equal_plain_lists(name: str, separators: int, positions: str) -> None:
     config = run_config(name)

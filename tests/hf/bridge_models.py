@@ -21,6 +21,14 @@ SMALL = {
     "max_position_embeddings": 96,
 }
 NEOX_ROPE = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
 LLAMA_BLOCK = {
     "kv_heads": 2,
     "parallel_residual": False,
@@ -38,6 +46,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
         ["pattern=sep", "window=[4,8,16]", "separate_documents=true"],
     ),
+    "neox, yarn": (
+        "gpt_neox",
+        {"rope_parameters": NEOX_ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}},
+        ["pattern=sep", "window=8"],
+    ),
+    "llama, llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}, ["pattern=sep", "window=8"]),
     "llama, grouped, tied": (
         "llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True},

@@ -294,8 +294,18 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"sepllm_attention": PATTERN | {"interval": "9"}}, "cannot be used: .*interval '9'"),
     (
         "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        "rotary embedding linear",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "rotary embedding dynamic in config.json cannot be imported: ours are linear, yarn, llama3",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "offset": 3}},
+        "config.json: there is no key model.rotary_scaling.offset",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
+        "config.json: model.rotary_scaling.factor=0.5 must be at least 1",
     ),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.5}}, "rope_theta=1000.5 cannot"),
     ("llama", {"head_dim": 16}, "head_dim=16 in config.json cannot be imported"),

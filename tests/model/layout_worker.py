@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sepllm_train.base.quiet import quiet
+from sepllm_train.config.rotary import RotaryScalingConfig
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import Launch, launch_from_environment, model_parallel, process_grid
 from sepllm_train.model.pattern import resolve_pattern
@@ -19,6 +20,7 @@ with quiet():
     from sepllm_train.training.setup import build_training
     from sepllm_train.training.step import Stepper, reduce_over_ranks
 
+YARN = RotaryScalingConfig("yarn", factor=4.0, original_max_position_embeddings=12, beta_fast=8.0)
 # (model, attention) of each row of the table.
 PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense": (PYTHIA, {"pattern": "dense"}),
@@ -29,6 +31,7 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"window": [1, 3, 9, 27], "separate_documents": True, "sink": "learned"},
     ),
     "grouped queries, query-key norm": (LLAMA, {"qk_norm": True}),
+    "scaled positions": (LLAMA | {"rotary_scaling": YARN}, {}),
     "tied embeddings": (LLAMA | {"tied_embeddings": True}, {}),
 }
 MICRO_BATCHES = 4

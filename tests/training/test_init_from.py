@@ -132,3 +132,49 @@ def test_a_transformers_model_is_to_be_imported(trainer: Any) -> None:
     (folder / "config.json").write_text("{}")
     done = trainer.here("name=init_wrong", f"init_from={folder}")
     assert done.code == 2 and "`sepllm import " in done.sentence
+
+
+YARN = [
+    "model.rotary_scaling.rope_type=yarn",
+    "model.rotary_scaling.factor=4",
+    "model.rotary_scaling.original_max_position_embeddings=32",
+]
+
+
+def test_positions_may_be_scaled_anew(trainer: Any, finished: Callable) -> None:
+    finished("one")
+    start = [f"init_from={trainer.root / 'one'}", "training.checkpoint_steps=[0]"]
+    scaled = trainer.here("name=init_scaled", *YARN, "model.rotary_base=20000", *start)
+    assert scaled.code == 0, scaled.errors
+    assert (
+        "init_from: other rotary positions than those its weights were trained with: model.rotary_base 10000 -> 20000 "
+        "| model.rotary_scaling none -> yarn, factor 4, original_max_position_embeddings 32" in scaled.unfolded
+    )
+    assert "positions: rotary base 20,000 | scaling yarn, factor 4" in scaled.unfolded
+    assert "cosines and sines x 1.1386 | made for 128 tokens, sequences have 128" in scaled.unfolded
+    assert "raise model.rotary_scaling.factor" not in scaled.unfolded
+    # The weights are the same, what they compute is not.
+    assert trainer.values("init_scaled", "val/loss")[0] != trainer.values("one", "val/loss")[-1]
+    # From there on with the same positions there is nothing to say.
+    same = trainer.here(
+        "name=init_same", *YARN, "model.rotary_base=20000", f"init_from={trainer.root / 'init_scaled'}", "dry_run=true"
+    )
+    assert same.code == 0 and "other rotary positions" not in same.output, same.errors
+    back = trainer.here("name=init_back", f"init_from={trainer.root / 'init_scaled'}", "dry_run=true")
+    assert "rotary_scaling yarn, factor 4, original_max_position_embeddings 32 -> none" in back.unfolded
+
+
+def test_scaling_is_of_the_run(trainer: Any, finished: Callable) -> None:
+    """It is on record where there is one, and a run continues with it alone."""
+    plain, scaled = finished("one"), finished("scaled", *YARN)
+    records = [json.loads((trainer.root / name / "run.json").read_text())["identity"] for name in (plain, scaled)]
+    own = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert "model.rotary_scaling" not in records[0] and records[1] == {**records[0], "model.rotary_scaling": own}
+    more = ["training.steps=6", "name=scaled_on"]
+    for source, overrides in ((plain, YARN), (scaled, []), (scaled, [*YARN, "model.rotary_scaling.factor=8"])):
+        done = trainer.here(*more, *overrides, f"resume={trainer.root / source}")
+        assert done.code == 2 and "was written with model.rotary_scaling=" in done.sentence, done.errors
+        assert not (trainer.root / "scaled_on").exists()
+    done = trainer.here(*more, *YARN, f"resume={trainer.root / scaled / 'checkpoints' / 'step_00000002'}")
+    assert done.code == 0, done.errors
+    assert trainer.values("scaled_on", "train/loss")[:2] == trainer.values(scaled, "train/loss")[2:]

@@ -13,6 +13,7 @@ from sepllm_train.config.compatibility import (
     DATA,
     EARLIER_DATA,
     LATEST_BLEND_ORDER,
+    ROTARY_SCALING,
     TOKENIZER,
     VALIDATION_DATA,
     VALIDATION_FRACTION,
@@ -33,6 +34,7 @@ IDENTITY_SHAPE = {
     f"{VALIDATION_FRACTION}?": _HELD_OUT,
     f"{TOKENIZER}?": str,
     f"{VOCABULARY}?": Range(1, 1 << 40),
+    f"{ROTARY_SCALING}?": dict,
     f"{EARLIER_DATA}?": [{"data": _DATA_SHAPE, "validation_fraction": _HELD_OUT}],
 }
 _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
@@ -40,7 +42,7 @@ _SEPARATORS = "attention.separators"
 # Attention settings that change nothing of what is trained: separators=auto is a list of classes by then.
 _NOT_COUNTED = ("backend", "density_budget")
 # Of the model, what changes nothing of it; the vocabulary is on record as it came to be.
-_NOT_OF_THE_MODEL = ("name", "vocabulary", "recipe")
+_NOT_OF_THE_MODEL = ("name", "vocabulary", "recipe", "rotary_scaling")
 _CONTENT = {"sha256": "other tokens", "index": "other document boundaries", "separators": "other separators"}
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
@@ -71,6 +73,8 @@ def identity(
     model = {key: value for key, value in asdict(config.model).items() if key not in _NOT_OF_THE_MODEL}
     return {
         **{f"model.{key}": value for key, value in model.items()},
+        # Only where there is one: older records have no such key.
+        **({ROTARY_SCALING: scaling} if (scaling := config.model.rotary_scaling.record()) else {}),
         VOCABULARY: vocabulary,
         **{f"attention.{key}": value for key, value in asdict(config.attention).items() if key not in _NOT_COUNTED},
         DATA: data,
@@ -152,7 +156,8 @@ def check_identity(
     `remedy` when they do and may not.
     """
     found = {**_BEFORE, **found}
-    for key, value in json.loads(json.dumps(wanted)).items():
+    # `wanted` may also be the schedule, of which no record has a scaling.
+    for key, value in json.loads(json.dumps({**wanted, ROTARY_SCALING: wanted.get(ROTARY_SCALING)})).items():
         before = found.get(key)
         # A run that continues keeps the order of the checkpoint: see `blend_order`.
         if key == BLEND_ORDER or same_data(before, value):

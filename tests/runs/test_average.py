@@ -186,7 +186,7 @@ average.average_checkpoints({str(runs("bf16"))!r}, [1, 3], {str(tmp_path / "mean
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2, "sequence": True}},
-    "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    "pipeline": {"parallel": {"pipeline": 2}},
     "context": {"parallel": {"context": 2}},
     "sharded": {"parallel": {"sharded_optimizer": True}},
     "sharded, bf16": {"parallel": {"sharded_optimizer": True}, "training": {"precision": "bf16"}},

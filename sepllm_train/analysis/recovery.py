@@ -147,7 +147,7 @@ def recovery_command(
         "held_out": config.data.validation_fraction,
         "data": {entry.prefix: entry.header.files[".bin"].sha256 for entry in corpus.sources},
         **validated_on(corpus),
-        "continued": None if baseline is None else {"run": str(baseline.folder), **_checkpoint_fields(baseline.newest)},
+        "continued": None if baseline is None else {"run": str(baseline.folder), **baseline.newest.record()},
         "runs": rows,
         "caveats": list(_caveats(every)),
     }
@@ -306,15 +306,6 @@ def _share(gained: Tensor, gap: Tensor) -> Estimate | None:
     return ratio_of_sums(gained.sum(-1), gap.sum(-1)) if whole.mean > 0 and clear_of_zero(whole) else None
 
 
-def _checkpoint_fields(weights: Checkpoint) -> dict[str, Any]:
-    return {
-        "checkpoint": str(weights.path),
-        "manifest_sha256": weights.manifest_sha256,
-        "step": weights.step,
-        "tokens": weights.tokens,
-    }
-
-
 def _described(run: PostTrained) -> dict[str, Any]:
     """Checkpoints from which a row was computed, and lengths of training of run and source.
 
@@ -325,11 +316,11 @@ def _described(run: PostTrained) -> dict[str, Any]:
     steps = source.step or optim.schedule_start
     return {
         "run": str(run.folder),
-        **_checkpoint_fields(newest),
+        **newest.record(),
         "precision": config.training.precision,
         "attention": {k: v for k, v in asdict(config.attention).items() if k != "backend"},
         "optim": asdict(optim),
-        "source": {**_checkpoint_fields(source), "attention": asdict(source.attention), "on_record": run.record},
+        "source": {**source.record(), "attention": asdict(source.attention), "on_record": run.record},
         "source_steps": steps or None,
         "steps_share": newest.step / steps if steps else None,
         "tokens_share": newest.tokens / source.tokens if source.tokens else None,

@@ -55,8 +55,6 @@ MUTED = (
         ".*(all_gather_into_tensor|reduce_scatter_tensor|_all_gather_base|_reduce_scatter_base).*deprecated",
         "torch about the collectives that megatron-core calls",
     ),
-    # Printed when a checkpoint is written or read.
-    Muted("torch.distributed is disabled", "torch.distributed.checkpoint, when one process reads for itself"),
 )
 
 

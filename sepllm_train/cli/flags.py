@@ -98,8 +98,13 @@ def at_least(arguments: argparse.Namespace, least: int, *keys: str) -> None:
 
 def add_run(group: Group) -> None:
     """RUN, --checkpoint."""
-    group.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a trained run, such as runs/NAME")
+    add_run_folder(group)
     group.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest)")
+
+
+def add_run_folder(group: Group) -> None:
+    """RUN."""
+    group.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a trained run, such as runs/NAME")
 
 
 def is_run(folder: Path) -> bool:
@@ -137,11 +142,16 @@ def require_run(folder: Path, step: int | None = None) -> None:
     if not path.is_file():
         _refuse_other_folders(folder)
         raise UserError(f"{path} does not exist: give the folder of a run, such as runs/NAME.")
-    checkpoints = folder / "checkpoints"
-    known = sorted(int(one.name[5:]) for one in checkpoints.glob("step_*") if one.name[5:].isdecimal())
+    known = checkpoint_steps(folder)
     if step is not None and step not in known:
         steps = ", ".join(map(str, known)) or "none"
         raise UserError(f"{folder} has no checkpoint of step {step}: there are {steps}.")
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints of a run, whole or not, in order."""
+    checkpoints = folder / "checkpoints"
+    return sorted(int(one.name[5:]) for one in checkpoints.glob("step_*") if one.name[5:].isdecimal())
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -159,10 +169,14 @@ def _refuse_other_folders(folder: Path) -> None:
         )
 
 
-def require_new(output: Path, *, overwrite: bool) -> None:
-    """Raise UserError for an output folder that is there, in the words of hf.folder."""
+def require_new(output: Path, *, overwrite: bool | None = None) -> None:
+    """Raise UserError for an output folder that is there, in the words of hf.folder.
+
+    overwrite: value of --overwrite, None for a command without it.
+    """
     if not overwrite and (output.exists() or output.is_symlink()):
-        raise UserError(f"{output} exists already: choose another name or pass --overwrite.")
+        other = "" if overwrite is None else " or pass --overwrite"
+        raise UserError(f"{output} exists already: choose another name{other}.")
 
 
 def add_model(group: Group) -> None:

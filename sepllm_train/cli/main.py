@@ -63,6 +63,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command("evaluate", "run the paper's tasks; KV retention; result tables"),
         "export": Command("export", "write a run as a Hugging Face model"),
         "import": Command("importing", "make a checkpoint of a Hugging Face model"),
+        "average": Command("average", "make a run of the mean of several checkpoints of a run", _NOTHING),
     },
     "Help": {
         "env": Command("env", "report versions, GPUs, memory and what will not work here"),

@@ -9,6 +9,9 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_json_if_any
 from sepllm_train.config.schema import Config
 
+# `status` in run.json of weights without an optimizer, by the command that made them.
+IMPORTED, AVERAGED = "imported", "averaged"
+
 
 def require_data(config: Config) -> None:
     """Raise UserError for datasets and checkpoints of a configuration that are not there: before torch is imported.
@@ -21,6 +24,7 @@ def require_data(config: Config) -> None:
         prefix = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(prefix, str):
             require_dataset(prefix)
+    refuse_weights_alone(config)
     finished = None if config.dry_run else finished_run(config)
     if finished is not None:
         raise UserError(f"{finished_advice(finished)}.")
@@ -40,6 +44,20 @@ def require_dataset(prefix: str) -> None:
     from data_prep.sidecar import dataset_prefix, read_header
 
     read_header(os.path.abspath(dataset_prefix(prefix)))
+
+
+def refuse_weights_alone(config: Config) -> None:
+    """Raise UserError where a run would take the folder of weights without an optimizer, or continue from them."""
+    folder = Path(config.run_root) / config.name
+    sources = [] if config.resume in ("auto", "never") else [Path(config.resume).expanduser()]
+    for path in (folder, *sources):
+        run = path.parent.parent if path.parent.name == "checkpoints" else path
+        status = read_json_if_any(run / "run.json").get("status")
+        if status in (IMPORTED, AVERAGED):
+            raise UserError(
+                f"{run} holds {status} weights without an optimizer, from which no run continues: train on with "
+                f"init_from={run} name=NEW."
+            )
 
 
 def finished_advice(folder: Path) -> str:

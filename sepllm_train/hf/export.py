@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +10,10 @@ from typing import Any
 import torch
 from sep_attention import FOREVER
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sepllm_train.base.console import say
-from sepllm_train.base.errors import UserError, first_line
+from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import whole_folder, write_whole
-from sepllm_train.base.quiet import quiet
 from sepllm_train.config.schema import one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
@@ -29,10 +24,8 @@ from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
 from sepllm_train.runs.open import TrainedRun, refuse_not_finite
-from sepllm_train.training.checkpoint.load import SafeReader
+from sepllm_train.training.checkpoint.load import StoredTensors
 
-# What a checkpoint holds besides weights.
-_OTHERS = ("optimizer.", "rng.")
 _FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -144,36 +137,15 @@ def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
     """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read, for weights that are not
     finite, and when `dtype` is too small."""
     family = FAMILIES[model_type(run.config)]
-    for name, whole in _weights(run.checkpoint.path):
+    stored = StoredTensors(run.checkpoint.path)
+    for name in stored.weights:
+        whole = stored.read(name)
         refuse_not_finite(run.checkpoint.path, [(name, whole)])
         for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
             converted = tensor.to(dtype)
             if not converted.isfinite().all():
                 raise UserError(f"{run.folder} has weights in {target} that {dtype} cannot hold: use another --dtype.")
             yield target, converted
-
-
-def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint, whole, one after another; what else it holds is not read."""
-    reader = SafeReader(checkpoint)
-    try:
-        entries = reader.read_metadata().state_dict_metadata
-        for name in sorted(entries):
-            if name.startswith(_OTHERS):
-                continue
-            entry = entries[name]
-            assert isinstance(entry, TensorStorageMetadata)
-            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-                raise UserError(f"parameter {name} is not whole in {checkpoint}: take another checkpoint.")
-            # What is not read is not passed on.
-            tensor = torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
-            with quiet():
-                torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
-            yield name, tensor
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
-        # torch goes on with advice for those who wrote the file.
-        cause = first_line(error).split(". In PyTorch")[0]
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({cause}): take another one.") from None
 
 
 def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
@@ -184,14 +156,17 @@ def model_card(run: TrainedRun, architecture: str, differences: dict[str, float]
     model, pattern = run.config.model, run.token_pattern
     separators = not pattern.dense
     largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
+    origin = f"Checkpoint of step {run.checkpoint.step:,}"
+    if run.averaged:
+        origin = f"Mean of the checkpoints of steps {', '.join(f'{step:,}' for step in run.averaged)}"
     lines = [
         _FRONT,
         f"# {run.config.name}",
         "",
         f"A `{architecture}` from sepllm-train: {model.layers} layers of {model.hidden} features, "
         f"{model.heads} heads, {run.vocabulary:,} vocabulary entries, context of "
-        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. Checkpoint of step {run.checkpoint.step:,}, "
-        f"after {run.checkpoint.tokens:,} tokens.",
+        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. {origin}, after "
+        f"{run.checkpoint.tokens:,} tokens.",
         "",
         "## Use",
         "",

@@ -15,11 +15,10 @@ from data_prep.separators import classify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
-from sepllm_train.base.files import whole_folder, write_json, write_whole
+from sepllm_train.base.files import whole_folder
 from sepllm_train.base.parsing import read_json_if_any
-from sepllm_train.base.quiet import quiet
+from sepllm_train.config.present import IMPORTED
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, ModelConfig, TrainingConfig, require
-from sepllm_train.config.stored import to_yaml
 from sepllm_train.data.corpus import Corpus, open_corpus
 from sepllm_train.distributed.launch import alone
 from sepllm_train.generation.pattern import TokenPattern
@@ -33,18 +32,12 @@ from sepllm_train.model.build import PRECISIONS, build_model, check_model
 from sepllm_train.model.pattern import resolve_pattern
 from sepllm_train.runs.variations import base_attention
 from sepllm_train.runs.vocabulary import TOKENIZER_NAMES, header_classes, pad_classes
+from sepllm_train.runs.write import write_run
 from sepllm_train.training import checkpoint as checkpoints
-from sepllm_train.training.checkpoint.files import checkpoints_of, step_folder, step_of
-from sepllm_train.training.setup import Training
-from sepllm_train.training.state import TrainState
-
-with quiet():
-    from megatron.core.optimizer import ChainedOptimizer
+from sepllm_train.training.checkpoint.files import checkpoints_of, step_of
 
 # By safetensors' name of a type.
 _PRECISION_OF = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-# `status` in run.json until the run is trained.
-_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -89,8 +82,12 @@ def import_model(
     recorded = checkpoints.identity(config, vocabulary, {} if corpus is None else corpus.identity(), words.sha256)
     classes = np.zeros(vocabulary, dtype=np.uint8) if words.classes is None else words.classes
     with whole_folder(output) as aside:
-        saved = _save(config, theirs.model_type, tensors, aside, recorded)
-        _describe(config, folder, aside, words, recorded)
+        source = {"status": IMPORTED, "imported_from": str(folder.resolve())}
+        identities = {"identity": recorded, "schedule": checkpoints.schedule_identity(config)}
+        with alone(config):
+            saved = write_run(aside, config, _filled(config, theirs.model_type, tensors), source, identities)
+        if words.tokenizer is not None:
+            shutil.copyfile(words.tokenizer.path, aside / TOKENIZER_NAMES[words.tokenizer.kind])
         model = _load(folder)
         parameters = model.num_parameters()
         rounded = PRECISIONS[config.training.precision]
@@ -105,8 +102,8 @@ def import_model(
 def _trained(output: Path) -> str | None:
     """Reason why a folder is not an imported model as it was written, or None."""
     status = read_json_if_any(output / "run.json").get("status")
-    if status != _IMPORTED:
-        return f"the status in its run.json is {status!r}, not {_IMPORTED!r}"
+    if status != IMPORTED:
+        return f"the status in its run.json is {status!r}, not {IMPORTED!r}"
     later = [checkpoint.name for checkpoint in checkpoints_of(output) if step_of(checkpoint) > 0]
     return f"it was trained until {later[-1]}" if later else None
 
@@ -229,43 +226,19 @@ def _check_names(wanted: set[str], model: ModelConfig, kind: str, tensors: Safet
 
 
 @torch.no_grad()
-def _save(config: Config, kind: str, tensors: SafetensorsFolder, run_folder: Path, identity: dict[str, Any]) -> Path:
-    """Write the checkpoint of step 0 and give its path."""
+def _filled(config: Config, kind: str, tensors: SafetensorsFolder) -> Any:
+    """Our model with the weights of theirs."""
     assert config.model.vocabulary is not None
     family = FAMILIES[kind]
-    with alone(config):
-        model = build_model(config, config.model.vocabulary)
-        for name, parameter in model.named_parameters():
-            tensor = weights.to_ours(family, config.model, name, tensors.read)
-            rows = config.model.vocabulary if name in weights.VOCABULARY else len(parameter)
-            require(
-                tensor.shape == parameter[:rows].shape,
-                f"{tensors.folder}: the tensor for {name} has the shape {list(tensor.shape)}, and its config.json asks "
-                f"for {list(parameter[:rows].shape)}.",
-            )
-            # Rows of padding are 0 already.
-            parameter[:rows].copy_(tensor)
-        # An optimizer of nothing: there is no state of one to write.
-        training = Training([], [model], ChainedOptimizer([]), None)
-        record = {"identity": identity, "schedule": checkpoints.schedule_identity(config)}
-        saver = checkpoints.Saver(run_folder, training, record, keep=1, kept=lambda step: False, background=False)
-        saver.save(TrainState())
-        saver.finish()
-    return step_folder(run_folder / checkpoints.FOLDER, 0)
-
-
-def _describe(
-    config: Config, model_folder: Path, run_folder: Path, words: Vocabulary, identity: dict[str, Any]
-) -> None:
-    """Write config.yaml, run.json and the tokenizer."""
-    write_whole(run_folder / "config.yaml", to_yaml(config).encode())
-    run = {
-        "name": config.name,
-        "status": _IMPORTED,
-        "imported_from": str(model_folder.resolve()),
-        "identity": identity,
-        "steps": 0,
-    }
-    write_json(run_folder / "run.json", run, indent=2)
-    if words.tokenizer is not None:
-        shutil.copyfile(words.tokenizer.path, run_folder / TOKENIZER_NAMES[words.tokenizer.kind])
+    model = build_model(config, config.model.vocabulary)
+    for name, parameter in model.named_parameters():
+        tensor = weights.to_ours(family, config.model, name, tensors.read)
+        rows = config.model.vocabulary if name in weights.VOCABULARY else len(parameter)
+        require(
+            tensor.shape == parameter[:rows].shape,
+            f"{tensors.folder}: the tensor for {name} has the shape {list(tensor.shape)}, and its config.json asks "
+            f"for {list(parameter[:rows].shape)}.",
+        )
+        # Rows of padding are 0 already.
+        parameter[:rows].copy_(tensor)
+    return model

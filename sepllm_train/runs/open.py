@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sepllm_train.base.console import note
 from sepllm_train.base.errors import RankError, UserError
 from sepllm_train.base.files import hash_file
-from sepllm_train.base.shapes import require_shape
+from sepllm_train.base.parsing import read_json_if_any
+from sepllm_train.base.shapes import COUNT, require_shape
 from sepllm_train.config import stored
 from sepllm_train.config.compatibility import DATA, TOKENIZER, VOCABULARY
 from sepllm_train.config.schema import AttentionConfig, Config, DataConfig, LoggingConfig, ParallelConfig, require
@@ -48,7 +49,7 @@ class Checkpoint:
         from sepllm_train.training.checkpoint.files import STATE
 
         state = read_state(path)
-        require_shape(state, {"identity": _IDENTITY}, path / STATE, "choose another checkpoint with --checkpoint")
+        require_shape(state, {"identity": _IDENTITY}, path / STATE, "choose another checkpoint")
         return cls(path, state)
 
     @property
@@ -89,6 +90,15 @@ class Checkpoint:
 
         return hash_file(self.path / MANIFEST).sha256
 
+    def record(self) -> dict[str, Any]:
+        """Its place, hash and progress, for the JSON of what was made of it."""
+        return {
+            "checkpoint": str(self.path),
+            "manifest_sha256": self.manifest_sha256,
+            "step": self.step,
+            "tokens": self.tokens,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
@@ -114,6 +124,15 @@ class TrainedRun:
     def vocabulary(self) -> int:
         """Entries of the model's vocabulary, without padding."""
         return self.checkpoint.vocabulary
+
+    @property
+    def averaged(self) -> list[int]:
+        """Steps of the checkpoints whose mean the weights are; none where they are as trained or imported."""
+        path, remedy = self.folder / "run.json", "restore it, or average the checkpoints again"
+        content = read_json_if_any(path)
+        require_shape(content, {"averaged_from?": {"checkpoints": [{"step": COUNT}]}}, path, remedy)
+        source = content.get("averaged_from", {"checkpoints": []})
+        return [checkpoint["step"] for checkpoint in source["checkpoints"]]
 
     @cached_property
     def pattern(self) -> AttentionPattern:
@@ -176,12 +195,7 @@ class TrainedRun:
         from sepllm_train.training import checkpoint as checkpoints
 
         if config is None:
-            config = replace(
-                self.config,
-                parallel=ParallelConfig(),
-                attention=replace(self.config.attention, backend="auto"),
-                training=replace(self.config.training, recompute="none"),
-            )
+            config = in_one_process(self.config)
         model = checkpoints.load_for_evaluation(
             self.checkpoint.path, config, self.vocabulary, device or device_of(ALONE)
         )
@@ -313,8 +327,18 @@ def find_checkpoint(folder: Path, step: int | None = None, skipped: dict[Path, s
             raise UserError(f"{folder} has no checkpoint of step {step}: there are {known or 'none'}.")
     reason = damage(path) or altered(path, 0, 1)
     if reason is not None:
-        raise UserError(f"the checkpoint {path} is damaged, {reason}: choose another with --checkpoint.")
+        raise UserError(f"the checkpoint {path} is damaged, {reason}: choose another step.")
     return path
+
+
+def in_one_process(config: Config) -> Config:
+    """Configuration of a run for its model in one process, whatever layout and machine it was trained in."""
+    return replace(
+        config,
+        parallel=ParallelConfig(),
+        attention=replace(config.attention, backend="auto"),
+        training=replace(config.training, recompute="none"),
+    )
 
 
 def config_for(config: Config, tensor: int, world_size: int) -> Config:

@@ -29,7 +29,7 @@ from sepllm_train.base.parsing import read_json, read_json_if_any
 from sepllm_train.base.secrets import masked, masked_words
 from sepllm_train.base.shapes import require_shape
 from sepllm_train.config.compatibility import EARLIER_DATA, LATEST_BLEND_ORDER, with_current_keys
-from sepllm_train.config.present import finished_advice
+from sepllm_train.config.present import finished_advice, refuse_weights_alone
 from sepllm_train.config.schema import Config
 from sepllm_train.config.stored import to_yaml
 from sepllm_train.distributed.collectives import on_all_ranks, require_equal
@@ -189,6 +189,7 @@ def enter(
     folder = Path(config.run_root) / config.name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: the run needs a folder of that name, choose another name=.")
+    refuse_weights_alone(config)
     used = (folder / "metrics.jsonl").exists()
     content = _content(folder)
     origin = None if config.resume in (_AUTO, _NEVER) else str(Path(config.resume).expanduser().resolve())

@@ -77,6 +77,16 @@ MISTAKES = {
     ("export", "../runs/other", "."): ". exists already: choose another name or pass --overwrite.",
     ("import", "../model", "."): ". exists already: choose another name or pass --overwrite.",
     ("import", "../model", "out", "--data", "no"): "There is no dataset at",
+    ("average", "../runs", "out", "--last", "1"): "is a folder of runs",
+    ("average", "../model", "out", "--last", "1"): "../model is a transformers model, not a run",
+    ("average", "../runs/other", "out"): "one of the arguments --last --steps is required",
+    ("average", "../runs/other", "out", "--last", "0"): "--last 0 must be at least 1",
+    ("average", "../runs/other", "out", "--last", "2"): "more checkpoints than ../runs/other has: there are 4.",
+    ("average", "../runs/other", "out", "--steps", "4,9"): "has no checkpoint of step 9: there are 4.",
+    ("average", "../runs/other", "out", "--steps", "4,4"): "--steps names 4 twice",
+    ("average", "../runs/other", ".", "--last", "1"): ". exists already: choose another name.",
+    ("pretrain", "+experiment=demo_sep", "name=mean", "run_root=../made"): "with init_from=../made/mean name=NEW",
+    ("pretrain", "+experiment=demo_sep", "resume=../made/mean"): "../made/mean holds averaged weights without",
     # Files that are not there.
     ("pretrain", "+experiment=demo_sep", *DATA): "There is no dataset at",
     ("pretrain", "--nproc", "2", "+experiment=demo_sep", *DATA): "There is no dataset at",
@@ -104,6 +114,7 @@ MISTAKES = {
     ("evaluate", "report", "nowhere"): "nowhere holds no results",
     ("export", "nowhere", "out"): "config.yaml does not exist",
     ("import", "nowhere", "out"): "config.json cannot be read",
+    ("average", "nowhere", "out", "--last", "1"): "config.yaml does not exist",
 }  # fmt: skip
 
 
@@ -133,8 +144,11 @@ def test_help(words: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
 def test_mistakes(words: tuple[str, ...], tmp_path: Path) -> None:
     other, place = tmp_path / "runs" / "other", tmp_path / "here"
-    for folder in (tmp_path / "runs" / "finished", other / "checkpoints" / "step_00000004", tmp_path / "model", place):
+    mean = tmp_path / "made" / "mean"
+    step = other / "checkpoints" / "step_00000004"
+    for folder in (tmp_path / "runs" / "finished", step, tmp_path / "model", mean, place):
         folder.mkdir(parents=True)
+    (mean / "run.json").write_text('{"status": "averaged"}')
     (other / "config.yaml").write_text("name: other\n")
     (tmp_path / "runs" / "finished" / "metrics.jsonl").touch()
     (tmp_path / "runs" / "finished" / "run.json").write_text('{"status": "finished"}')

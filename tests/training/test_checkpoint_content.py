@@ -21,6 +21,7 @@ from sepllm_train.training.checkpoint import (
     load,
     load_weights,
 )
+from sepllm_train.training.checkpoint.load import StoredTensors, whole_tensors
 from sepllm_train.training.setup import Training
 from tests.training.checkpoints import save_steps, update
 
@@ -97,6 +98,21 @@ def test_loading_runs_no_code(
     assert not mark.exists()
     pickle.loads(pickle.dumps(Evil(mark)))
     assert mark.exists(), "the pickle would not have done anything"
+
+
+def test_blocks_of_stored_tensors_are_those_of_the_whole(tmp_path: Path, training: Training) -> None:
+    """With zeros beyond its end."""
+    (saved,) = save_steps(tmp_path, training, 2)
+    stored = StoredTensors(saved)
+    whole = dict(whole_tensors(saved))
+    assert list(whole) == list(stored.entries)
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    assert len(stored.entries[name].chunks) > 1
+    for corner, shape in (((0, 0, 0), (2, 128, 64)), ((1, 100, 3), (1, 20, 7)), ((0, 120, 60), (2, 16, 8))):
+        beyond = torch.zeros(2, 136, 68)
+        beyond[:, :128, :64] = whole[name]
+        block = tuple(slice(low, low + size) for low, size in zip(corner, shape, strict=True))
+        assert torch.equal(stored.read(name, corner, shape), beyond[block])
 
 
 def test_common_file_is_not_read(tmp_path: Path, training: Training) -> None:

@@ -36,7 +36,7 @@ from sepllm_train.training.checkpoint.load import (
     load_for_evaluation,
     load_weights,
 )
-from sepllm_train.training.checkpoint.save import Outcome, Saver
+from sepllm_train.training.checkpoint.save import Outcome, Saver, save_weights
 
 __all__ = [
     "FOLDER",
@@ -60,6 +60,7 @@ __all__ = [
     "newest",
     "read_state",
     "refuse_if_all_damaged",
+    "save_weights",
     "schedule_identity",
     "tidy",
     "trained_on",

@@ -12,8 +12,9 @@ import io
 import json
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.compatibility import VOCABULARY
@@ -52,6 +58,8 @@ from sepllm_train.training.state import TrainState
 
 # Counters that differ between equal runs: wall-clock.
 NOT_COUNTED = ("seconds",)
+# Beginnings of the names of what a checkpoint holds besides weights.
+_NOT_WEIGHTS = ("optimizer.", "rng.")
 
 
 def load(checkpoint: Path, training: Training) -> TrainState:
@@ -122,29 +130,72 @@ def read_into(checkpoint: Path, shards: Shards) -> None:
         raise _not_loaded(checkpoint, error) from error
 
 
+class StoredTensors:
+    """Tensors of a checkpoint of any layout, read one at a time, whole or a block, without a process group.
+
+    `entries` has the shape and type of each by name. Raises UserError when the checkpoint cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        with self._reading():
+            self._metadata = read_metadata(checkpoint)
+        self.entries = cast(dict[str, TensorStorageMetadata], dict(sorted(self._metadata.state_dict_metadata.items())))
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the weights of the model."""
+        return [name for name in self.entries if not name.startswith(_NOT_WEIGHTS)]
+
+    def read(self, name: str, corner: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """Read a tensor, or its block of `shape` at `corner`, of which 0 is what lies beyond the tensor."""
+        entry = self.entries[name]
+        corner, shape = corner or (0,) * len(entry.size), entry.size if shape is None else shape
+        tensor = torch.zeros(tuple(shape), dtype=entry.properties.dtype)
+        with self._reading():
+            for chunk in entry.chunks:
+                low = [max(a, b) for a, b in zip(corner, chunk.offsets, strict=True)]
+                ends = zip(corner, shape, chunk.offsets, chunk.sizes, strict=True)
+                high = [min(a + s, b + t) for a, s, b, t in ends]
+                if all(a < b for a, b in zip(low, high, strict=True)):
+                    part = self._part(name, chunk)[_between(low, high, chunk.offsets)]
+                    tensor[_between(low, high, corner)] = part
+        return tensor
+
+    def _part(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """A part of a tensor as it lies in a file."""
+        place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        with open(self.checkpoint / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            record = io.BytesIO(file.read(place.length))
+        part = torch.load(record, map_location="cpu", weights_only=True)
+        if not isinstance(part, Tensor) or part.shape != chunk.sizes:
+            raise pickle.UnpicklingError(f"{name} is not whole: the shape of a part is not that on record")
+        return part
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            # torch goes on with advice for those who wrote the file.
+            cause = _cause(error).split(". In PyTorch")[0]
+            raise UserError(f"the checkpoint {self.checkpoint} cannot be read ({cause}): take another one.") from error
+
+
+def _between(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """The block from `low` to `high`, counted from `origin`."""
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
 def whole_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint by name, in the order of the names, one at a time and without a process group.
 
     Raises UserError when the checkpoint cannot be read.
     """
-    try:
-        metadata = read_metadata(checkpoint)
-        for name, entry in sorted(metadata.state_dict_metadata.items()):
-            assert isinstance(entry, TensorStorageMetadata)
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            for chunk in entry.chunks:
-                place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                with open(checkpoint / place.relative_path, "rb") as file:
-                    file.seek(place.offset)
-                    record = io.BytesIO(file.read(place.length))
-                part = torch.load(record, map_location="cpu", weights_only=True)
-                if not isinstance(part, Tensor) or part.shape != chunk.sizes:
-                    raise pickle.UnpicklingError(f"{name} is not whole: the shape of a part is not that on record")
-                block = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                tensor[block] = part
-            yield name, tensor
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({_cause(error)}).") from error
+    stored = StoredTensors(checkpoint)
+    for name in stored.entries:
+        yield name, stored.read(name)
 
 
 def altered_on_any_rank(checkpoint: Path) -> str | None:

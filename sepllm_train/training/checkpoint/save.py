@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import (
     LocalShardsContainer,
 )
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
@@ -190,6 +191,21 @@ class Saver:
         """The outcomes that were not asked for yet."""
         outcomes, self._unread = self._unread, []
         return outcomes
+
+
+def save_weights(run_folder: Path, model: Any, identities: dict[str, Any], state: dict[str, Any] | None) -> Path:
+    """Write the weights of `model`, without an optimizer, as the checkpoint of a run; gives its path.
+
+    state: counters as in state.json, None for those of step 0. In a process grid of one. Raises UserError when it
+    cannot be written.
+    """
+    counters = TrainState() if state is None else TrainState.from_dict(state)
+    # An optimizer of nothing: there is no state of one to write.
+    training = Training([], [model], ChainedOptimizer([]), None)
+    saver = Saver(run_folder, training, identities, keep=1, kept=lambda step: False, background=False)
+    saver.save(counters)
+    saver.finish()
+    return files.step_folder(saver.folder, counters.step)
 
 
 class _Job:

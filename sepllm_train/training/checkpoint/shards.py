@@ -29,6 +29,8 @@ from torch import Tensor
 from sepllm_train.training.setup import Training
 
 Shards = dict[str, list[ShardedTensor]]
+# Beginning of the name of the optimizer's fp32 copy of a weight in bf16 or fp16, before that of the weight.
+MAIN = "optimizer.state.fp32_param."
 
 
 def layout() -> dict[str, int | str]:
@@ -54,12 +56,12 @@ def training_shards(training: Training) -> Shards:
         part = held.get(id(entry.data))
         if part is None:
             continue
-        tensors = {"exp_avg": part.state["exp_avg"], "exp_avg_sq": part.state["exp_avg_sq"]}
+        tensors = {f"optimizer.state.{name}.": part.state[name] for name in ("exp_avg", "exp_avg_sq")}
         if part.main.dtype != entry.data.dtype:
-            tensors["fp32_param"] = part.main
-        for name, tensor in tensors.items():
+            tensors[MAIN] = part.main
+        for prefix, tensor in tensors.items():
             for shard in _cut(entry, tensor.detach().view(-1), part.start, sharded=part.sharded):
-                key = f"optimizer.state.{name}.{shard.key}"
+                key = f"{prefix}{shard.key}"
                 found[key].append(replace(shard, key=key))
     return dict(found)
 

@@ -6,6 +6,7 @@ Only the libraries `tokenizers` and `sentencepiece` are used, each imported when
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.parsing import LARGEST_JSON, parse_json_object
@@ -54,6 +58,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; no special tokens are added and none is recognised inside the text."""
+
+    def encode_arrays(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """`encode_batch` in arrays, i32."""
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -177,6 +185,8 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, content, self._model.get_piece_size(), self._model.eos_id())
         with _refusals_of_the_library(what):
             self._mark_ids = self._space_mark_ids()
+        # Older versions of the library give lists alone.
+        self._gives_arrays = "return_type" in inspect.signature(self._model.encode).parameters
 
     def _space_mark_ids(self) -> list[int] | None:
         """Byte pieces of U+2581, which SentencePiece reads as a space; None where the model rewrites text anyway."""
@@ -189,9 +199,16 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         with _refusals_of_the_library(f"{self.path} cannot encode a text"):
-            if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+            if self._mark_ids is None or not _have_marks(texts):
                 return self._model.encode(texts, num_threads=1)
             return [self._encode_with_marks(text, self._mark_ids) for text in texts]
+
+    def encode_arrays(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """See `Tokenizer.encode_arrays`. No list of Python numbers is made, which takes a tenth of the time."""
+        if not self._gives_arrays or (self._mark_ids is not None and _have_marks(texts)):
+            return super().encode_arrays(texts)
+        with _refusals_of_the_library(f"{self.path} cannot encode a text"):
+            return self._model.encode(texts, num_threads=1, return_type="numpy")
 
     def _encode_with_marks(self, text: str, mark_ids: list[int]) -> list[int]:
         first, *rest = self._model.encode(text.split(SPACE_MARK), num_threads=1)
@@ -212,6 +229,10 @@ class SentencePieceTokenizer(Tokenizer):
                 else _piece_bytes(model.id_to_piece(index))
                 for index in range(self.vocab_size)
             ]
+
+
+def _have_marks(texts: list[str]) -> bool:
+    return any(SPACE_MARK in text for text in texts)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -134,9 +134,7 @@ def tokenize_shard(
         header = read_shard(prefix)
         wanted = (shard[1], _inputs(corpus), loaded.sha256, text_field, unwrap)
         if other := _difference(_settings(header), wanted):
-            raise UserError(
-                f"{prefix} exists already and was made with another {other}: pass --overwrite to replace it."
-            )
+            raise UserError(f"{prefix} exists already and was made with another {other}: pass --overwrite.")
         return header, False
     with ShardWriter(prefix, loaded) as writer:
         tokenize_corpus(corpus, writer, workers=workers, progress=progress)
@@ -227,9 +225,7 @@ def _check_together(found: Sequence[tuple[Path, ShardHeader]]) -> None:
     first, header = found[0]
     for prefix, other in found[1:]:
         if difference := _difference(_settings(other), _settings(header)):
-            raise UserError(
-                f"{prefix} was made with another {difference} than {first}: name the shards that belong together."
-            )
+            raise UserError(f"{prefix} was made with another {difference} than {first}: name those that go together.")
     seen: dict[int, Path] = {}
     for prefix, other in found:
         if other.shard in seen:
@@ -285,11 +281,5 @@ def _settings(header: ShardHeader) -> tuple[int, InputsInfo, str, str, bool]:
 
 def _difference(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> str | None:
     """The first of `_settings` that differs, in words."""
-    names = (
-        "another number of shards",
-        "other input files",
-        "another tokenizer",
-        "another --field",
-        "another --unwrap",
-    )
+    names = ("number of shards", "list of input files", "tokenizer", "--field", "--unwrap")
     return next((name for name, one, other in zip(names, found, wanted, strict=True) if one != other), None)

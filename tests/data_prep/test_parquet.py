@@ -22,7 +22,7 @@ main = command("prepare")
 
 STRINGS = [
     pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
-    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.string()),
 ]  # fmt: skip
 
 

@@ -50,6 +50,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.5", "safetensors", "protobuf"],  # protobuf reads SentencePiece's files
         # pyarrow, which lm_eval's datasets bring, refuses NumPy 1 from version 26 on and does not declare it.
+        "parquet": ["pyarrow"],
         "eval": ["lm_eval[hf]>=0.4.13", "transformers>=5.5", "safetensors", "protobuf", "numpy>=2"],
         "dev": [
             "wandb>=0.31",
@@ -58,6 +59,7 @@ setup(
             "transformers>=5.5",
             "safetensors",
             "lm_eval[hf]>=0.4.13",
+            "pyarrow",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

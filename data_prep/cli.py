@@ -1,20 +1,27 @@
-"""The command line of data preparation: tokenize, annotate, train-tokenizer, stats, verify."""
+"""The command line of data preparation: tokenize, merge, annotate, train-tokenizer, stats, verify."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sepllm_train.base.errors import UserError
 
+if TYPE_CHECKING:
+    from data_prep.shards import ShardHeader
+    from data_prep.sidecar import SidecarHeader
+
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _PROGRAM = "sepllm prepare"
-_TEXT_INPUTS = ".txt (one document each) or .jsonl (one document a line), plain or .gz, .bz2, .xz, .zst"
+_TEXT_INPUTS = (
+    ".txt (one document each) or .jsonl (one document a line), plain or .gz, .bz2, .xz, .zst; .parquet (one document a "
+    "row); a folder of these; or a glob in quotes"
+)
 
 
 def run(words: Sequence[str]) -> None:
@@ -32,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_tokenize(commands)
+    _add_merge(commands)
     _add_annotate(commands)
     _add_train_tokenizer(commands)
     _add_stats(commands)
@@ -43,6 +51,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N, as 3/16")
+    return number, count
 
 
 def _command(commands: _Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -57,7 +73,7 @@ def _command(commands: _Commands, name: str, summary: str, example: str) -> argp
 
 def _add_text_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("inputs", nargs="+", metavar="INPUT", help=_TEXT_INPUTS)
-    command.add_argument("--field", default="text", help="field of .jsonl lines that holds the text (default: text)")
+    command.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
     command.add_argument("--strict", action="store_true", help="stop at a document that is not UTF-8 (else: skip it)")
     command.add_argument("--unwrap", action="store_true", help="join the hard-wrapped lines of books")
     command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: all cores)")
@@ -74,30 +90,83 @@ def _add_tokenize(commands: _Commands) -> None:
     _add_text_inputs(command)
     command.add_argument("--output", required=True, metavar="PREFIX", help="path of the dataset without a suffix")
     command.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json or SentencePiece .model")
+    command.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="tokenize only the I-th (from 1 on) of N shares of the documents, for `merge`; a finished one is kept",
+    )
     command.set_defaults(run=_run_tokenize)
 
 
 def _run_tokenize(arguments: argparse.Namespace) -> None:
+    options = {
+        "text_field": arguments.field,
+        "unwrap": arguments.unwrap,
+        "strict": arguments.strict,
+        "workers": arguments.workers,
+        "overwrite": arguments.overwrite,
+    }
+    if arguments.shard is not None:
+        _run_tokenize_shard(arguments, options)
+        return
     from data_prep.tokenize import tokenize_files
 
     start = time.perf_counter()
-    header, corpus = tokenize_files(
-        arguments.inputs,
-        arguments.output,
-        arguments.tokenizer,
-        text_field=arguments.field,
-        unwrap=arguments.unwrap,
-        strict=arguments.strict,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
+    header, corpus = tokenize_files(arguments.inputs, arguments.output, arguments.tokenizer, **options)
+    _print_written(arguments.output, header, time.perf_counter() - start)
+    _print_skipped(corpus.skipped, corpus.empty)
+
+
+def _run_tokenize_shard(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from data_prep.shards import shard_prefix, tokenize_shard
+
+    start = time.perf_counter()
+    header, written = tokenize_shard(
+        arguments.inputs, arguments.output, arguments.tokenizer, arguments.shard, **options
     )
-    seconds = time.perf_counter() - start
+    prefix = shard_prefix(arguments.output, *arguments.shard)
+    if not written:
+        print(f"{prefix} was finished before and is left as it is ({header.tokens:,} tokens)")
+        return
+    _print_written(str(prefix), header, time.perf_counter() - start)
+    _print_skipped(header.skipped, header.empty)
+
+
+def _print_written(name: str, header: SidecarHeader | ShardHeader, seconds: float) -> None:
     print(
-        f"{arguments.output}: {header.tokens:,} tokens in {header.documents:,} documents, "
-        f"{header.bytes / header.tokens:.3f} bytes per token, {seconds:.1f} s ({header.tokens / seconds:,.0f} tokens/s)"
+        f"{name}: {header.tokens:,} tokens in {header.documents:,} documents, "
+        f"{header.bytes / max(header.tokens, 1):.3f} bytes per token, {seconds:.1f} s "
+        f"({header.tokens / seconds:,.0f} tokens/s)"
     )
-    if corpus.skipped or corpus.empty:
-        print(f"skipped {corpus.skipped:,} documents that are not UTF-8 and {corpus.empty:,} without text")
+
+
+def _print_skipped(skipped: int, empty: int) -> None:
+    if skipped or empty:
+        print(f"skipped {skipped:,} documents that are not UTF-8 and {empty:,} without text")
+
+
+def _add_merge(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "merge",
+        "Make a dataset of all its shards, byte for byte as one process would; the shards stay.",
+        "data/books",
+    )
+    command.add_argument("output", metavar="OUTPUT", help="path of the dataset without a suffix")
+    command.add_argument("shards", nargs="*", metavar="SHARD", help="its shards (default: OUTPUT.shard-*)")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    command.set_defaults(run=_run_merge)
+
+
+def _run_merge(arguments: argparse.Namespace) -> None:
+    from data_prep.shards import merge
+
+    start = time.perf_counter()
+    header, shards = merge(arguments.output, arguments.shards, overwrite=arguments.overwrite)
+    _print_written(arguments.output, header, time.perf_counter() - start)
+    _print_skipped(sum(shard.skipped for shard in shards), sum(shard.empty for shard in shards))
+    print(f"{len(shards):,} shards were merged and can be removed")
 
 
 def _add_annotate(commands: _Commands) -> None:
@@ -143,11 +212,12 @@ def _add_train_tokenizer(commands: _Commands) -> None:
 
 
 def _run_train_tokenizer(arguments: argparse.Namespace) -> None:
+    from data_prep.inputs import find_inputs
     from data_prep.readers import Corpus
     from data_prep.tokenize import usable_cores
     from data_prep.train_tokenizer import train_tokenizer
 
-    corpus = Corpus([Path(path) for path in arguments.inputs], arguments.field, arguments.strict, arguments.unwrap)
+    corpus = Corpus(find_inputs(arguments.inputs), arguments.field, arguments.strict, arguments.unwrap)
     train_tokenizer(
         (document.text for document in corpus),
         arguments.output,

@@ -34,13 +34,44 @@ def check_header(content: dict[str, Any], shape: type, tokenizer: type, entry: t
     entries = _check_tokenizer(content["tokenizer"], tokenizer)
     _check_classes(content["classes"], entry, entries, tokens)
     _check_token_bytes(content["token_bytes"], entries, content["version"], content["tokenizer"]["eod"])
-    _keys("files", content["files"], suffixes)
-    for suffix, info in content["files"].items():
+    _check_files(content["files"], suffixes)
+    if content["files"][".sep.bin"]["size"] != tokens:
+        _refuse("files[.sep.bin].size", content["files"][".sep.bin"]["size"], f"the {tokens:,} tokens")
+
+
+def check_shard(content: dict[str, Any], shape: type, tokenizer: type, inputs: type, suffixes: Collection[str]) -> None:
+    """Raise BadHeader unless the JSON object of a shard has the fields of the dataclass `shape` and values that fit.
+
+    tokenizer, inputs: dataclasses of its parts; suffixes: of the files that it describes.
+    """
+    _keys("the header", content, [field.name for field in fields(shape)])
+    for key in ("tokens", "documents", "bytes", "skipped", "empty"):
+        _whole(key, content[key], 0, _LARGEST_COUNT)
+    _whole("shard", content["shard"], 1, _whole("shards", content["shards"], 1, _LARGEST_COUNT))
+    _text("field", content["field"])
+    if not isinstance(content["unwrap"], bool):
+        _refuse("unwrap", content["unwrap"], "true or false")
+    _check_tokenizer(content["tokenizer"], tokenizer)
+    _keys("inputs", content["inputs"], [field.name for field in fields(inputs)])
+    files = _whole("inputs.files", content["inputs"]["files"], 1, _LARGEST_COUNT)
+    _whole("inputs.bytes", content["inputs"]["bytes"], 0, _LARGEST_COUNT)
+    _sha256("inputs.sha256", content["inputs"]["sha256"])
+    for key in ("begin", "end"):
+        place = content[key]
+        if not isinstance(place, list) or len(place) != 2:
+            _refuse(key, place, "a file and a place in it")
+        _whole(f"{key}[0]", place[0], 0, files)
+        _whole(f"{key}[1]", place[1], 0, _LARGEST_COUNT)
+    _check_files(content["files"], suffixes)
+
+
+def _check_files(files: Any, suffixes: Collection[str]) -> None:
+    """Sizes and hashes of the files with these suffixes."""
+    _keys("files", files, suffixes)
+    for suffix, info in files.items():
         _keys(f"files[{suffix}]", info, ("size", "sha256"))
         _whole(f"files[{suffix}].size", info["size"], 0, _LARGEST_COUNT)
         _sha256(f"files[{suffix}].sha256", info["sha256"])
-    if content["files"][".sep.bin"]["size"] != tokens:
-        _refuse("files[.sep.bin].size", content["files"][".sep.bin"]["size"], f"the {tokens:,} tokens")
 
 
 def _check_tokenizer(info: Any, shape: type) -> int:

@@ -50,6 +50,11 @@ class DocumentLengths:
         self._spool.write(struct.pack("<i", length))
         self.count += 1
 
+    def extend(self, lengths: NDArray[np.integer[Any]]) -> None:
+        """Add documents by lengths that an `.idx` held."""
+        self._spool.write(lengths.astype("<i4").tobytes())
+        self.count += len(lengths)
+
     def chunks(self) -> Iterator[NDArray[np.int32]]:
         """All lengths in order, i32, a chunk at a time."""
         self._spool.seek(0)

@@ -154,7 +154,7 @@ def read_header(prefix: str | Path, *, data: bool = True) -> SidecarHeader:
         raise UserError(f"{path} is damaged ({error}): make it again with `sepllm prepare annotate`.") from None
     header = _header_from(content)
     if data:
-        _check_sizes(prefix, header)
+        check_sizes(prefix, header.files)
     return header
 
 
@@ -213,8 +213,9 @@ def _missing_header(prefix: str | Path) -> str:
     return f"There is no dataset at {prefix} ({path} is missing): make it with `sepllm prepare tokenize`."
 
 
-def _check_sizes(prefix: str | Path, header: SidecarHeader) -> None:
-    for suffix, info in header.files.items():
+def check_sizes(prefix: str | Path, files: Mapping[str, FileInfo]) -> None:
+    """Raise UserError unless the files of a dataset, by suffix, are there in the sizes that its header gives."""
+    for suffix, info in files.items():
         path = with_suffix(prefix, suffix)
         if not path.is_file():
             raise UserError(f"{path} is missing: the dataset {prefix} is incomplete, copy or make it again.")

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.indexed import token_dtype
+from data_prep.inputs import find_inputs
 from data_prep.readers import Corpus, Document
 from data_prep.sidecar import SidecarHeader
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from data_prep.writer import DatasetWriter
+from data_prep.writer import DatasetWriter, TokenWriter
 from sepllm_train.base.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 18
@@ -62,17 +63,21 @@ def tokenize_files(
     overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[SidecarHeader, Corpus]:
-    """Tokenise .txt/.jsonl files into the dataset `output`; returns its header and the corpus with its counts.
+    """Tokenise files into the dataset `output`; returns its header and the corpus with its counts.
 
     `workers` is the number of encoding threads (default: the cores this process may use); the result does not depend
     on it. Raises UserError for anything wrong with the input, the tokenizer or the output.
     """
     loaded = load_tokenizer(tokenizer)
-    corpus = Corpus([Path(path) for path in inputs], text_field, strict, unwrap)
-    with (
-        DatasetWriter(output, loaded, overwrite=overwrite) as writer,
-        tqdm(total=corpus.size, unit="B", unit_scale=True, disable=None if progress else True) as bar,
-    ):
+    corpus = Corpus(find_inputs(inputs), text_field, strict, unwrap)
+    with DatasetWriter(output, loaded, overwrite=overwrite) as writer:
+        tokenize_corpus(corpus, writer, workers=workers, progress=progress)
+        return writer.finish(), corpus
+
+
+def tokenize_corpus(corpus: Corpus, writer: TokenWriter, *, workers: int | None, progress: bool) -> None:
+    """`tokenize_documents` of a corpus, with a progress bar."""
+    with tqdm(total=corpus.size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         corpus.report = lambda message: tqdm.write(message, file=sys.stderr)
 
         def show(position: int) -> None:
@@ -81,12 +86,11 @@ def tokenize_files(
             bar.set_postfix_str(f"{writer.tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
 
         tokenize_documents(corpus, writer, workers=workers, on_batch=show)
-        return writer.finish(), corpus
 
 
 def tokenize_documents(
     documents: Iterable[Document],
-    writer: DatasetWriter,
+    writer: TokenWriter,
     *,
     workers: int | None = None,
     on_batch: Callable[[int], None] = lambda position: None,
@@ -135,18 +139,21 @@ def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[_B
 
 
 def _encode(tokenizer: Tokenizer, batch: _Batch) -> _Encoded:
-    flat: list[int] = []
+    end = np.array([tokenizer.eod], dtype=np.int32)
+    parts: list[NDArray[np.int32]] = []
     ends: list[int] = []
-    for ids, is_last in zip(tokenizer.encode_batch(batch.pieces), batch.ends, strict=True):
-        flat += ids
+    length = 0
+    for ids, is_last in zip(tokenizer.encode_arrays(batch.pieces), batch.ends, strict=True):
+        parts += [ids, end] if is_last else [ids]
+        length += len(ids) + is_last
         if is_last:
-            flat.append(tokenizer.eod)
-            ends.append(len(flat))
+            ends.append(length)
+    tokens = np.concatenate(parts).astype(token_dtype(tokenizer.vocab_size))
     text_bytes = sum(len(piece) if piece.isascii() else len(piece.encode("utf8")) for piece in batch.pieces)
-    return _Encoded(np.array(flat, dtype=token_dtype(tokenizer.vocab_size)), ends, text_bytes, batch.position)
+    return _Encoded(tokens, ends, text_bytes, batch.position)
 
 
-def _write(encoded: _Encoded, writer: DatasetWriter) -> int:
+def _write(encoded: _Encoded, writer: TokenWriter) -> int:
     writer.write(encoded.tokens, encoded.ends, encoded.text_bytes)
     return encoded.position
 

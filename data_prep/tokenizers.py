@@ -6,6 +6,7 @@ Only the libraries `tokenizers` and `sentencepiece` are used, each imported when
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.parsing import LARGEST_JSON, parse_json_object
@@ -25,6 +29,7 @@ SPACE_MARK = "\u2581"
 # without it (see `_cuts_before_newlines`), so a document may be cut there.
 _CUT = re.compile(r"\n(?=[!-~])")
 _PIECE_CHARACTERS = 8192
+_SHORT_PIECE = 512
 # Ids beyond are a mistake: every table of a vocabulary has an entry for each.
 _LARGEST_VOCABULARY = 1 << 22
 _LIBRARY_ERRORS = (RuntimeError, OSError, ValueError, TypeError, IndexError, OverflowError)
@@ -54,6 +59,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; no special tokens are added and none is recognised inside the text."""
+
+    def encode_arrays(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """`encode_batch` in arrays, i32."""
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -150,14 +159,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def split(self, text: str) -> list[str]:
         """See `Tokenizer.split`."""
-        if not self._can_cut or len(text) < 2 * _PIECE_CHARACTERS:
-            return [text]
-        pieces, start = [], 0
-        while cut := _CUT.search(text, start + _PIECE_CHARACTERS):
-            pieces.append(text[start : cut.start()])
-            start = cut.start()
-        pieces.append(text[start:])
-        return pieces
+        return _pieces(text, _PIECE_CHARACTERS) if self._can_cut else [text]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -177,6 +179,8 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, content, self._model.get_piece_size(), self._model.eos_id())
         with _refusals_of_the_library(what):
             self._mark_ids = self._space_mark_ids()
+        # Older versions of the library give lists alone.
+        self._gives_arrays = "return_type" in inspect.signature(self._model.encode).parameters
 
     def _space_mark_ids(self) -> list[int] | None:
         """Byte pieces of U+2581, which SentencePiece reads as a space; None where the model rewrites text anyway."""
@@ -189,9 +193,50 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         with _refusals_of_the_library(f"{self.path} cannot encode a text"):
-            if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+            if self._mark_ids is None or not _have_marks(texts):
                 return self._model.encode(texts, num_threads=1)
             return [self._encode_with_marks(text, self._mark_ids) for text in texts]
+
+    def encode_arrays(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """See `Tokenizer.encode_arrays`. No lists of Python's numbers are made, and short pieces are encoded, which is
+        faster than a long text: the library's queue of merges grows with it."""
+        if not self._gives_arrays or (self._mark_ids is not None and _have_marks(texts)):
+            return super().encode_arrays(texts)
+        pieces = [_pieces(text, _SHORT_PIECE) if self._cut_prefix is not None else [text] for text in texts]
+        with _refusals_of_the_library(f"{self.path} cannot encode a text"):
+            flat = [piece for of_text in pieces for piece in of_text]
+            arrays = iter(self._model.encode(flat, num_threads=1, return_type="numpy"))
+        return [self._joined([next(arrays) for _ in of_text]) for of_text in pieces]
+
+    def _joined(self, arrays: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+        """Ids of a text from those of its pieces."""
+        first, *rest = arrays
+        return np.concatenate([first, *(ids[self._cut_prefix :] for ids in rest)]) if rest else first
+
+    @cached_property
+    def _cut_prefix(self) -> int | None:
+        """Ids that a piece of a text which is cut before a newline gets in front of its own: of the space that is put
+        there, if any. None where a cut could change ids.
+
+        It cannot where no entry has a newline behind its first character: no merge of BPE then crosses the cut. Nor may
+        the model rewrite text, or take a newline for unknown, which it joins to unknown characters around it. A unigram
+        model sums logarithms, which are rounded by what came before; the scores of BPE are ranks, so whole numbers.
+        """
+        model = self._model
+        ids = range(self.vocab_size)
+        sample = "\na  b\r\n\n c\t"
+        kept = sample.replace(" ", SPACE_MARK)
+        encoded = model.encode("\na")
+        prefix = {kept: 0, SPACE_MARK + kept: 1}.get(model.normalize(sample))
+        if (
+            prefix is None
+            or (prefix and encoded[0] != model.piece_to_id(SPACE_MARK))
+            or model.unk_id() in encoded
+            or any("\n" in model.id_to_piece(index)[1:] for index in ids)
+            or any(model.get_score(index) % 1 for index in ids)
+        ):
+            return None
+        return prefix
 
     def _encode_with_marks(self, text: str, mark_ids: list[int]) -> list[int]:
         first, *rest = self._model.encode(text.split(SPACE_MARK), num_threads=1)
@@ -212,6 +257,22 @@ class SentencePieceTokenizer(Tokenizer):
                 else _piece_bytes(model.id_to_piece(index))
                 for index in range(self.vocab_size)
             ]
+
+
+def _pieces(text: str, least: int) -> list[str]:
+    """Pieces of a text, of at least `least` characters, cut before newlines that a visible ASCII character follows."""
+    if len(text) < 2 * least:
+        return [text]
+    pieces, start = [], 0
+    while cut := _CUT.search(text, start + least):
+        pieces.append(text[start : cut.start()])
+        start = cut.start()
+    pieces.append(text[start:])
+    return pieces
+
+
+def _have_marks(texts: list[str]) -> bool:
+    return any(SPACE_MARK in text for text in texts)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

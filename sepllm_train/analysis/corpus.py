@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.density import STRENGTHS
 from data_prep.indexed import token_chunks
-from data_prep.readers import COMPRESSIONS, Corpus, Document
+from data_prep.readers import Corpus, Document, kind
 from data_prep.separators import ALL, CLASSES, NAMED_SETS, class_numbers, classify
 from data_prep.sidecar import check_known, dataset_prefix, open_classes, read_header
 from data_prep.stats import Gaps
@@ -115,8 +115,7 @@ def corpus_command(
 
 
 def _is_text(name: str) -> bool:
-    path = Path(name)
-    return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix in (".txt", ".jsonl")
+    return kind(Path(name)) is not None
 
 
 def _each_once(names: list[str]) -> list[str]:

@@ -115,12 +115,16 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
 
 
-def check_sbatch(words: list[str]) -> None:
-    """A job of scripts/slurm: the world of its nodes and GPUs, and what its arguments train."""
+def check_sbatch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of scripts/slurm: the world of its nodes and GPUs, and what its arguments train, or tokenize."""
     (script,) = (word for word in words if word.endswith(".sbatch"))
     assert (REPOSITORY / script).is_file()
     before, after = words[: words.index(script)], words[words.index(script) + 1 :]
     options = dict(word.removeprefix("--").split("=") for word in before)
+    if script.endswith("tokenize.sbatch"):
+        assert options.keys() <= {"array", "cpus-per-task", "dependency"}
+        check_command(["prepare", *(["tokenize"] if "array" in options else []), *after], monkeypatch)
+        return
     assert options.keys() <= {"nodes", "gpus-per-node", "time", "array"}
     world_size = int(options.get("nodes", 1)) * int(options["gpus-per-node"])
     runs = [after]
@@ -158,7 +162,7 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
     elif program == "torchrun":
         check_torchrun(words)
     elif program == "sbatch":
-        check_sbatch(words)
+        check_sbatch(words, monkeypatch)
     elif program == "python" and words[0] == "scripts/pretrain.py":
         check_pretraining(words[1:], world_size=None)
     elif program == "sepllm" and words[0] == "pretrain":
@@ -181,7 +185,7 @@ def test_the_commands_that_must_be_there() -> None:
     shown = {" ".join(command.words) for command in commands() if command.page in ("README.md", "data.md")}
     assert {"make demo", "make test"} <= shown
     assert {word.split()[2] for word in shown if word.startswith("sepllm prepare")} == {
-        "train-tokenizer", "tokenize", "annotate", "stats", "verify",
+        "train-tokenizer", "tokenize", "merge", "annotate", "stats", "verify",
     }  # fmt: skip
 
 

@@ -60,8 +60,8 @@ def evaluate(
 ) -> Losses:
     """Losses of the first `samples` samples of `dataset`, one forward pass each, in the precision of the weights.
 
-    Those count that count in training and validation. Calls `advance` after each. Raises UserError for more samples than
-    there are.
+    Those count that count in training and validation. Calls `advance` after each. Raises UserError for more samples
+    than there are.
     """
     require(
         1 <= samples <= len(dataset), f"{samples} samples were asked for, and there are {len(dataset):,} held-out ones."

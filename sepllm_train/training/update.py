@@ -32,8 +32,8 @@ class Update:
     """Result of the reduction and fate of the step; the same on every rank.
 
     `loss`: mean over the labels of the batch that count, nats per token; 0 without any. `grad_norm`: before clipping,
-    inf when fp16 gradients overflowed. `overflow`: the step was skipped and the loss scale lowered. `bad`: why the step was skipped otherwise, or None.
-    `sums`: the caller's own numbers, summed over ranks.
+    inf when fp16 gradients overflowed. `overflow`: the step was skipped and the loss scale lowered. `bad`: why the step
+    was skipped otherwise, or None. `sums`: the caller's own numbers, summed over ranks.
     """
 
     loss: float

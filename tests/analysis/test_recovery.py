@@ -234,3 +234,14 @@ def test_share_and_its_error() -> None:
     beside = recovery(dense, before + 9, after + 9, continued=dense - 1)
     assert beside["recovered_of_continued"].mean == pytest.approx(3 / 24)
     assert beside["left_of_continued"].mean == pytest.approx(9 + 0.5 + 1)
+
+
+def test_losses_that_do_not_count_are_left_out() -> None:
+    dense, before, after, beside = torch.rand(4, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    counted = torch.arange(8).expand(3, 8) % 4 != 3
+    before, after = before + 5, after + 3
+    found = recovery(dense, before, after, beside, counted=counted)
+    kept = [losses[counted].view(3, -1) for losses in (dense, before, after, beside)]
+    for name, value in recovery(*kept).items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+    assert found["dense"] != pytest.approx(recovery(dense, before, after, beside)["dense"], rel=1e-6)

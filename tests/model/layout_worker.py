@@ -21,7 +21,7 @@ with quiet():
     from sepllm_train.training.setup import build_training
     from sepllm_train.training.step import Stepper, reduce_over_ranks
 
-DOCUMENTS = "documents one by one"
+DOCUMENTS = "restarted positions, masked labels"
 # (model, attention) of each row of the table.
 PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense": (PYTHIA, {"pattern": "dense"}),
@@ -33,7 +33,8 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "grouped queries, query-key norm": (LLAMA, {"qk_norm": True}),
     "tied embeddings": (LLAMA | {"tied_embeddings": True}, {}),
-    DOCUMENTS: (PYTHIA, {"separate_documents": True, "restart_positions": True, "full_layers": "first"}),
+    # Attention across documents: within them, positions that run on would do as well.
+    DOCUMENTS: (PYTHIA, {"restart_positions": True, "full_layers": "first"}),
 }
 MICRO_BATCHES = 4
 

@@ -105,10 +105,13 @@ def test_packed_documents_are_those_one_by_one(name: str, chunk: int, device: to
     torch.testing.assert_close(
         gradients(gpt, losses[mask].mean()), gradients(gpt, torch.cat(parts).mean()), rtol=0, atol=1e-5
     )
-    # A mask alone gives neither: with positions of the sequence, later documents differ.
-    off = replace(pattern, restart_positions=False)
-    if name == "dense":
-        assert (losses_of(gpt, off, batch) - losses)[0, 9:].abs().max() > 1e-4
+    # Rotary attention depends on distances: without keys of other documents, positions of the sequence do as well.
+    running = losses_of(gpt, replace(pattern, restart_positions=False), batch)
+    assert not torch.equal(running, losses)
+    torch.testing.assert_close(running, losses, rtol=0, atol=1e-5)
+    # Attention across documents does not.
+    joined = losses_of(gpt, replace(pattern, separate_documents=False), batch)
+    assert (joined - losses)[0, 9:].abs().max() > 1e-4
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:

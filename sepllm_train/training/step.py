@@ -173,6 +173,9 @@ class Stepper:
         """
         for chunk in self.training.chunks:
             chunk.eval()
+        if self.config.data.mask_boundary_loss:
+            # The end of a document takes back bytes of the label after it (`Corpus.prefix_bytes`), which is masked.
+            token_bytes = token_bytes.clamp(min=0)
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             batch = next(iterator)

@@ -29,9 +29,6 @@ class Validator:
         self.logger = logger
         self.datasets = datasets
         self.token_bytes = torch.tensor(token_bytes, device=run.device)
-        if run.config.data.mask_boundary_loss:
-            # The end of a document takes back a byte of the label after it (`Corpus.prefix_bytes`), which is masked.
-            self.token_bytes.clamp_(min=0)
         self.loss: float | None = None
 
     def validate(self) -> None:

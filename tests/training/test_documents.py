@@ -64,10 +64,7 @@ def test_figures_are_of_the_labels_that_count(trainer: Trainer, folder: Path) ->
     loss, bits = (trainer.values("documents", f"val/{key}")[-1] for key in ("loss", "bits_per_byte"))
     assert loss == pytest.approx(float(nats.mean()), rel=1e-6)
     assert loss != pytest.approx(float(losses.nats.double().mean()), rel=1e-6)
-    # The end of a document takes back the space that the tokenizer puts in front of the next, whose label is masked.
-    sizes = torch.tensor(run.corpus.token_bytes)
-    assert run.corpus.prefix_bytes == 1 and int(sizes.min()) == -1
-    size = int(sizes.clamp(min=0)[text["labels"]][counted].sum())
+    size = int(torch.tensor(run.corpus.token_bytes)[text["labels"]][counted].sum())
     assert bits == pytest.approx(float(nats.sum()) / size / math.log(2), rel=1e-6)
     found = evaluate_run(run, samples)
     assert found["loss"] == pytest.approx(loss, rel=1e-6) and found["tokens"] == int(counted.sum())
@@ -78,7 +75,7 @@ def test_analyses_have_the_positions_and_labels_of_training(trainer: Trainer, fo
     loss = trainer.values("documents", "val/loss")[-1]
     with alone():
         samples = run.config.training.validation_samples
-        analysis = LossAnalysis(run, LossOptions(lengths=[32, 64], far_recall=True), samples)
+        analysis = LossAnalysis(run, LossOptions(lengths=[32, 64]), samples)
         result = analysis.answer(lambda: None)
         ours = evaluate(run.model, run.pattern, run.validation, samples).nats
         device = next(run.model.parameters()).device
@@ -91,8 +88,6 @@ def test_analyses_have_the_positions_and_labels_of_training(trainer: Trainer, fo
         ]
     assert result["patterns"][0]["loss"].mean == result["sweep"][1]["trained_loss"].mean
     assert result["patterns"][0]["loss"].mean == pytest.approx(loss, rel=1e-6)
-    shares = [(row["share"], row["loss"].mean) for row in result["far_recall"]]
-    assert 0 < shares[0][0] < 1 and shares[0][1] > 0
     assert torch.equal(torch.stack(probed).cpu(), ours)
     assert (masses[0] - masses[1]).abs().max() > 1e-6
 

@@ -23,7 +23,6 @@ from sepllm_train.analysis.losses import Evaluation
 from sepllm_train.analysis.match import kept_keys, matching_interval, matching_window
 from sepllm_train.analysis.output import READING, check_output, clear_of_zero, progress, shown, signed, write_report
 from sepllm_train.base.figures import COLOURS, INK, MARKERS, dressed, legend_below, picture
-from sepllm_train.base.statistics import token_mean
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import AttentionConfig, require
 from sepllm_train.data.choice import settle_separators
@@ -272,17 +271,17 @@ class Ablation:
             "kv_kept_mean": kept.mean,
             "attended_share": kept.attended,
         }
-        nats = row.job.result.nats
+        losses = row.job.result
         for name, mask in masks.items():
-            result[f"{name}loss"] = token_mean(nats, mask)
-            result[f"{name}change"] = token_mean(nats - self.trained.result.nats, mask)
+            result[f"{name}loss"] = losses.mean(mask)
+            result[f"{name}change"] = losses.change(self.trained.result, mask)
         return result
 
 
 def _gains(prefix: str, other: Trial, subset: Trial, masks: dict[str, Tensor | None]) -> dict[str, Any]:
     """Loss with `other` minus loss with the subset, of all tokens and of far-recall ones."""
-    difference = other.job.result.nats - subset.job.result.nats
-    return {f"{prefix}{name}gain": token_mean(difference, mask) for name, mask in masks.items()}
+    losses, reference = other.job.result, subset.job.result
+    return {f"{prefix}{name}gain": losses.change(reference, mask) for name, mask in masks.items()}
 
 
 def ablation_command(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sepllm_train.analysis import plots
 from sepllm_train.analysis.output import READING, check_output, clear_of_zero, progress, shown, signed, write_report
-from sepllm_train.base.statistics import Estimate, Losses, token_mean
+from sepllm_train.base.statistics import Estimate, Losses
 from sepllm_train.compare.tables import Table
 from sepllm_train.config.schema import require
 from sepllm_train.distributed.launch import alone
@@ -78,6 +78,7 @@ class Evaluation:
         self.losses = replace(
             found,
             nats=found.nats.view(self.samples, -1),
+            counted=None if found.counted is None else found.counted.view(self.samples, -1),
             pairs=found.pairs.view(self.samples, -1).sum(1),
             causal_pairs=found.causal_pairs * self.parts,
         )
@@ -193,8 +194,8 @@ class LossAnalysis:
         start, stop = 0, min(FIRST_BUCKET, length)
         while start < length:
             row: dict[str, Any] = {"first": start, "last": stop - 1}
-            row["trained"] = token_mean(self.trained.result.nats[:, start:stop])
-            row["base"] = token_mean(self.base.result.nats[:, start:stop])
+            row["trained"] = self.trained.result.places(start, stop).mean()
+            row["base"] = self.base.result.places(start, stop).mean()
             yield row
             start, stop = stop, min(2 * stop, length)
 
@@ -207,16 +208,16 @@ class LossAnalysis:
         without = [("base without separators", self.dropped["all of them"])] if "all of them" in self.dropped else []
         for name, job in [*self._named(), *without]:
             for group, mask in groups.items():
-                change = token_mean(job.result.nats - self.trained.result.nats, mask)
+                change = job.result.change(self.trained.result, mask)
                 share = float(mask.double().mean())
-                loss = token_mean(job.result.nats, mask)
+                loss = job.result.mean(mask)
                 yield {"pattern": name, "tokens": group, "share": share, "loss": loss, "change": change}
 
     def _drop(self, name: str, job: Evaluation, distance: Tensor) -> dict[str, Any]:
         """Change in loss and in pairs when a class is dropped from the base pattern."""
         base, found = self.base.result, job.result
         removed = int((base.pairs - found.pairs).sum())
-        change = token_mean(found.nats - base.nats)
+        change = found.change(base)
         row = {
             "class": name,
             "change": change,
@@ -225,19 +226,19 @@ class LossAnalysis:
             "per_thousand_pairs": _scaled(change, 1000 * base.nats.numel() / removed) if removed else None,
         }
         if self.options.far_recall:
-            row["far_recall_change"] = token_mean(found.nats - base.nats, distance > self.window)
+            row["far_recall_change"] = found.change(base, distance > self.window)
         return row
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A length and window: losses with separators, and without them at equal pairs."""
         found = row["separators"].result
         result = {"length": row["length"], "window": row["window"], **_figures("", found, row["trained"].result)}
-        result["trained_loss"] = token_mean(row["trained"].result.nats)
+        result["trained_loss"] = row["trained"].result.mean()
         masks: dict[str, Tensor | None] = {"": None}
         if self.options.far_recall:
             far = recall_distance(row["text"]["tokens"], row["text"]["labels"]) > self.window
             masks["far_recall_"] = far.view(found.nats.shape)
-            result["far_recall_loss"] = token_mean(found.nats, masks["far_recall_"])
+            result["far_recall_loss"] = found.mean(masks["far_recall_"])
         if "none" in row:
             bare = row["none"].result
             result |= {
@@ -246,8 +247,8 @@ class LossAnalysis:
                 "equal_share": bare.attended_share,
             }
             for name, mask in masks.items():
-                result[f"{name}equal_loss"] = token_mean(bare.nats, mask)
-                result[f"{name}separators_gain"] = token_mean(bare.nats - found.nats, mask)
+                result[f"{name}equal_loss"] = bare.mean(mask)
+                result[f"{name}separators_gain"] = bare.change(found, mask)
         return result
 
 
@@ -264,8 +265,8 @@ def _figures(name: str, losses: Losses, reference: Losses) -> dict[str, Any]:
     """Loss, its change from `reference`, pairs per token over all layers, and share of one pattern."""
     return {
         "pattern": name,
-        "loss": token_mean(losses.nats),
-        "change": token_mean(losses.nats - reference.nats),
+        "loss": losses.mean(),
+        "change": losses.change(reference),
         "attended_share": losses.attended_share,
         "pairs_per_token": _keys(losses),
     }

@@ -243,7 +243,7 @@ def attention_mass(
         mass.shares[number] = torch.bincount(kind, minlength=KINDS).cpu() / length
         plan = pattern.plan(sample["separator_class"], sample["document_start"])
         with _watched(model, _Collector(mass, kind, number)):
-            model(sample["tokens"], plan)
+            model(sample["tokens"], plan, positions=pattern.positions(sample["document_start"]))
         advance()
     return mass
 

@@ -39,7 +39,7 @@ from sepllm_train.distributed.launch import alone
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 from sepllm_train.runs import records
 from sepllm_train.runs.evaluate import evaluate
-from sepllm_train.runs.held_out import held_out_samples, validated_on
+from sepllm_train.runs.held_out import held_out_samples, text_of, validated_on
 from sepllm_train.runs.open import Checkpoint, TrainedRun
 from sepllm_train.runs.variations import with_window
 from sepllm_train.training import checkpoint as checkpoints
@@ -99,6 +99,10 @@ class HeldOut:
         dataset = held_out_samples(replace(self.config, attention=attention), self.corpus)
         pattern = pattern or resolve_pattern(attention, self.config.model.layers)
         return evaluate(model, pattern, dataset, self.count, self.advance).nats.double()
+
+    def counted(self) -> Tensor | None:
+        """The losses that count, bool [count, S]; None for all."""
+        return text_of(held_out_samples(self.config, self.corpus), self.count).get("loss_mask")
 
 
 def recovery_command(
@@ -244,9 +248,10 @@ def _check_baseline(baseline: PostTrained, runs: Sequence[PostTrained]) -> None:
 
 
 def _attended(attention: AttentionConfig) -> Any:
-    """Settings that decide which keys are visible: a dense pattern has no window and no separators."""
+    """Settings that decide what attention computes: a dense pattern has no window and no separators."""
     dense = attention.pattern == "dense"
-    return ("dense", attention.separate_documents) if dense else replace(attention, backend="auto")
+    documents = (attention.separate_documents, attention.restart_positions)
+    return ("dense", *documents) if dense else replace(attention, backend="auto")
 
 
 def _dense_key(run: PostTrained) -> tuple[str, str]:
@@ -262,7 +267,7 @@ def _rows(
     if baseline is not None:
         beside = text.losses(baseline.trained.load_model(), baseline.trained.config.attention)
     dense: dict[tuple[str, str], Tensor] = {}
-    rows = []
+    rows, counted = [], text.counted()
     for run in runs:
         model, attention = run.trained.load_model(), run.trained.config.attention
         patterns = {window: with_window(run.trained.pattern, window) for window in windows}
@@ -275,34 +280,46 @@ def _rows(
         key = _dense_key(run)
         if key not in dense:
             dense[key] = text.losses(model, run.source.attention)
-        row = _described(run) | recovery(dense[key], before, after, beside)
+        row = _described(run) | recovery(dense[key], before, after, beside, counted=counted)
         row["windows"] = [
-            {"window": window, **recovery(dense[key], before_at[window], after_at[window])} for window in windows
+            {"window": window, **recovery(dense[key], before_at[window], after_at[window], counted=counted)}
+            for window in windows
         ]
         rows.append(row | {"curve": _curve(run) if row["recovered"] else None})
         del model
     return rows
 
 
-def recovery(dense: Tensor, before: Tensor, after: Tensor, continued: Tensor | None = None) -> dict[str, Any]:
-    """Losses, gap, what is left of it (after - dense) and the recovered share, of losses [N, S] of the same tokens.
+def recovery(
+    dense: Tensor,
+    before: Tensor,
+    after: Tensor,
+    continued: Tensor | None = None,
+    *,
+    counted: Tensor | None = None,
+) -> dict[str, Any]:
+    """Losses, gap, what is left of it (after - dense) and the recovered share, of losses [N, S] of the same tokens, of
+    which those of `counted` (bool [N, S]; None for all) count.
 
     Each is an Estimate. Differences are paired, and a share's error over samples is that of a ratio of sums (the delta
     method), so what samples have in common cancels. A share is None when the difference it is a share of is not above
     twice its error, or not above 0. With `continued` also its loss, after - continued, and (before - after) /
     (before - continued).
     """
-    row: dict[str, Any] = {"dense": token_mean(dense), "before": token_mean(before), "after": token_mean(after)}
-    row |= {"gap": token_mean(before - dense), "left": token_mean(after - dense)}
-    row["recovered"] = _share(before - after, before - dense)
+    values = {"dense": dense, "before": before, "after": after, "gap": before - dense, "left": after - dense}
     if continued is not None:
-        row |= {"continued": token_mean(continued), "left_of_continued": token_mean(after - continued)}
-        row["recovered_of_continued"] = _share(before - after, before - continued)
+        values |= {"continued": continued, "left_of_continued": after - continued}
+    row: dict[str, Any] = {name: token_mean(losses, counted) for name, losses in values.items()}
+    row["recovered"] = _share(before - after, before - dense, counted)
+    if continued is not None:
+        row["recovered_of_continued"] = _share(before - after, before - continued, counted)
     return row
 
 
-def _share(gained: Tensor, gap: Tensor) -> Estimate | None:
-    whole = token_mean(gap)
+def _share(gained: Tensor, gap: Tensor, counted: Tensor | None) -> Estimate | None:
+    whole = token_mean(gap, counted)
+    if counted is not None:
+        gained, gap = gained * counted, gap * counted
     return ratio_of_sums(gained.sum(-1), gap.sum(-1)) if whole.mean > 0 and clear_of_zero(whole) else None
 
 

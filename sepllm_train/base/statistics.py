@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -112,17 +112,37 @@ class Losses:
     """Losses of the tokens of some samples under one attention pattern.
 
     `nats` f32 [N, S], loss of each prediction; `pairs` i64 [N], visible (query, key) pairs of each sample summed over
-    layers; `causal_pairs`, what the pairs of one sample would be if all layers were dense.
+    layers; `causal_pairs`, what the pairs of one sample would be if all layers were dense; `counted` bool [N, S], the
+    predictions that count, None for all.
     """
 
     nats: Tensor
     pairs: Tensor
     causal_pairs: int
+    counted: Tensor | None = None
 
     @property
     def attended_share(self) -> float:
         """Visible pairs over causal ones, over all layers and samples."""
         return int(self.pairs.sum()) / (self.causal_pairs * len(self.pairs))
+
+    def mean(self, mask: Tensor | None = None) -> Estimate:
+        """Mean loss of the predictions that count, of those in `mask` (bool [N, S])."""
+        return token_mean(self.nats, both(mask, self.counted))
+
+    def change(self, reference: Losses, mask: Tensor | None = None) -> Estimate:
+        """Mean of the difference to the losses of the same predictions in `reference`; `mask` as in `mean`."""
+        return token_mean(self.nats - reference.nats, both(mask, self.counted))
+
+    def places(self, start: int, stop: int) -> Losses:
+        """Losses of predictions `start` to `stop` - 1 of each sample."""
+        counted = None if self.counted is None else self.counted[:, start:stop]
+        return replace(self, nats=self.nats[:, start:stop], counted=counted)
+
+
+def both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The entries in both of two masks, of which None has all."""
+    return other if mask is None else mask if other is None else mask & other
 
 
 def token_mean(values: Tensor, mask: Tensor | None = None) -> Estimate:

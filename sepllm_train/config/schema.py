@@ -178,6 +178,9 @@ class AttentionConfig:
     )
     full_layers: Any = setting("none", "none | first | first_last | list of layer numbers counted from 0.")
     separate_documents: bool = setting(False, "Tokens see nothing of earlier documents of their sequence.")
+    restart_positions: bool = setting(
+        False, "Rotary positions count from the first token of each document in the sequence, not of the sequence."
+    )
     sink: str = setting("none", "none | learned: a logit per head that takes attention away from all keys.")
     qk_norm: bool = setting(False, "Normalise queries and keys of each head.")
     backend: str = setting(
@@ -285,6 +288,11 @@ class DataConfig:
         text=True,
     )
     cache: str | None = setting(None, "Folder of the sample corpus and of indices; None = the user's cache folder.")
+    mask_boundary_loss: bool = setting(
+        False,
+        "A label that is the first token of another document does not count: in the loss of training and validation, "
+        "its mean, bits per byte and gradients.",
+    )
     workers: int = setting(1, "Processes that load data, for each rank.")
     sample_vocabulary: int = setting(4096, "Entries of the sample corpus's tokenizer.")
     sample_text: str = setting("docs", "docs | code | both: text of the sample corpus.")

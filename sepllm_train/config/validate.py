@@ -41,6 +41,10 @@ def validate(config: Config, world_size: int) -> None:
 def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what to tell otherwise) of every condition."""
     yield from _classes(config.attention)
+    yield (
+        not config.attention.restart_positions or config.model.rotary_fraction > 0,
+        "attention.restart_positions=true restarts rotary positions, of which model.rotary_fraction=0 has none.",
+    )
     yield from _grid(config)
     yield from _curriculum(config)
     yield from _sequence(config)

@@ -90,7 +90,8 @@ class SeparatorDataset(GPTDataset):
     """Samples of `sequence_length` tokens, packed across documents and shuffled by megatron-core.
 
     A sample is a dictionary: `tokens` and `labels` i64 [S], `separator_class` u8 [S], `document_start` i32 [S]
-    (position in the sequence at which the token's document starts).
+    (position in the sequence at which the token's document starts). With data.mask_boundary_loss also `loss_mask` bool
+    [S], False where the label is the first token of another document.
     """
 
     @staticmethod
@@ -135,13 +136,16 @@ class SeparatorDataset(GPTDataset):
             classes.append(self.dataset.classes[position : position + stop - offset])
             starts.append(np.full(stop - offset, filled, dtype=np.int32))
             filled += stop - offset
-        text = torch.from_numpy(np.concatenate(tokens, dtype=np.int64))
-        return {
+        text, start = torch.from_numpy(np.concatenate(tokens, dtype=np.int64)), np.concatenate(starts)
+        sample = {
             "tokens": text[:-1],
             "labels": text[1:],
             "separator_class": torch.from_numpy(np.concatenate(classes)[:-1]),
-            "document_start": torch.from_numpy(np.concatenate(starts)[:-1]),
+            "document_start": torch.from_numpy(start[:-1]),
         }
+        if self.config.eod_mask_loss:
+            sample["loss_mask"] = torch.from_numpy(start[1:] != np.arange(1, len(start)))
+        return sample
 
 
 class Epochs(Dataset):

@@ -179,7 +179,7 @@ def _dataset_config(config: Config, folder: Path) -> GPTDatasetConfig:
         path_to_cache=str(folder),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=config.data.mask_boundary_loss,
         create_attention_mask=False,
         tokenizer=SimpleNamespace(unique_identifiers={}, vocab_size=None, pad=-1, eod=-2),
     )

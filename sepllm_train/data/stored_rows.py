@@ -6,6 +6,7 @@ rows, with the tokenizer's token of the end.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,16 @@ from sepllm_train.data.dataset import Epochs, TokenStore
 class StoredRows(Dataset):
     """Rows `first` to `last` - 1 of a dataset, as samples like those of `SeparatorDataset`.
 
-    end: id of the token that ends a document.
+    end: id of the token that ends a document; mask_boundaries: as data.mask_boundary_loss.
     """
 
-    def __init__(self, store: TokenStore, first: int, last: int, end: int, split: Split) -> None:
+    def __init__(
+        self, store: TokenStore, first: int, last: int, end: int, split: Split, *, mask_boundaries: bool
+    ) -> None:
         self.store = store
         self.first, self.last = first, last
         self.end = end
+        self.mask_boundaries = mask_boundaries
         self.index_split = split
         self.row = int(store.index.sequence_lengths[0])
 
@@ -53,12 +57,15 @@ class StoredRows(Dataset):
         begin = offset // bytes_each
         places = np.arange(self.row - 1, dtype=np.int32)
         begins = np.concatenate([[False], row[:-2] == self.end])
-        return {
+        sample = {
             "tokens": text[:-1],
             "labels": text[1:],
             "separator_class": torch.from_numpy(np.array(self.store.classes[begin : begin + self.row - 1])),
             "document_start": torch.from_numpy(np.maximum.accumulate(np.where(begins, places, 0)).astype(np.int32)),
         }
+        if self.mask_boundaries:
+            sample["loss_mask"] = torch.from_numpy(row[:-1] != self.end)
+        return sample
 
 
 class StoredOrder(Epochs):
@@ -100,7 +107,7 @@ def stored_rows(config: Config, source: Source) -> tuple[StoredOrder, StoredRows
             f"to {end - 1:,}, and {source.prefix} has {rows:,}{reserved}: take fewer steps"
             + (", or set data.validation_fraction=0." if held_out else ".")
         )
-    tokenizer_end = source.header.tokenizer.eod
-    train = StoredRows(store, 0, rows - held_out, tokenizer_end, Split.train)
-    valid = StoredRows(store, rows - held_out, rows, tokenizer_end, Split.valid) if held_out else None
+    made = partial(StoredRows, store, end=source.header.tokenizer.eod, mask_boundaries=config.data.mask_boundary_loss)
+    train = made(first=0, last=rows - held_out, split=Split.train)
+    valid = made(first=rows - held_out, last=rows, split=Split.valid) if held_out else None
     return StoredOrder(train, config.seed, begin), valid

@@ -107,18 +107,24 @@ class SepGPTModel(LanguageModule):
         (hidden,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(hidden)
 
-    def forward(self, tokens: Tensor, plan: AttentionPlan | ContextPlan, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        plan: AttentionPlan | ContextPlan,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Run this pipeline stage.
 
-        tokens, labels: i64 [B, S]; plan: of the same micro-batch, on the same device. Every pipeline stage needs the
-        plan; only the first reads tokens and only the last labels. Rotary positions count from the start of the
-        sequence, across documents. Under context parallelism S is this rank's part of the sequences, and the plan a
-        ContextPlan.
+        tokens, labels: i64 [B, S]; plan: of the same micro-batch, on the same device; positions: i64 [B, S], those of
+        the rotary embedding, each below the length of the sequences; None counts from the start of the sequence,
+        across documents. Every pipeline stage needs plan and positions; only the first reads tokens and only the last
+        labels. Under context parallelism S is this rank's part of the sequences, and the plan a ContextPlan.
 
         Returns the loss of each token in nats, fp32 [B, S], on the last stage; without labels the logits
         [B, S, padded vocabulary / TP] of this rank, -inf where there is no entry; hidden states on other stages.
         """
-        hidden = self._hidden_states(tokens, SeparatorSequence.of(plan, self._rotation(plan)))
+        hidden = self._hidden_states(tokens, SeparatorSequence.of(plan, self._rotation(plan, positions)))
         if not self.post_process:
             return hidden
         if labels is not None and (self.loss_chunk or self.pointwise.compiled):
@@ -139,15 +145,18 @@ class SepGPTModel(LanguageModule):
         logits = self._logits(self.decoder.final_layernorm(hidden[-1:]))[0]
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[:, : self.vocabulary]
 
-    def _rotation(self, plan: AttentionPlan | ContextPlan) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [S, 1, 1, R] of the rotary embedding for this rank's positions; None without one.
+    def _rotation(self, plan: AttentionPlan | ContextPlan, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the rotary embedding for this rank's tokens, [S, 1, 1, R], or [S, B, 1, R] with
+        `positions`; None without one.
 
         Taken once for all layers: megatron-core's attention would take them in each, for queries and for keys.
         """
         if self.rotary_pos_emb is None:
             return None
         angles = self.rotary_pos_emb.get_emb(plan.sequence_length)
-        if isinstance(plan, ContextPlan):
+        if positions is not None:
+            angles = angles[:, 0][positions.t()]
+        elif isinstance(plan, ContextPlan):
             angles = part_of(angles[None], plan.group.rank, plan.group.size)[0]
         return self.rotation_by(angles)
 

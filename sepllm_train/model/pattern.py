@@ -51,6 +51,7 @@ class AttentionPattern:
     initial_tokens: int
     interval: int | None
     separate_documents: bool
+    restart_positions: bool
 
     @property
     def dense(self) -> bool:
@@ -80,6 +81,13 @@ class AttentionPattern:
             num_tiers=self.num_tiers,
         )
 
+    def positions(self, document_start: Tensor) -> Tensor | None:
+        """Rotary positions i64 [B, S], counted from the first token of each document in the sequence; None where they
+        are those of the sequence. `document_start` as in `plan`."""
+        if not self.restart_positions:
+            return None
+        return torch.arange(document_start.shape[1], device=document_start.device) - document_start
+
 
 def resolve_pattern(attention: AttentionConfig, layers: int) -> AttentionPattern:
     """Resolve the configuration for a model of `layers` layers.
@@ -99,6 +107,7 @@ def resolve_pattern(attention: AttentionConfig, layers: int) -> AttentionPattern
         initial_tokens=0 if attention.pattern == "dense" else attention.initial_tokens,
         interval=attention.interval if attention.pattern == "fixed" else None,
         separate_documents=attention.separate_documents,
+        restart_positions=attention.restart_positions,
     )
 
 

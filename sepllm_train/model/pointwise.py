@@ -200,7 +200,8 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first features of x [S, B, H, D], as many as cos and sin [S, 1, 1, R] have, in halves (GPT-NeoX)."""
+    """Rotate the first features of x [S, B, H, D], as many as cos and sin [S, 1 or B, 1, R] have, in halves
+    (GPT-NeoX)."""
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, -1)
     return torch.cat((turned * cos + torch.cat((-second, first), -1) * sin, rest), -1)

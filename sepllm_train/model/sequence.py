@@ -20,7 +20,8 @@ class SeparatorSequence(PackedSeqParams):
     """
 
     plan: AttentionPlan | ContextPlan
-    # Cosines and sines [S, 1, 1, R] of the rotary embedding's R features; None where nothing is rotated.
+    # Cosines and sines [S, 1, 1, R] of the rotary embedding's R features, [S, B, 1, R] where positions differ between
+    # the sequences; None where nothing is rotated.
     rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod

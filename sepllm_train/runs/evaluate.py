@@ -14,7 +14,7 @@ import torch
 from sep_attention import attended_pairs
 from torch import Tensor
 
-from sepllm_train.base.statistics import Losses, token_mean
+from sepllm_train.base.statistics import Losses
 from sepllm_train.config.schema import require
 from sepllm_train.distributed.launch import alone
 from sepllm_train.model.attention import SeparatorAttention
@@ -60,22 +60,26 @@ def evaluate(
 ) -> Losses:
     """Losses of the first `samples` samples of `dataset`, one forward pass each, in the precision of the weights.
 
-    Calls `advance` after each. Raises UserError for more samples than there are.
+    Those count that count in training and validation. Calls `advance` after each. Raises UserError for more samples
+    than there are.
     """
     require(
         1 <= samples <= len(dataset), f"{samples} samples were asked for, and there are {len(dataset):,} held-out ones."
     )
     device = next(model.parameters()).device
-    nats, pairs = [], []
+    nats, pairs, masks = [], [], []
     with attending(model, pattern):
         for number in range(samples):
             sample = {key: value[None].to(device) for key, value in dataset[number].items()}
             plan = pattern.plan(sample["separator_class"], sample["document_start"])
-            nats.append(model(sample["tokens"], plan, labels=sample["labels"]).float().cpu())
+            positions = pattern.positions(sample["document_start"])
+            nats.append(model(sample["tokens"], plan, labels=sample["labels"], positions=positions).float().cpu())
+            masks += [sample["loss_mask"].cpu()] if "loss_mask" in sample else []
             pairs.append(sum(int(attended_pairs(plan, layer.window, layer.horizons)) for layer in pattern.layers))
             advance()
     length = nats[0].shape[1]
-    return Losses(torch.cat(nats), torch.tensor(pairs), len(pattern.layers) * length * (length + 1) // 2)
+    causal_pairs = len(pattern.layers) * length * (length + 1) // 2
+    return Losses(torch.cat(nats), torch.tensor(pairs), causal_pairs, torch.cat(masks) if masks else None)
 
 
 def usual_window(pattern: AttentionPattern) -> int:
@@ -96,8 +100,8 @@ def evaluate_run(
     a dense one): give runs that are compared the same. Works in or outside of `alone`.
 
     Returns loss, far_recall_loss and other_loss in nats per token, each with an `_error`; far_recall_share of the
-    tokens; attended_share of the causal triangle; recall_window; tokens; and what `TrainedRun.describe` gives. Raises
-    UserError as `TrainedRun.validation` and `TrainedRun.load_model` do.
+    tokens; attended_share of the causal triangle; recall_window; tokens that count; and what `TrainedRun.describe`
+    gives. Raises UserError as `TrainedRun.validation` and `TrainedRun.load_model` do.
     """
     require(recall_window is None or recall_window >= 1, f"recall_window={recall_window} must be at least 1.")
     with alone():
@@ -108,13 +112,13 @@ def evaluate_run(
     far = far_recall(text["tokens"], text["labels"], window)
     result: dict[str, Any] = {}
     for name, mask in (("", None), ("far_recall_", far), ("other_", ~far)):
-        result[f"{name}loss"], result[f"{name}loss_error"] = token_mean(losses.nats, mask)
+        result[f"{name}loss"], result[f"{name}loss_error"] = losses.mean(mask)
     return {
         **result,
         "far_recall_share": float(far.double().mean()),
         "attended_share": losses.attended_share,
         "recall_window": window,
-        "tokens": losses.nats.numel(),
+        "tokens": losses.nats.numel() if losses.counted is None else int(losses.counted.sum()),
         **run.describe(count),
     }
 

@@ -35,6 +35,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         recipe_line(config),
         *_position_lines(config),
         _attention_line(config, facts),
+        *_document_lines(config),
         *_context_lines(config, facts),
         *_compute_lines(config, cuda=device.type == "cuda"),
         f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
@@ -150,6 +151,19 @@ def _attention_line(config: Config, facts: Facts) -> str:
         f"attention: {attention.pattern}{details} | {facts.attended_share:.1%} of the causal triangle attended on the "
         f"first {PROBED_SAMPLES} samples{_mean_words(config)} | backend {backends}"
     )
+
+
+def _document_lines(config: Config) -> list[str]:
+    """What ends with a document besides what attention sees, if anything does."""
+    restart, masked = config.attention.restart_positions, config.data.mask_boundary_loss
+    if not restart and not masked:
+        return []
+    parts = [
+        "attention within a document" if config.attention.separate_documents else "attention across documents",
+        "positions restart at each" if restart else "positions of the sequence",
+        f"the first token of the next document {'does not count' if masked else 'counts'} as a label",
+    ]
+    return [f"documents: {' | '.join(parts)}"]
 
 
 def _mean_words(config: Config) -> str:

@@ -92,6 +92,8 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "seed_of_data_order": config.seed,
             "validation_fraction": config.data.validation_fraction,
             "validation_samples": config.training.validation_samples,
+            # Losses are of other labels with it.
+            **({"mask_boundary_loss": True} if config.data.mask_boundary_loss else {}),
             **({"validation_data": corpus.validation_identity()} if corpus.validation else {}),
             **({"earlier_data": prepared.entry.earlier_data} if prepared.entry.earlier_data else {}),
         },
@@ -104,6 +106,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
             "placement": config.attention.placement,
             "keep_share": config.attention.keep_share,
             "full_layers": config.attention.full_layers,
+            **({"restart_positions": True} if config.attention.restart_positions else {}),
             **({} if prepared.choice is None else {"auto": prepared.choice.record()}),
         },
         "backends": facts.backends,

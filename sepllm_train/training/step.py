@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,15 +36,18 @@ Own = Callable[[], list[float]]
 class StepResult:
     """Outcome of a step.
 
-    Of this rank, before any reduction: `loss` f64, the sum of the micro-batches' mean losses (nats per token), 0 off
-    the last pipeline stage and over this rank's tokens only under context parallelism; `pairs` i64, visible pairs of
-    its whole sequences, summed over all layers of the model; `layer_pairs` i64 [layers], those of each layer. All on
-    the device. `context_bytes`: keys, values and gradients that it sent to other context-parallel ranks.
+    Of this rank, before any reduction: `loss` f64, the sum of the micro-batches' mean losses (nats per token), and
+    `counted` f64, the micro-batches behind it, both 0 off the last pipeline stage and over this rank's tokens only
+    under context parallelism. Where labels are masked, they are 0 in a mean over all tokens, and a micro-batch is
+    counted by the share of its labels that are not. `pairs` i64, visible pairs of its whole sequences, summed over all
+    layers of the model; `layer_pairs` i64 [layers], those of each layer. All on the device. `context_bytes`: keys,
+    values and gradients that it sent to other context-parallel ranks.
     The same on every rank: `grad_norm` before clipping; `skipped`, whether fp16 overflowed; `mean_loss` of the batch;
     `bad`, why the step was left out (None when it was not); `sums` of the numbers of `Own`.
     """
 
     loss: Tensor
+    counted: Tensor
     pairs: Tensor
     layer_pairs: Tensor
     context_bytes: int
@@ -53,6 +57,20 @@ class StepResult:
     mean_loss: float
     bad: str | None
     sums: list[float]
+
+
+class _Inputs(NamedTuple):
+    """A micro-batch for the model on this rank: tokens, labels, positions i64 [B, S], loss_mask bool [B, S].
+
+    Positions are None where they are those of the sequence, the mask is None where every label counts. Under context
+    parallelism S is this rank's part.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    plan: AttentionPlan | ContextPlan
+    positions: Tensor | None
+    loss_mask: Tensor | None
 
 
 class Stepper:
@@ -112,25 +130,29 @@ class Stepper:
             with self.clock.part("data_wait"):
                 batch = next(iterator)
             with self.clock.part("plan"):
-                tokens, labels, plan = self._inputs(batch)
+                tokens, labels, plan, positions, loss_mask = self._inputs(batch)
             if model is training.chunks[0]:
                 layer_pairs.add_(self._layer_pairs(plan))
                 done["micro"] += 1
                 progress(done["micro"])
-            return model(tokens, plan, labels=labels), self._mean_loss
+            output = model(tokens, plan, labels=labels, positions=positions)
+            return output, partial(self._mean_loss, loss_mask=loss_mask)
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
         lr = learning_rate(training.optimizer)
         with self.clock.part("optimizer"):
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            total, counted = torch.zeros(2, dtype=torch.float64, device=self.device)
             for loss in losses:
                 total += loss["loss"]
-            done_update = update(training.optimizer, total, len(losses), own(), judge)
+                counted += loss["counted"]
+            everywhere = micro_batches * dist.get_world_size() // self.config.parallel.pipeline
+            done_update = update(training.optimizer, total, counted, everywhere, own(), judge)
         # Also after a skipped update: the learning rate belongs to the step, not to the update.
         training.scheduler.step(increment=1)
         overflow = done_update.overflow and done_update.bad is None
         return StepResult(
             total,
+            counted,
             layer_pairs.sum(),
             layer_pairs,
             self.context.take_sent_bytes() if self.context else 0,
@@ -144,22 +166,28 @@ class Stepper:
 
     @torch.no_grad()
     def validate(self, batches: list[Iterator[Batch]], micro_batches: int, token_bytes: Tensor) -> tuple[float, float]:
-        """(nats per token, nats per UTF-8 byte) over the counted samples of every rank.
+        """(nats per token, nats per UTF-8 byte) over the counted labels of the counted samples of every rank; nan
+        without any.
 
         `token_bytes`: i64 [V], bytes of each vocabulary entry.
         """
         for chunk in self.training.chunks:
             chunk.eval()
+        if self.config.data.mask_boundary_loss:
+            # The end of a document takes back bytes of the label after it (`Corpus.prefix_bytes`), which is masked.
+            token_bytes = token_bytes.clamp(min=0)
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             batch = next(iterator)
-            tokens, labels, plan = self._inputs(batch)
-            output = model(tokens, plan, labels=labels)
+            tokens, labels, plan, positions, loss_mask = self._inputs(batch)
+            output = model(tokens, plan, labels=labels, positions=positions)
 
             def sums(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                counted = batch["counted"][:, None].double()
+                counted = batch["counted"][:, None].double().expand_as(losses)
+                if loss_mask is not None:
+                    counted = counted * loss_mask
                 nats = (losses.double() * counted).sum()
-                tokens = (counted * torch.ones_like(losses, dtype=torch.float64)).sum()
+                tokens = counted.sum()
                 size = (token_bytes[labels].double() * counted).sum()
                 return losses.float().mean(), {"sums": torch.stack((nats, tokens, size))}
 
@@ -173,7 +201,7 @@ class Stepper:
         if self.context:
             self.context.take_sent_bytes()
         nats, tokens, size = totals.tolist()
-        return nats / tokens, nats / size if size else float("nan")
+        return nats / tokens if tokens else float("nan"), nats / size if size else float("nan")
 
     def _run(
         self, forward_step: Callable, batches: list[Iterator[Batch]], micro_batches: int, *, forward_only: bool
@@ -191,32 +219,43 @@ class Stepper:
             forward_only=forward_only,
         )
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionPlan | ContextPlan]:
-        """Tokens and labels i64 [B, S] of this rank and the attention plan of a micro-batch, S being `length`.
+    def _inputs(self, batch: Batch) -> _Inputs:
+        """The inputs of a micro-batch of sequences of `length` tokens.
 
-        Under context parallelism S is this rank's part, and the batch's `separator_class` and `document_start` are on
-        the host, where the exchange is planned.
+        Under context parallelism the batch's `separator_class` and `document_start` are on the host, where the exchange
+        is planned.
         """
         batch = cut(batch, self.length)
         plan = self.pattern.plan(batch["separator_class"], batch["document_start"])
-        if self.context is None:
-            return batch["tokens"], batch["labels"], plan
-        shared = ContextPlan(plan, self.context, self.device)
-        return self._part(batch["tokens"]), self._part(batch["labels"]), shared
+        positions = self._part(self.pattern.positions(batch["document_start"]))
+        return _Inputs(
+            self._part(batch["tokens"]),
+            self._part(batch["labels"]),
+            plan if self.context is None else ContextPlan(plan, self.context, self.device),
+            None if positions is None else positions.to(self.device),
+            self._part(batch.get("loss_mask")),
+        )
 
-    def _part(self, tensor: Tensor) -> Tensor:
-        """The part of [B, S] that belongs to this context-parallel rank."""
-        return tensor if self.context is None else part_of(tensor, self.context.rank, self.context.size)
+    def _part(self, tensor: Any) -> Any:
+        """The part of [B, S] that belongs to this context-parallel rank; None of None."""
+        if self.context is None or tensor is None:
+            return tensor
+        return part_of(tensor, self.context.rank, self.context.size)
 
-    def _mean_loss(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to differentiate, and for the log the mean over this rank's tokens of a micro-batch.
+    def _mean_loss(self, losses: Tensor, loss_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Loss to differentiate, and for the log the mean over this rank's tokens of a micro-batch and the share of
+        them that counts.
 
-        Gradients are averaged over context-parallel ranks as over replicas, although theirs are of parts of one mean.
-        The schedule makes up for that by multiplying the loss by the number of ranks, so this rank's part of the mean
-        is due here. The schedule works in place: the log gets a tensor of its own.
+        Masked labels are 0 in the mean: how many count in the whole batch is known after its last micro-batch, and
+        `update` makes up for it. Gradients are averaged over context-parallel ranks as over replicas, although theirs
+        are of parts of one mean. The schedule makes up for that by multiplying the loss by the number of ranks, so this
+        rank's part of the mean is due here. The schedule works in place: the log gets a tensor of its own.
         """
-        loss = losses.float().mean()
-        return loss / (self.context.size if self.context else 1), {"loss": loss.detach()}
+        losses, counted = losses.float(), 1.0
+        if loss_mask is not None:
+            losses, counted = losses.where(loss_mask, 0.0), loss_mask.double().mean()
+        loss = losses.mean()
+        return loss / (self.context.size if self.context else 1), {"loss": loss.detach(), "counted": counted}
 
     def _layer_pairs(self, plan: AttentionPlan | ContextPlan) -> Tensor:
         """Visible pairs of a micro-batch, summed over whole sequences, in each layer: i64 [layers]."""
@@ -230,13 +269,13 @@ class Stepper:
 
 
 def reduce_over_ranks(values: Tensor, context_bytes: int) -> list[float]:
-    """Sums over data-parallel replicas of `values` = (loss sum, count of micro-batches behind it, pairs, and if wanted
+    """Sums over data-parallel replicas of `values` = (loss sum, micro-batches counted behind it, pairs, and if wanted
     more counts of pairs), and last the mean over all ranks of `context_bytes`, which each has sent to context-parallel
     ones.
 
     Every tensor-parallel rank and, for pairs, every stage holds a copy: the sums over all ranks are divided by the
-    number of copies. The losses come from the last stage only. Context-parallel ranks hold copies of the count and the
-    pairs, and losses of equal parts of the tokens, of which the mean is wanted.
+    number of copies. The losses come from the last stage only. Context-parallel ranks hold copies of the pairs, and
+    losses and counts of equal parts of the tokens, of which the mean is wanted.
     """
     total = torch.cat((values.double(), torch.tensor([context_bytes], device=values.device)))
     dist.all_reduce(total)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from sepllm_train.base.console import duration, fold, say
@@ -29,7 +28,7 @@ from sepllm_train.training.update import documents_of
 
 @dataclass
 class LogInterval:
-    """Steps between two log lines. `sums` f64 [3 + layers], on the device: losses, micro-batches behind them, visible
+    """Steps between two log lines. `sums` f64 [3 + layers], on the device: losses, micro-batches counted, visible
     pairs, and pairs of each layer; `windows` is the sum of the windows that were drawn."""
 
     sums: Tensor
@@ -59,15 +58,11 @@ class StepLogger:
         # Figures of the last checkpoint that no record has yet, and failures so far.
         self.checkpoint_record: dict[str, float] = {}
         self.failed_checkpoints = 0
-        holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self._counted = torch.tensor(
-            float(run.facts.micro_batches * holds_loss), dtype=torch.float64, device=run.device
-        )
 
     def add(self, result: StepResult, window: int) -> None:
         """Add a step to the interval; the sums stay on the device. A bad step adds no loss."""
         interval, nothing = self.interval, torch.zeros_like(result.loss)
-        loss, counted = (result.loss, self._counted) if result.bad is None else (nothing, nothing)
+        loss, counted = (result.loss, result.counted) if result.bad is None else (nothing, nothing)
         interval.sums += torch.cat((torch.stack((loss, counted, result.pairs.double())), result.layer_pairs.double()))
         interval.steps += 1
         interval.windows += window
@@ -103,6 +98,7 @@ class StepLogger:
             **self._layer_fractions(counter, tokens, layer_pairs),
             **({"train/sequence_length": phase.length} if several else {}),
             **({"train/window": interval.windows / interval.steps} if run.schedule.patterns else {}),
+            **self._counted_share(count),
             "train/skipped_steps": interval.skipped,
             "train/bad_steps": interval.bad,
             "train/lost_workers": interval.lost_workers,
@@ -229,6 +225,14 @@ class StepLogger:
             f"train/layer_{number:02d}/attended_share": counter.attended_share(tokens, round(pairs) * len(layers))
             for number, pairs in enumerate(layer_pairs)
         }
+
+    def _counted_share(self, counted: float) -> dict[str, float]:
+        """Share of the labels that counted in the steps that were not bad, from their `counted` micro-batches; nothing
+        where all count."""
+        run, steps = self.run, self.interval.steps - self.interval.bad
+        if not run.config.data.mask_boundary_loss or not steps:
+            return {}
+        return {"train/counted_share": counted / (steps * run.facts.micro_batches * run.facts.replicas)}
 
     def _mfu(self, flops_per_second: float) -> float | None:
         """flops/model per second over the peak of all devices; None where the peak is not known."""

@@ -31,9 +31,9 @@ Judge = Callable[[float, float], str | None]
 class Update:
     """Result of the reduction and fate of the step; the same on every rank.
 
-    `loss`: mean over the batch, nats per token. `grad_norm`: before clipping, inf when fp16 gradients overflowed.
-    `overflow`: the step was skipped and the loss scale lowered. `bad`: why the step was skipped otherwise, or None.
-    `sums`: the caller's own numbers, summed over ranks.
+    `loss`: mean over the labels of the batch that count, nats per token; 0 without any. `grad_norm`: before clipping,
+    inf when fp16 gradients overflowed. `overflow`: the step was skipped and the loss scale lowered. `bad`: why the step
+    was skipped otherwise, or None. `sums`: the caller's own numbers, summed over ranks.
     """
 
     loss: float
@@ -44,12 +44,17 @@ class Update:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, loss: Tensor, count: int, own: Sequence[float], judge: Judge) -> Update:
+def update(
+    optimizer: MegatronOptimizer, loss: Tensor, counted: Tensor, micro_batches: int, own: Sequence[float], judge: Judge
+) -> Update:
     """Take the optimizer's step unless `judge` objects; then weights and optimizer state stay as they are.
 
-    `loss` f64 scalar: sum of the mean losses of the `count` micro-batches that this rank saw (0 and 0 off the last
-    pipeline stage). `own`: numbers to be summed over all ranks on the way. Every rank calls it; it waits for the
-    device once, as reading a gradient norm does.
+    `loss`, `counted` f64 scalars of a StepResult. `micro_batches`: what `counted` comes to over all ranks when every
+    label counts. `own`: numbers to be summed over all ranks on the way. Every rank calls it; it waits for the device
+    once, as reading a gradient norm does.
+
+    The gradients are those of a mean over all labels in which masked ones are 0. Multiplied by labels over counted
+    labels they are those of the mean over the counted labels of the batch, whatever micro-batches and ranks have them.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     overflow = optimizer.prepare_grads()
@@ -60,16 +65,18 @@ def update(optimizer: MegatronOptimizer, loss: Tensor, count: int, own: Sequence
         grads = [grad for part in parts for grad in _norm_grads(part)]
         square += square_sum(grads).to(square) / copies
     # Summed over the world, not over the ranks of one replica: then all judge by the very same numbers.
-    totals = torch.cat((torch.stack((loss, square)), torch.tensor([count, *own], dtype=loss.dtype, device=loss.device)))
+    totals = torch.cat((torch.stack((loss, square, counted)), torch.tensor(own, dtype=loss.dtype, device=loss.device)))
     dist.all_reduce(totals)
     total, squares, seen, *sums = totals.tolist()
-    mean = total / seen
-    norm = math.inf if overflow else math.sqrt(squares) if squares >= 0 else math.nan
+    mean, scale = (total / seen, micro_batches / seen) if seen else (0.0, 1.0)
+    norm = math.inf if overflow else math.sqrt(squares) * scale if squares >= 0 else math.nan
     # An overflow of fp16 is the loss scale's business as long as the scale can still fall.
     judged = not overflow or not math.isfinite(mean) or _lowest_scale(parts)
     bad = judge(mean, norm) if judged else None
     if bad is None and not overflow:
         for part in parts:
+            if scale != 1:
+                torch._foreach_mul_([p.grad for p in part.get_parameters() if p.grad is not None], scale)
             limit = part.config.clip_grad
             if 0 < limit < norm:
                 # All at once: megatron-core's takes two kernels for each gradient where apex is missing.
@@ -118,7 +125,7 @@ ENOUGH = 16
 def not_finite(loss: float, grad_norm: float) -> str | None:
     """Reason why a step cannot be used whatever came before it, or None.
 
-    loss: mean over the batch, nats per token. grad_norm: before clipping.
+    loss: as in `Update`. grad_norm: before clipping.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"

@@ -241,3 +241,14 @@ def test_a_run_of_other_positions_is_refused(runs: PostTraining, capsys: pytest.
     folder = runs.go_on("other_base", "model.rotary_base=20000", "training.steps=1")
     assert recovery_main([str(folder)]) == 2
     assert "has another model.rotary_base than its source" in capsys.readouterr().err
+
+
+def test_losses_that_do_not_count_are_left_out() -> None:
+    dense, before, after, beside = torch.rand(4, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    counted = torch.arange(8).expand(3, 8) % 4 != 3
+    before, after = before + 5, after + 3
+    found = recovery(dense, before, after, beside, counted=counted)
+    kept = [losses[counted].view(3, -1) for losses in (dense, before, after, beside)]
+    for name, value in recovery(*kept).items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+    assert found["dense"] != pytest.approx(recovery(dense, before, after, beside)["dense"], rel=1e-6)

@@ -70,6 +70,23 @@ def test_samples_are_aligned(prefixes: tuple[str, str], tmp_path: Path) -> None:
     assert crossing >= 3
 
 
+def test_labels_of_other_documents_are_masked(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    """Those after a token that ends a document, also the last of a sample; all else is as without the mask."""
+    config = config_for([prefixes[0]], tmp_path, length=8)
+    plain, _ = build_datasets(config, open_corpus(config.data))
+    config = replace(config, data=replace(config.data, mask_boundary_loss=True))
+    dataset, validation = build_datasets(config, open_corpus(config.data))
+    end = read_header(prefixes[0]).tokenizer.eod
+    last = 0
+    for number in range(len(plain.dataset)):
+        sample, without = dataset[number], plain[number]
+        assert all(torch.equal(sample[key], without[key]) for key in without) and "loss_mask" not in without
+        assert torch.equal(sample["loss_mask"], sample["tokens"] != end)
+        last += not sample["loss_mask"][-1]
+    assert last
+    assert "loss_mask" in next(iter(validation.values()))[0]
+
+
 def test_every_training_token_is_read_once_an_epoch(prefixes: tuple[str, str], tmp_path: Path) -> None:
     store = TokenStore(prefixes[0])
     held = held_out_from(store.sequence_lengths, 0.1, open_corpus(config_for([prefixes[0]], tmp_path).data).sources[0])

@@ -117,6 +117,10 @@ def test_samples_are_those_of_packed_documents(alone: None, config: Config, rows
         assert sample["document_start"].tolist() == expected
         several += max(expected) > 0
     assert several
+    masking = replace(config, data=replace(config.data, mask_boundary_loss=True))
+    for dataset, _ in (build_datasets(masking, open_corpus(masking.data)),):
+        masks = torch.stack([dataset[number]["loss_mask"] for number in range(40)])
+    assert (masks.numpy() == (stored[:40, :-1] != header.tokenizer.eod)).all() and not masks.all()
 
 
 MISTAKES: dict[str, tuple[Callable[[Config], Config], str]] = {

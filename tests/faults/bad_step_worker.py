@@ -61,8 +61,8 @@ def spoiling(factors: dict[int, float]) -> Iterator[dict[str, Any]]:
         seen["rates"].append(result.learning_rate)
         return result
 
-    def loss(stepper: Stepper, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss_of(stepper, losses * factor)
+    def loss(stepper: Stepper, losses: torch.Tensor, loss_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        return loss_of(stepper, losses * factor, loss_mask)
 
     Stepper.train, Stepper._mean_loss = step, loss  # type: ignore[method-assign]
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from sepllm_train.base.quiet import quiet
@@ -12,7 +14,7 @@ from sepllm_train.config.rotary import RotaryScalingConfig
 from sepllm_train.config.schema import Config, OptimConfig
 from sepllm_train.distributed.launch import Launch, launch_from_environment, model_parallel, process_grid
 from sepllm_train.model.pattern import resolve_pattern
-from tests.model.tiny import LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
+from tests.model.tiny import LENGTH, LLAMA, PYTHIA, VOCABULARY, micro_batch, tiny_config
 
 with quiet():
     from megatron.core import parallel_state
@@ -21,6 +23,7 @@ with quiet():
     from sepllm_train.training.step import Stepper, reduce_over_ranks
 
 YARN = RotaryScalingConfig("yarn", factor=4.0, original_max_position_embeddings=12, beta_fast=8.0)
+DOCUMENTS = "restarted positions, masked labels"
 # (model, attention) of each row of the table.
 PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense": (PYTHIA, {"pattern": "dense"}),
@@ -33,6 +36,8 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped queries, query-key norm": (LLAMA, {"qk_norm": True}),
     "scaled positions": (LLAMA | {"rotary_scaling": YARN}, {}),
     "tied embeddings": (LLAMA | {"tied_embeddings": True}, {}),
+    # Attention across documents: within them, positions that run on would do as well.
+    DOCUMENTS: (PYTHIA, {"restart_positions": True, "full_layers": "first"}),
 }
 MICRO_BATCHES = 4
 
@@ -49,12 +54,18 @@ def train_all(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
             with model_parallel(tiny_config(**settings), device):
                 results.append(
                     {
-                        pattern: train(tiny_config(*PATTERNS[pattern], **settings), launch, device)
+                        pattern: train(config_of(pattern, **settings), launch, device)
                         for pattern in layout.get("patterns", PATTERNS)
                     }
                 )
         parallel_state.initialize_model_parallel()
     return results
+
+
+def config_of(pattern: str, **settings: Any) -> Config:
+    """The configuration of a row; labels are masked, unequally many in each micro-batch, where it is DOCUMENTS."""
+    config = tiny_config(*PATTERNS[pattern], **settings)
+    return replace(config, data=replace(config.data, mask_boundary_loss=pattern == DOCUMENTS))
 
 
 def train(config: Config, launch: Launch, device: torch.device) -> dict[str, Any]:
@@ -77,13 +88,12 @@ def train(config: Config, launch: Launch, device: torch.device) -> dict[str, Any
         return [map(_batch, [config] * len(numbers), numbers) for _ in training.chunks]
 
     result: dict[str, Any] = {"losses": [], "norms": [], "pairs": [], "context_bytes": []}
-    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     for _ in range(2):
         step = stepper.train(batches(), len(numbers), lambda number: None)
-        counted = torch.tensor(float(last_stage * len(numbers)))
-        sums = torch.stack((step.loss, counted, step.pairs.double()))
+        sums = torch.stack((step.loss, step.counted, step.pairs.double()))
         loss, count, pairs, sent = reduce_over_ranks(sums, step.context_bytes)
-        assert count == MICRO_BATCHES
+        assert (count == MICRO_BATCHES) != config.data.mask_boundary_loss
+        assert loss / count == pytest.approx(step.mean_loss, abs=1e-12)
         result["losses"].append(loss / count)
         result["norms"].append(step.grad_norm)
         result["pairs"].append(pairs)
@@ -95,13 +105,22 @@ def train(config: Config, launch: Launch, device: torch.device) -> dict[str, Any
 def _batch(config: Config, number: int) -> dict[str, torch.Tensor]:
     """A micro-batch as the data loader gives it."""
     made = micro_batch(config, seed=number)
-    return {
+    batch = {
         "tokens": made.tokens,
         "labels": made.labels,
         "separator_class": made.classes,
         "document_start": made.document_start,
         "counted": torch.ones(len(made.tokens)),
     }
+    return batch | unequal_documents(number, len(made.tokens)) if config.data.mask_boundary_loss else batch
+
+
+def unequal_documents(number: int, batch: int) -> dict[str, torch.Tensor]:
+    """`document_start` and `loss_mask` [batch, LENGTH] of documents that are longer in each row and micro-batch: of one
+    token in the first, which counts no label."""
+    length = (torch.arange(batch)[:, None] * 3 + 7 * number + 1).int()
+    start = torch.arange(LENGTH + 1, dtype=torch.int32) // length * length
+    return {"document_start": start[:, :-1], "loss_mask": start[:, 1:] == start[:, :-1]}
 
 
 def _sinks(module: Any) -> list[Any]:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.model.layout_worker import PATTERNS, train_all
+from tests.model.layout_worker import DOCUMENTS, PATTERNS, train_all
 from tests.support.distributed_runner import run_ranks
 
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 # Tied embeddings are summed over pipeline stages, and impossible with virtual ones.
 UNTIED = [pattern for pattern in PATTERNS if pattern != "tied embeddings"]
 # Enough where a row repeats others with one more setting.
-FEW = {"patterns": ["first and last layer full", "windows, documents, sinks", "grouped queries, query-key norm"]}
-ONE = {"patterns": ["windows, documents, sinks"]}
+ONE = {"patterns": ["windows, documents, sinks", DOCUMENTS]}
+FEW = {"patterns": ["first and last layer full", "grouped queries, query-key norm", *ONE["patterns"]]}
 COMPILED = {"compile": True, "loss_chunk": 40}
 # A row = a layout, by the number of processes that are started for it; what is left of them are replicas.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {

@@ -111,4 +111,4 @@ def first_step(config: Config, batches: list[Batch], launch: Launch) -> list[flo
         training = build_training(config, 4096, device)
         stepper = Stepper(config, resolve_pattern(config.attention, config.model.layers), training, device)
         step = stepper.train([iter(batches)], len(batches), lambda number: None)
-        return [step.loss.item() / len(batches), step.grad_norm]
+        return [step.mean_loss, step.grad_norm]

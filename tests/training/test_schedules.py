@@ -112,7 +112,13 @@ def test_pieces_of_a_sample() -> None:
 
 
 SETTINGS: dict[str, Any] = {
-    "attention": {"window_choices": CHOICES, "full_layers": "first", "separate_documents": True},
+    "attention": {
+        "window_choices": CHOICES,
+        "full_layers": "first",
+        "separate_documents": True,
+        "restart_positions": True,
+    },
+    "data": {"mask_boundary_loss": True},
     "training": {
         "steps": 5,
         "curriculum": [{"length": 16, "steps": 2}, {"length": 0.5, "steps": 0.2}],
@@ -198,6 +204,7 @@ def test_layouts_agree_with_one_process(
         {"pipeline": 2},
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2},
+        {},
     ]
     runs = [{"name": f"layout {n}", "parallel": layout, **SETTINGS} for n, layout in enumerate(layouts)]
     root = str(tmp_path_factory.mktemp("layouts"))

@@ -70,7 +70,8 @@ class Text:
         """Loss of each token, fp32 [S], or without `loss` the logits [S, padded vocabulary]."""
         plan = pattern.plan(self.batch["separator_class"], self.batch["document_start"])
         labels = self.batch["labels"] if loss else None
-        return model(self.batch["tokens"], plan, labels=labels)[0].float()
+        positions = pattern.positions(self.batch["document_start"])
+        return model(self.batch["tokens"], plan, labels=labels, positions=positions)[0].float()
 
 
 def far_separators(pattern: AttentionPattern, sequence: Text) -> Tensor:

@@ -107,6 +107,7 @@ def _check_seeds(runs: Sequence[TrainedRun]) -> None:
             ("data.prefixes", config.data.prefixes, first.data.prefixes),
             ("data.validation_prefixes", config.data.validation_prefixes, first.data.validation_prefixes),
             ("data.sequence_length", config.data.sequence_length, first.data.sequence_length),
+            ("data.mask_boundary_loss", config.data.mask_boundary_loss, first.data.mask_boundary_loss),
             ("training.steps", config.training.steps, first.training.steps),
         ):
             require(
@@ -252,6 +253,7 @@ def _groups(
     for mention in mentions(text["tokens"], text["labels"], vocabulary):
         by_fact[mention.sample, mention.query] = mention.distance > reach
     keys, facts = fact_tokens(text["tokens"], text["labels"], vocabulary)
+    counted = text.get("loss_mask", torch.ones_like(far))
     masks = {
         "all": torch.ones_like(far),
         FAR: far,
@@ -262,6 +264,7 @@ def _groups(
     base = losses[CONDITIONS[0]]
     rows = {}
     for name, mask in masks.items():
+        mask = mask & counted
         changes = {key: token_mean(found - base, mask) for key, found in losses.items() if found is not base}
         rows[name] = {
             "tokens": int(mask.sum()),

@@ -59,15 +59,14 @@ class StepLogger:
         # Figures of the last checkpoint that no record has yet, and failures so far.
         self.checkpoint_record: dict[str, float] = {}
         self.failed_checkpoints = 0
-        holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self._counted = torch.tensor(
-            float(run.facts.micro_batches * holds_loss), dtype=torch.float64, device=run.device
-        )
+        self._holds_loss = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
-    def add(self, result: StepResult, window: int) -> None:
-        """Add a step to the interval; the sums stay on the device. A bad step adds no loss."""
+    def add(self, result: StepResult, window: int, micro_batches: int) -> None:
+        """Add a step of so many micro-batches to the interval; the sums stay on the device. A bad step adds no loss."""
         interval, nothing = self.interval, torch.zeros_like(result.loss)
-        loss, counted = (result.loss, self._counted) if result.bad is None else (nothing, nothing)
+        # Filled in on the device: a number from the host would be waited for.
+        counted = torch.full_like(result.loss, micro_batches * self._holds_loss)
+        loss, counted = (result.loss, counted) if result.bad is None else (nothing, nothing)
         interval.sums += torch.cat((torch.stack((loss, counted, result.pairs.double())), result.layer_pairs.double()))
         interval.steps += 1
         interval.windows += window
@@ -87,11 +86,11 @@ class StepLogger:
             torch.cuda.synchronize()
         interval.seconds += time.perf_counter() - begin
         loss, count, pairs, *layer_pairs, sent = reduce_over_ranks(interval.sums, interval.context_bytes)
-        tokens = interval.steps * run.facts.tokens_per_step
-        self._count(tokens, round(pairs))
         phase = run.schedule.phase(run.state.step)
+        tokens = interval.steps * phase.batch * run.schedule.length
+        self._count(tokens, round(pairs))
         counter = run.facts.counters[phase.length]
-        several = len(run.schedule.phases) > 1
+        batches = {one.batch for one in run.schedule.phases}
         mfu = self._mfu(counter.training(tokens, round(pairs))["flops/model"] / interval.seconds)
         record = {
             "train/loss": loss / count if count else math.nan,
@@ -101,7 +100,8 @@ class StepLogger:
             "train/step_seconds": interval.seconds / interval.steps,
             "train/attended_share": counter.attended_share(tokens, round(pairs)),
             **self._layer_fractions(counter, tokens, layer_pairs),
-            **({"train/sequence_length": phase.length} if several else {}),
+            **({"train/sequence_length": phase.length} if len(run.facts.counters) > 1 else {}),
+            **({"train/global_batch": phase.batch} if len(batches) > 1 else {}),
             **({"train/window": interval.windows / interval.steps} if run.schedule.patterns else {}),
             "train/skipped_steps": interval.skipped,
             "train/bad_steps": interval.bad,
@@ -119,7 +119,8 @@ class StepLogger:
 
     def bad_step(self, reason: str, dataset: Any) -> None:
         """Record that the last step, of samples of `dataset`, was left out for `reason`."""
-        run, batch = self.run, self.run.config.training.global_batch
+        run = self.run
+        samples = range(run.schedule.samples(run.state.step - 1), run.schedule.samples(run.state.step))
         if self.bad_steps is not None:
             self.bad_steps.write(
                 {
@@ -127,7 +128,7 @@ class StepLogger:
                     "reason": reason,
                     "loss": self.last.mean_loss,
                     "grad_norm": self.last.grad_norm,
-                    "documents": documents_of(dataset, range((run.state.step - 1) * batch, run.state.step * batch)),
+                    "documents": documents_of(dataset, samples),
                 }
             )
         if run.state.bad_in_a_row == 1:
@@ -196,7 +197,7 @@ class StepLogger:
         finished, left = state.finished_pairs, state.tokens
         totals = Counter[str]()
         for phase, pairs in zip(self.run.schedule.phases, [*finished, state.pairs - sum(finished)], strict=False):
-            tokens = min(left, phase.steps * facts.tokens_per_step)
+            tokens = min(left, phase.steps * phase.batch * self.run.schedule.length)
             totals.update(facts.counters[phase.length].training(tokens, pairs))
             left -= tokens
         return dict(totals)
@@ -204,6 +205,8 @@ class StepLogger:
     def _line(self, record: dict[str, Any], mfu: float | None) -> StepLine:
         """Console line of the interval."""
         step, steps = self.run.state.step, self.run.config.training.steps
+        # Time goes with samples, of which steps may have different numbers.
+        first, done = (self.run.schedule.samples(number) for number in (self.first_step, step))
         return StepLine(
             step,
             steps,
@@ -215,9 +218,10 @@ class StepLogger:
             mfu,
             self._totals()["flops/model"],
             record["train/attended_share"],
-            (time.perf_counter() - self.began) / (step - self.first_step) * (steps - step),
+            (time.perf_counter() - self.began) / (done - first) * (self.run.facts.samples - done),
             skipped=self.interval.skipped,
             bad=self.interval.bad,
+            batch=record.get("train/global_batch"),
         )
 
     def _layer_fractions(self, counter: FlopsCounter, tokens: int, layer_pairs: list[float]) -> dict[str, float]:

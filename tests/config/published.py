@@ -141,7 +141,14 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # Experiments that were published nowhere.
-OURS = ("demo_dense", "demo_sep", "probe", "pythia160m_sep_curriculum", "pythia160m_sep_stochastic")
+OURS = (
+    "demo_dense",
+    "demo_sep",
+    "probe",
+    "pythia160m_sep_batches",
+    "pythia160m_sep_curriculum",
+    "pythia160m_sep_stochastic",
+)
 
 
 def facts_of_size(size: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def measure(config: Config, steps: int, device: torch.device) -> tuple[float, fl
     stepper = Stepper(config, pattern, build_training(config, corpus.vocabulary, device), device)
     training = config.training
     sampler = MicroBatchSampler(
-        range(steps + 1), global_batch=training.global_batch, micro_batch=training.micro_batch, replica=0, replicas=1
+        range((steps + 1) * training.global_batch), micro_batch=training.micro_batch, replica=0, replicas=1
     )
     count = training.global_batch // training.micro_batch
     batches = list(micro_batches(dataset, sampler, workers=0, device=device))

@@ -128,6 +128,10 @@ def configuration(
     validate(config, world_size)
     if config.training.curriculum:
         raise UserError("training.curriculum: every length is timed by itself, with --lengths; leave it out.")
+    if config.training.batch_schedule:
+        raise UserError(
+            "training.batch_schedule: the steps that are timed have one batch, --step-tokens; leave it out."
+        )
     return config
 
 

@@ -288,7 +288,7 @@ def _shown(value: Any) -> str:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings of run.json that differ between the runs: dotted name to the value in each run."""
-    groups = ("parameters", "attention", "world_size", "devices", "status", "steps", "curriculum")
+    groups = ("parameters", "attention", "world_size", "devices", "status", "steps", "curriculum", "batch_schedule")
     found = [flatten({key: run.info[key] for key in groups if key in run.info}) for run in runs]
     names = list(dict.fromkeys(name for settings in found for name in settings))
     values = {name: [settings.get(name) for settings in found] for name in names}
@@ -346,7 +346,9 @@ def _shape(run: Run) -> Any:
     identity = run.info.get("identity")
     settings = identity if isinstance(identity, dict) else {}
     model = {key: value for key, value in settings.items() if key.startswith("model.")}
-    return run.info.get("parameters"), run.info["comparable"].get("sequence_length"), model, _curriculum(run)
+    # Short sequences have another share of the tokens where the batches of their steps are other ones.
+    phases = (_curriculum(run), run.info.get("batch_schedule")) if _curriculum(run) else None
+    return run.info.get("parameters"), run.info["comparable"].get("sequence_length"), model, phases
 
 
 def _curriculum(run: Run) -> Any:

@@ -494,6 +494,12 @@ class TrainingConfig:
         "shares of data.sequence_length and of `steps` instead, numbers below 1. The rest of the steps have "
         "data.sequence_length.",
     )
+    batch_schedule: list[Any] = setting(
+        [],
+        "Batches to begin with, rising: a list of {batch: SEQUENCES, samples: N} or {batch: SEQUENCES, tokens: N}, "
+        "each for so many samples or tokens, rounded up to whole steps. The rest of `steps` has global_batch, and the "
+        "learning rate follows the samples read.",
+    )
     validation_interval: int = setting(1000, "Steps between validations; 0 = only after the last step.")
     validation_samples: int = setting(256, "Sequences per dataset in one validation; 0 = no validation.")
     checkpoint_interval: int = setting(1000, "Steps between checkpoints; 0 = only after the last step.")
@@ -551,6 +557,14 @@ class TrainingConfig:
                 and all(number_or_share(value) for value in entry.values()),
                 f"training.curriculum entry {entry} must be {{length: TOKENS, steps: N}}, each a whole number of at "
                 "least 1 or a share between 0 and 1.",
+            )
+        for entry in self.batch_schedule:
+            require(
+                isinstance(entry, dict)
+                and set(entry) in ({"batch", "samples"}, {"batch", "tokens"})
+                and all(isinstance(value, int) and number_or_share(value) for value in entry.values()),
+                f"training.batch_schedule entry {entry} must be {{batch: SEQUENCES, samples: N}} or "
+                "{batch: SEQUENCES, tokens: N}, whole numbers of at least 1.",
             )
 
     def listed(self, step: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.separators import CLASSES, NAMED_SETS
 from sepllm_train.base.errors import UserError
-from sepllm_train.config.curriculum import phases_of
+from sepllm_train.config.curriculum import batch_phases, batch_schedule_of, curriculum_phases, schedule_position
 from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig, require
 
 
@@ -47,6 +47,7 @@ def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     )
     yield from _grid(config)
     yield from _curriculum(config)
+    yield from _batch_schedule(config)
     yield from _sequence(config)
     yield from _batch(config, world_size)
     yield from _schedule(config)
@@ -119,7 +120,7 @@ def _grid(config: Config) -> Iterator[tuple[bool, str]]:
 
 def _curriculum(config: Config) -> Iterator[tuple[bool, str]]:
     """The phases of a curriculum against the sequences and the length of the run."""
-    *early, last = phases_of(config)
+    *early, last = curriculum_phases(config)
     lengths = [phase.length for phase in early]
     total = config.training.steps
     yield (
@@ -142,11 +143,34 @@ def _curriculum(config: Config) -> Iterator[tuple[bool, str]]:
     )
 
 
+def _batch_schedule(config: Config) -> Iterator[tuple[bool, str]]:
+    """The phases of a batch schedule against the length of the run."""
+    *early, last = batch_phases(config)
+    batches = [phase.batch for phase in early]
+    steps, start = config.training.steps, config.optim.schedule_start
+    taken = last.first - 1
+    yield (
+        batches == sorted(set(batches)) and max(batches, default=1) <= last.batch,
+        f"training.batch_schedule has the batches {batches}: they must rise from phase to phase, to at most "
+        f"training.global_batch={last.batch}.",
+    )
+    yield (
+        not early or taken < steps or (taken == steps and batches[-1] == last.batch),
+        f"training.batch_schedule takes {taken} steps, and training.steps={steps} must leave some for "
+        f"training.global_batch={last.batch}.",
+    )
+    yield (
+        start == 0 or not batch_schedule_of(config),
+        f"optim.schedule_start={start} counts steps of training.global_batch={last.batch}, and "
+        "training.batch_schedule has others: leave one of them out.",
+    )
+
+
 def _sequence(config: Config) -> Iterator[tuple[bool, str]]:
     """The parts into which sequences are cut."""
     parallel = config.parallel
     context, tensor = parallel.context, parallel.tensor
-    *early, last = phases_of(config)
+    *early, last = curriculum_phases(config)
     named = [(f"the length {phase.length} of training.curriculum", phase.length) for phase in early]
     for name, length in [*named, (f"data.sequence_length={last.length}", last.length)]:
         yield (
@@ -169,19 +193,25 @@ def _batch(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     except UserError as error:
         yield False, str(error)
         return
-    batch, micro = config.training.global_batch, config.training.micro_batch
-    whole = batch % (micro * replicas) == 0
-    yield (
-        whole,
-        f"training.global_batch={batch} must be a multiple of training.micro_batch={micro} x {replicas} "
-        "data-parallel replicas.",
-    )
-    chunks, micro_batches = config.parallel.virtual_pipeline or 1, batch // (micro * replicas)
-    yield (
-        chunks == 1 or not whole or micro_batches % config.parallel.pipeline == 0,
-        f"parallel.virtual_pipeline={chunks} needs the {micro_batches} micro-batches of a step to be a "
-        f"multiple of parallel.pipeline={config.parallel.pipeline}.",
-    )
+    micro, chunks = config.training.micro_batch, config.parallel.virtual_pipeline or 1
+    *early, last = batch_phases(config)
+    scheduled = [(f"batch={one.batch} of training.batch_schedule (from step {one.first:,} on)", one) for one in early]
+    for name, phase in [*scheduled, (f"training.global_batch={last.batch}", last)]:
+        micro_batches, rest = divmod(phase.batch, micro * replicas)
+        yield (
+            rest == 0,
+            f"{name} must be a multiple of training.micro_batch={micro} x {replicas} data-parallel replicas.",
+        )
+        even = chunks == 1 or micro_batches % config.parallel.pipeline == 0
+        yield (
+            even or rest > 0,
+            f"parallel.virtual_pipeline={chunks} needs the {micro_batches} micro-batches of a step"
+            + (f" with {name}" if phase is not last else "")
+            + f" to be a multiple of parallel.pipeline={config.parallel.pipeline}.",
+        )
+        if rest or not even:
+            # The first steps that do not fit are enough.
+            return
 
 
 def _profile(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
@@ -216,9 +246,10 @@ def _schedule(config: Config) -> Iterator[tuple[bool, str]]:
         return
     inside = 0 <= optim.warmup_steps <= steps
     yield inside, f"optim.warmup_steps={optim.warmup_steps} must lie between 0 and {name}={steps}."
-    decay = optim.decay_fraction * steps if optim.schedule == "wsd" else 0
+    end = schedule_position(config, steps)
+    decay = optim.decay_fraction * end if optim.schedule == "wsd" else 0
     yield (
-        not inside or optim.warmup_steps + decay <= steps,
+        not inside or schedule_position(config, optim.warmup_steps) + decay <= end,
         f"optim.warmup_steps={optim.warmup_steps} reach into the decay, the last optim.decay_fraction="
         f"{optim.decay_fraction} of {name}={steps}.",
     )

@@ -21,47 +21,28 @@ RESTARTS = 3
 
 
 class MicroBatchSampler:
-    """Sample numbers of each micro-batch of one data-parallel rank, from step `first_step` on.
+    """Sample numbers of each micro-batch of one data-parallel rank, for steps that read `samples` one after another.
 
-    Step t reads samples t * global_batch ... (t + 1) * global_batch - 1 whatever the layout.
+    The batches are multiples of `micro_batch` x `replicas`, so that a step reads the same samples in every layout.
     """
 
-    def __init__(self, steps: range, *, global_batch: int, micro_batch: int, replica: int, replicas: int) -> None:
-        self.steps = steps
-        self.global_batch = global_batch
+    def __init__(self, samples: range, *, micro_batch: int, replica: int, replicas: int) -> None:
+        self.samples = samples
         self.micro_batch = micro_batch
         self.replica = replica
         self.replicas = replicas
-        self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self.steps) * self._per_step - self.skipped
-
-    @property
-    def _per_step(self) -> int:
-        """Micro-batches of a step on this replica."""
-        return self.global_batch // (self.micro_batch * self.replicas)
+        return len(self.samples) // (self.micro_batch * self.replicas)
 
     def after(self, done: int) -> MicroBatchSampler:
         """The micro-batches after the first `done` ones."""
-        steps, rest = divmod(self.skipped + done, self._per_step)
-        left = MicroBatchSampler(
-            self.steps[steps:],
-            global_batch=self.global_batch,
-            micro_batch=self.micro_batch,
-            replica=self.replica,
-            replicas=self.replicas,
-        )
-        left.skipped = rest
-        return left
+        left = self.samples[done * self.micro_batch * self.replicas :]
+        return MicroBatchSampler(left, micro_batch=self.micro_batch, replica=self.replica, replicas=self.replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
-        stride = self.micro_batch * self.replicas
-        for number, step in enumerate(self.steps):
-            skipped = self.skipped * stride if number == 0 else 0
-            for begin in range(step * self.global_batch + skipped, (step + 1) * self.global_batch, stride):
-                first = begin + self.replica * self.micro_batch
-                yield list(range(first, first + self.micro_batch))
+        for begin in self.samples[self.replica * self.micro_batch :: self.micro_batch * self.replicas]:
+            yield list(range(begin, begin + self.micro_batch))
 
 
 class PaddedSampler:

@@ -16,6 +16,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from sepllm_train.base.errors import UserError
+from sepllm_train.config.curriculum import batch_phases, batch_schedule_of, samples_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Source
 from sepllm_train.data.dataset import Epochs, TokenStore
@@ -99,12 +100,13 @@ def stored_rows(config: Config, source: Source) -> tuple[StoredOrder, StoredRows
     rows = len(lengths)
     held_out = int(np.ceil(rows * config.data.validation_fraction))
     begin = config.optim.schedule_start * config.training.global_batch
-    end = begin + config.training.steps * config.training.global_batch
+    end = begin + samples_of(batch_phases(config), config.training.steps)
     if end > rows - held_out:
         reserved = f" and {held_out:,} of them are held out" if held_out else ""
+        batch = f"{'up to ' if batch_schedule_of(config) else ''}{config.training.global_batch}"
         raise UserError(
-            f"training.steps={config.training.steps} of {config.training.global_batch} sequences need rows {begin:,} "
-            f"to {end - 1:,}, and {source.prefix} has {rows:,}{reserved}: take fewer steps"
+            f"training.steps={config.training.steps} of {batch} sequences need rows {begin:,} to {end - 1:,}, and "
+            f"{source.prefix} has {rows:,}{reserved}: take fewer steps"
             + (", or set data.validation_fraction=0." if held_out else ".")
         )
     made = partial(StoredRows, store, end=source.header.tokenizer.eod, mask_boundaries=config.data.mask_boundary_loss)

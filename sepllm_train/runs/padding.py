@@ -99,7 +99,8 @@ def _model(identity: Any) -> tuple[ModelConfig | None, int]:
 
 def _phases(info: Record) -> list[tuple[int, int]] | None:
     """(tokens, sequence length) of each phase of a run; None where they are not recorded."""
-    if misfit(info, _PHASES) is not None:
+    # Runs with a batch schedule are younger than these counts.
+    if misfit(info, _PHASES) is not None or "batch_schedule" in info:
         return None
     length, batch = info["comparable"]["sequence_length"], info["identity"]["training.global_batch"]
     shorter = [(one["steps"] * batch * length, one["length"]) for one in info.get("curriculum") or []]

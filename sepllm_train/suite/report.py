@@ -15,7 +15,7 @@ from sepllm_train.compare.report import REFERENCE, Report, build_report, write_r
 from sepllm_train.compare.results import find_sweep
 from sepllm_train.compare.tables import Table
 from sepllm_train.compare.timing import read_timing
-from sepllm_train.compare.variants import Variant, read_variants, runs_of
+from sepllm_train.compare.variants import Variant, points, read_variants, runs_of
 from sepllm_train.runs.open import read_config
 from sepllm_train.suite.evaluate import FILE as EVALUATIONS
 from sepllm_train.suite.evaluate import PatternShares, shares_of
@@ -182,7 +182,7 @@ def _evaluation_table(plan: Plan, runs: Sequence[PlannedRun], report: Report) ->
         own = [found[run.name] for run in runs if run.variant == variant.label and run.name in found]
         if own:
             losses = [f"{fmean(one[key] for one in own):.4f}" for key in ("loss", "far_recall_loss", "other_loss")]
-            tokens = own[0]["steps"] * plan.tokens_per_step
+            tokens = points(variant.runs[0])[-1]["tokens"]
             lines.append([variant.label, str(len(own)), f"{tokens:,.0f}", *losses, f"{own[0]['far_recall_share']:.1%}"])
     if not lines:
         return []

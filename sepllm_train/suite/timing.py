@@ -83,7 +83,7 @@ def time_variants(
 ) -> dict[str, dict[str, Any]]:
     """Return the seconds of a step of each variant: the median over the rounds, and each round's.
 
-    Of a run whose steps differ these are means over its steps, with the medians of each phase of a curriculum.
+    Of a run whose steps differ these are means over its steps, with the medians of each phase.
     """
     # Imported late: megatron-core takes seconds.
     from sepllm_train.training.rounds import build_timed_run, interleave
@@ -104,7 +104,7 @@ def figures_of(timed: TimedRun) -> dict[str, Any]:
     listed = [{"last": phase.last, "step_seconds": own} for phase, own in zip(phases, medians, strict=True)]
     return {
         "step_seconds": seconds,
-        "tokens_per_second": timed.facts.tokens_per_step / seconds,
+        "tokens_per_second": timed.facts.tokens / phases[-1].last / seconds,
         "turns": timed.seconds,
         **({"phases": listed} if len(phases) > 1 else {}),
         "backends": timed.facts.backends,

@@ -26,7 +26,7 @@ LOG_SECONDS = 60.0
 
 def start_lines(config: Config, facts: Facts, world_size: int, device: torch.device) -> list[str]:
     """Lines that are printed before the first step, folded to the width of the console."""
-    model, training = config.model, config.training
+    model = config.model
     lines = [
         _run_line(config, facts, world_size, device),
         *_data_lines(facts),
@@ -38,16 +38,31 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         *_document_lines(config),
         *_context_lines(config, facts),
         *_compute_lines(config, cuda=device.type == "cuda"),
-        f"batch: {training.global_batch} sequences x {config.data.sequence_length} = {facts.tokens_per_step:,} tokens "
-        f"a step | {facts.micro_batches} micro-batches of {training.micro_batch} on each replica | "
-        f"{training.steps:,} steps = {quantity(facts.tokens_per_step * training.steps)} tokens = "
-        f"{quantity(facts.passes)} passes over the training data",
+        _batch_line(config, facts),
         *_phase_lines(config, facts),
         _flops_line(config, facts),
         _memory_line(facts),
         *data_warnings(config, facts.sources, facts.passes),
     ]
     return [fold(line) for line in lines]
+
+
+def _batch_line(config: Config, facts: Facts) -> str:
+    """Size of the steps and of the run."""
+    training, length = config.training, config.data.sequence_length
+    first, last = facts.phases[0].phase, facts.phases[-1].phase
+    grows = first.batch != last.batch
+    shown = [first, last] if grows else [last]
+    batches = " to ".join(str(phase.batch) for phase in shown)
+    tokens = " to ".join(f"{phase.batch * length:,}" for phase in shown)
+    micro_batches = " to ".join(str(facts.micro_batches(phase)) for phase in shown)
+    return (
+        f"batch: {batches} sequences x {length} = {tokens} tokens a step | {micro_batches} micro-batches of "
+        f"{training.micro_batch} on each replica | {training.steps:,} steps = "
+        + (f"{facts.samples:,} sequences = " if grows else "")
+        + f"{quantity(facts.tokens)} tokens = {quantity(facts.passes)} passes over the training data"
+        + (" | the learning rate follows the sequences read" if grows else "")
+    )
 
 
 def recipe_line(config: Config) -> str:
@@ -173,30 +188,31 @@ def _mean_words(config: Config) -> str:
 
 
 def _phase_lines(config: Config, facts: Facts) -> list[str]:
-    """One line per phase of a curriculum."""
+    """One line per phase of a curriculum or a batch schedule."""
     if len(facts.phases) == 1:
         return []
-    lines = []
+    lines, several = [], len({found.phase.batch for found in facts.phases}) > 1
     for found in facts.phases:
         phase, flops = found.phase, found.flops_per_token["flops/model"]
         pieces = config.data.sequence_length // phase.length
+        tokens = phase.steps * phase.batch * config.data.sequence_length
         lines.append(
-            f"phase: steps {phase.first:,} to {phase.last:,} | {config.training.global_batch * pieces:,} sequences x "
-            f"{phase.length} a step, as micro-batches of {config.training.micro_batch * pieces} | "
-            f"{found.attended_share:.1%} attended | {flop_count(flops)} per token, "
-            f"{flop_count(flops * phase.steps * facts.tokens_per_step)} in all"
+            f"phase: steps {phase.first:,} to {phase.last:,} | {phase.batch * pieces:,} sequences x {phase.length} a "
+            f"step, as {f'{facts.micro_batches(phase)} ' if several else ''}micro-batches of "
+            f"{config.training.micro_batch * pieces} | {found.attended_share:.1%} attended | "
+            f"{flop_count(flops)} per token, {flop_count(flops * tokens)} in all"
         )
     return lines
 
 
 def _flops_line(config: Config, facts: Facts) -> str:
     """Work per token and of the whole run."""
-    flops, tokens = facts.flops_per_token, facts.tokens_per_step * config.training.steps
+    flops = facts.flops_per_token
     saving = 1 - flops["flops/model"] / flops["flops/dense"]
     return (
         f"FLOPs per token: {quantity(flops['flops/model'])} needed, {quantity(flops['flops/dense'])} if dense causal "
         f"({saving:.1%} saved), LM head included{_mean_words(config)} | whole run "
-        f"{flop_count(flops['flops/model'] * tokens)}"
+        f"{flop_count(flops['flops/model'] * facts.tokens)}"
     )
 
 
@@ -237,8 +253,8 @@ def _context_lines(config: Config, facts: Facts) -> list[str]:
 @dataclass(frozen=True)
 class StepLine:
     """Figures of one line of the console; `flops` are cumulative flops/model, `attended_share` is of this interval.
-    `sequence_length` is shown where it changes during the run, None elsewhere; `skipped` and `bad` count the steps of
-    the interval that fp16 or the judgement left out."""
+    `sequence_length` and `batch` are shown where they change during the run, None elsewhere; `skipped` and `bad` count
+    the steps of the interval that fp16 or the judgement left out."""
 
     step: int
     steps: int
@@ -253,11 +269,13 @@ class StepLine:
     seconds_left: float
     skipped: int = 0
     bad: int = 0
+    batch: int | None = None
 
     def __str__(self) -> str:
         parts = [
             f"step {self.step}/{self.steps} ({self.step / self.steps:.0%})",
             *([] if self.sequence_length is None else [f"S {self.sequence_length}"]),
+            *([] if self.batch is None else [f"batch {self.batch}"]),
             f"loss {self.loss:.4f}",
             f"grad {self.grad_norm:.3f}",
             f"lr {self.learning_rate:.1e}",
@@ -276,18 +294,17 @@ class StepLine:
 class StepProgress:
     """Prints how far a step is once it has taken ten seconds, on rank 0."""
 
-    def __init__(self, micro_batches: int, steps: int) -> None:
-        self.micro_batches = micro_batches
+    def __init__(self, steps: int) -> None:
         self.steps = steps
         self.terminal = sys.stdout.isatty()
-        self.active = os.environ.get("RANK", "0") == "0" and micro_batches > 1
-        self.step = 0
+        self.active = os.environ.get("RANK", "0") == "0"
+        self.step = self.micro_batches = 0
         self.began = self.reported = time.perf_counter()
         self.shown = False
 
-    def begin(self, step: int) -> None:
-        """Start a step."""
-        self.step, self.shown = step, False
+    def begin(self, step: int, micro_batches: int) -> None:
+        """Start a step of so many micro-batches."""
+        self.step, self.micro_batches, self.shown = step, micro_batches, False
         self.began = self.reported = time.perf_counter()
 
     def micro_batch(self, number: int) -> None:

@@ -64,18 +64,21 @@ class ContextFacts:
 class Facts:
     """Derived numbers of a run that do not change while it trains. FLOPs are per token, for training.
 
-    `attended_share` and `flops_per_token` are means over the steps of the run, and over the windows where steps draw
-    them; `phases` has those of each phase of a curriculum. `counters` count the FLOPs at each sequence length. They and
-    `parameters` leave out the padding of the vocabulary, which differs between layouts.
-    `micro_batches`: of a step on each replica. `passes`: how often the run reads its training documents.
+    `attended_share` and `flops_per_token` are means over the samples of the run, and over the windows where steps draw
+    them; `phases` has those of each phase. `counters` count the FLOPs at each sequence length. They and `parameters`
+    leave out the padding of the vocabulary, which differs between layouts.
+    `samples_at_once`: a micro-batch of each replica. `tokens_per_step`: of a step at training.global_batch; `samples`
+    and `tokens`: of the run. `passes`: how often the run reads its training documents.
     """
 
     replicas: int
     vocabulary: int
     padded_vocabulary: int
     parameters: int
-    micro_batches: int
+    samples_at_once: int
     tokens_per_step: int
+    samples: int
+    tokens: int
     attended_share: float
     flops_per_token: dict[str, float]
     phases: list[PhaseFacts]
@@ -86,6 +89,10 @@ class Facts:
     validation: tuple[Source, ...]
     passes: float
     context: list[ContextFacts]
+
+    def micro_batches(self, phase: Phase) -> int:
+        """Micro-batches of a step of a phase on each replica."""
+        return phase.batch // self.samples_at_once
 
     def record(self) -> dict[str, Any]:
         """The figures that a tracker shows."""
@@ -123,45 +130,47 @@ def derive(
     phases = [phase_facts(schedule, phase, counters[phase.length], samples) for phase in schedule.phases]
     most = phases[-1].most_attended
     replicas = data_parallel_size(config.parallel, world_size)
+    read = schedule.samples(training.steps)
     return Facts(
         replicas=replicas,
         vocabulary=vocabulary,
         padded_vocabulary=padded,
         parameters=parameter_count(model, vocabulary),
-        micro_batches=training.global_batch // (training.micro_batch * replicas),
+        samples_at_once=training.micro_batch * replicas,
         tokens_per_step=training.global_batch * length,
-        attended_share=mean_over_steps(phases, [facts.attended_share for facts in phases]),
+        samples=read,
+        tokens=read * length,
+        attended_share=mean_over_samples(phases, [facts.attended_share for facts in phases]),
         flops_per_token=mean_flops(phases),
         phases=phases,
         backends=chosen_backends(config, schedule, device),
         memory=memory_estimate(config, padded, replicas=replicas, attended_share=most, device=device.type),
         counters=counters,
-        sources=source_facts(config, corpus, splits),
+        sources=source_facts(config, corpus, splits, read),
         validation=corpus.validation,
-        passes=_passes(config, splits),
+        passes=_passes(splits, read),
         context=context_facts(config, schedule, [sample_plan(schedule.base, sample, length) for sample in samples]),
     )
 
 
-def source_facts(config: Config, corpus: Corpus, splits: Sequence[SourceSplit]) -> list[SourceFacts]:
-    """Facts of each source of the blend."""
+def source_facts(config: Config, corpus: Corpus, splits: Sequence[SourceSplit], samples: int) -> list[SourceFacts]:
+    """Facts of each source of the blend, of which the run reads `samples`."""
     _, tier = tiers_of_classes(config.attention)
     return [
         SourceFacts(
             source,
             split,
             weight,
-            _passes(config, [split], weight),
+            _passes([split], weight * samples),
             sum(entry.density for entry in source.header.classes if tier[entry.number]) if tier.any() else None,
         )
         for source, weight, split in zip(corpus.sources, corpus.weights(), splits, strict=True)
     ]
 
 
-def _passes(config: Config, splits: Sequence[SourceSplit], weight: float = 1.0) -> float:
-    """Passes of a run that takes `weight` of its samples from these sources over their training documents."""
-    read = weight * config.training.steps * config.training.global_batch
-    return read / sum(split.training_samples for split in splits)
+def _passes(splits: Sequence[SourceSplit], samples: float) -> float:
+    """Passes of a run that takes so many samples from these sources over their training documents."""
+    return samples / sum(split.training_samples for split in splits)
 
 
 def phase_facts(
@@ -180,15 +189,17 @@ def phase_facts(
     )
 
 
-def mean_over_steps(phases: Sequence[PhaseFacts], values: Sequence[float]) -> float:
-    """Mean over the steps of a run of a value of each phase."""
-    return fmean(values, weights=[facts.phase.steps for facts in phases])
+def mean_over_samples(phases: Sequence[PhaseFacts], values: Sequence[float]) -> float:
+    """Mean over the samples of a run of a value of each phase."""
+    # Counted in steps of the last phase: where all have its batch, the weights are whole numbers of steps.
+    batch = phases[-1].phase.batch
+    return fmean(values, weights=[facts.phase.steps * facts.phase.batch / batch for facts in phases])
 
 
 def mean_flops(phases: Sequence[PhaseFacts]) -> dict[str, float]:
-    """FLOPs per token, over the steps of a run; all steps have as many tokens."""
+    """FLOPs per token, over the samples of a run; all samples have as many tokens."""
     keys = phases[0].flops_per_token
-    return {key: mean_over_steps(phases, [facts.flops_per_token[key] for facts in phases]) for key in keys}
+    return {key: mean_over_samples(phases, [facts.flops_per_token[key] for facts in phases]) for key in keys}
 
 
 def sample_plan(pattern: AttentionPattern, sample: dict[str, torch.Tensor], length: int | None = None) -> AttentionPlan:

@@ -74,7 +74,7 @@ def disk_line(config: Config, facts: Facts) -> tuple[str, bool]:
 def time_line(config: Config, facts: Facts, world_size: int, device: torch.device) -> str:
     """Least time of the run: that of its FLOPs at the peak of the GPUs, or at the speed of products of matrices on this
     CPU, which all processes share."""
-    work = facts.flops_per_token["flops/model"] * facts.tokens_per_step * config.training.steps
+    work = facts.flops_per_token["flops/model"] * facts.tokens
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peak = config.logging.peak_tflops or peak_tflops(name)

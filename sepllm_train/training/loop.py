@@ -53,7 +53,7 @@ class Loop:
             self.validator.validate()
         if state.step == 0 and training.listed(0) and not self.stopping:
             self.saver.save(state)
-        progress = StepProgress(live.facts.micro_batches, training.steps)
+        progress = StepProgress(training.steps)
         while state.step < training.steps and not self.stopping:
             self.profiler.before(state.step + 1)
             result = self._step(iterators, progress)
@@ -63,7 +63,7 @@ class Loop:
             if result.bad is not None:
                 self._skipped(result.bad, dataset)
             step, end = state.step, self.stopping or state.step == training.steps
-            # An interval lies in one phase: its pairs are counted against one length.
+            # An interval lies in one phase: its pairs are counted against one length, its steps have one batch.
             phase_ends = step == live.schedule.phase(step).last
             log = end or phase_ends or step % live.config.logging.interval == 0
             # Who stops a run may not leave it the time to validate: that is made up for when it continues.
@@ -89,8 +89,7 @@ class Loop:
         """Micro-batches of this replica from the next step on."""
         live, training = self.live, self.live.config.training
         sampler = MicroBatchSampler(
-            range(live.state.step, training.steps),
-            global_batch=training.global_batch,
+            range(live.schedule.samples(live.state.step), live.facts.samples),
             micro_batch=training.micro_batch,
             replica=live.replica,
             replicas=live.facts.replicas,
@@ -116,6 +115,8 @@ class Loop:
         live = self.live
         guards, stepper, schedule = live.guards, live.stepper, live.schedule
         number = live.state.step + 1
+        phase = schedule.phase(number)
+        micro_batches = live.facts.micro_batches(phase)
 
         def micro_batch(part: int) -> None:
             guards.watchdog.beat(f"step {number}, micro-batch {part}")
@@ -126,12 +127,10 @@ class Loop:
             return guards.numbers()
 
         begin = time.perf_counter()
-        stepper.use(schedule.pattern(number), schedule.phase(number).length)
+        stepper.use(schedule.pattern(number), phase.length)
         stepper.clock.begin()
-        progress.begin(number)
-        result = stepper.train(
-            iterators, live.facts.micro_batches, micro_batch, judge=self.detector.judge, own=own_numbers
-        )
+        progress.begin(number, micro_batches)
+        result = stepper.train(iterators, micro_batches, micro_batch, judge=self.detector.judge, own=own_numbers)
         progress.end()
         self.logger.add(result, schedule.window(number) or 0)
         self.stopping = result.sums[0] > 0

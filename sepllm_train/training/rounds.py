@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from sepllm_train.config.curriculum import Phase
 from sepllm_train.config.schema import Config
 from sepllm_train.data.choice import settle_separators
 from sepllm_train.data.corpus import open_corpus_on_all_ranks
@@ -29,7 +30,7 @@ class TimedRun:
     """One configuration in training: `seconds` of a step in each round, `parts` of them by name, and visible pairs.
 
     Of a run whose steps differ `seconds` and `parts` are means over its steps, each window of a draw counting alike;
-    `phase_seconds` has the seconds of a step in each round for each phase of a curriculum.
+    `phase_seconds` has the seconds of a step in each round for each phase.
     """
 
     config: Config
@@ -45,12 +46,12 @@ class TimedRun:
     done: int = 0
 
     def train_round(self, steps: int, device: torch.device) -> None:
-        """Train `steps` steps of each length and window that the run has, and time them."""
+        """Train `steps` steps of each length, batch and window that the run has, and time them."""
         phases = self.schedule.phases
         patterns = self.schedule.drawn_from * steps
         seconds, parts = [], dict.fromkeys(PARTS, 0.0)
         for phase in phases:
-            seconds.append(self._steps(phase.length, patterns, device) / len(patterns))
+            seconds.append(self._steps(phase, patterns, device) / len(patterns))
             share = phase.steps / phases[-1].last / len(patterns)
             for part, total in self.stepper.clock.take().items():
                 parts[part] += total * share
@@ -59,14 +60,14 @@ class TimedRun:
         self.parts.append(parts)
         self.done += len(phases) * len(patterns)
 
-    def _steps(self, length: int, patterns: Sequence[AttentionPattern], device: torch.device) -> float:
-        """Train a step with each pattern on sequences of `length` tokens; gives their seconds."""
+    def _steps(self, phase: Phase, patterns: Sequence[AttentionPattern], device: torch.device) -> float:
+        """Train a step of a phase with each pattern; gives their seconds."""
         pairs = torch.zeros((), dtype=torch.int64, device=device)
         begin = time.perf_counter()
         for pattern in patterns:
-            self.stepper.use(pattern, length)
+            self.stepper.use(pattern, phase.length)
             self.stepper.clock.begin()
-            pairs += self.stepper.train(self.batches, self.facts.micro_batches, lambda number: None).pairs
+            pairs += self.stepper.train(self.batches, self.facts.micro_batches(phase), lambda number: None).pairs
             self.stepper.clock.end()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -94,8 +95,7 @@ def build_timed_run(config: Config, world_size: int, device: torch.device) -> Ti
 
     def batches() -> Iterator[Any]:
         sampler = MicroBatchSampler(
-            range(config.training.steps),
-            global_batch=config.training.global_batch,
+            range(facts.samples),
             micro_batch=config.training.micro_batch,
             replica=parallel_state.get_data_parallel_rank(),
             replicas=facts.replicas,

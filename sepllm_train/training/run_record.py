@@ -12,7 +12,7 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.secrets import masked_values
 from sepllm_train.config.compatibility import BLEND_ORDER
-from sepllm_train.config.curriculum import curriculum_of
+from sepllm_train.config.curriculum import batch_schedule_of, curriculum_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.corpus import Corpus
 from sepllm_train.metrics.log import MetricsLog
@@ -71,7 +71,7 @@ class Journal:
 
 def run_record(config: Config, prepared: Prepared, world_size: int, device: torch.device) -> dict[str, Any]:
     """Content of run.json. Runs are comparable when all of `comparable` is equal."""
-    facts, corpus = prepared.facts, prepared.corpus
+    facts, corpus, batches = prepared.facts, prepared.corpus, batch_schedule_of(config)
     return {
         "name": config.name,
         "identity": prepared.recorded_identity,
@@ -81,6 +81,7 @@ def run_record(config: Config, prepared: Prepared, world_size: int, device: torc
         "parameters": facts.parameters,
         "steps": config.training.steps,
         "curriculum": curriculum_of(config) or None,
+        **({"batch_schedule": batches, "tokens": facts.tokens} if batches else {}),
         "comparable": {
             "data": corpus.identity(),
             **({BLEND_ORDER: order} if (order := prepared.recorded_identity.get(BLEND_ORDER, 1)) > 1 else {}),

@@ -1,4 +1,4 @@
-"""Settings that change from step to step: the window that is drawn, and the sequence length of a curriculum."""
+"""Settings that change from step to step: the window that is drawn, the sequence length, and the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sepllm_train.config.curriculum import Phase, phases_of
+from sepllm_train.config.curriculum import Phase, phases_of, samples_of
 from sepllm_train.config.schema import Config
 from sepllm_train.data.loader import Batch
 from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
@@ -16,11 +16,12 @@ from sepllm_train.model.pattern import AttentionPattern, resolve_pattern
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Pattern and length of each step, a function of the seed and the step alone. Steps are counted from 1.
+    """Pattern, length and batch of each step, a function of the seed and the step alone. Steps are counted from 1.
 
     `base` is the pattern of validation, generation and export. `patterns` are those that a step draws from, by the
     window of their layers that are not full; with the one window of the configuration or a list for the layers there is
-    nothing to draw, and `patterns` is empty. `phases` cover the steps of the run; the last one has the whole length.
+    nothing to draw, and `patterns` is empty. `phases` cover the steps of the run; the last one has the whole length and
+    batch.
     """
 
     base: AttentionPattern
@@ -50,6 +51,10 @@ class StepSchedule:
     def phase(self, step: int) -> Phase:
         """The phase of a step."""
         return next(phase for phase in self.phases if step <= phase.last)
+
+    def samples(self, steps: int) -> int:
+        """Samples that the first `steps` steps read."""
+        return samples_of(self.phases, steps)
 
 
 def schedule_of(config: Config) -> StepSchedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from sepllm_train.base.quiet import quiet
-from sepllm_train.config.schema import Config, OptimConfig
+from sepllm_train.config.curriculum import schedule_position
+from sepllm_train.config.schema import Config
 from sepllm_train.distributed.launch import virtual_stages
 from sepllm_train.model.build import PRECISIONS, build_model
 
@@ -28,14 +30,17 @@ SCHEDULES = {"cosine": "cosine", "pythia": "cosine", "linear": "linear", "consta
 
 @dataclass
 class Training:
-    """Model chunks of this pipeline stage (wrapped), their bare modules, optimizer and schedule."""
+    """Model chunks of this pipeline stage (wrapped), their bare modules, optimizer and schedule.
+
+    `position`: place in the schedule after so many steps of the run, of which `step` are done.
+    """
 
     chunks: list[DistributedDataParallel]
     modules: list[Any]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    # Step of the schedule at which the run begins.
-    schedule_start: int = 0
+    position: Callable[[int], int]
+    step: int = 0
 
 
 def build_training(config: Config, vocabulary: int, device: torch.device, *, draw: bool = True) -> Training:
@@ -61,7 +66,11 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
     training = Training(
-        chunks, modules, optimizer, build_scheduler(config, optimizer), schedule_start=config.optim.schedule_start
+        chunks,
+        modules,
+        optimizer,
+        build_scheduler(config, optimizer),
+        position=lambda step: schedule_position(config, config.optim.schedule_start + step),
     )
     set_schedule(training, 0)
     return training
@@ -116,10 +125,12 @@ def _fuse_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning rate as a function of the step."""
+    """Learning rate as a function of the step, or of the samples that were read (`schedule_position`)."""
     optim = config.optim
-    steps = optim.schedule_steps or config.training.steps
-    warmup = warmup_steps(optim, steps)
+    steps = schedule_position(config, optim.schedule_steps or config.training.steps)
+    warmup = round(optim.warmup_fraction * steps)
+    if optim.warmup_steps is not None:
+        warmup = schedule_position(config, optim.warmup_steps)
     lr, min_lr = optim.rates
     kind = PythiaScheduler if optim.schedule == "pythia" else OptimizerParamScheduler
     return kind(
@@ -157,15 +168,11 @@ class PythiaScheduler(OptimizerParamScheduler):
         return max(peak / 2 * (math.cos(math.pi * passed / total) + 1), least)
 
 
-def warmup_steps(optim: OptimConfig, steps: int) -> int:
-    """Steps of linear warm-up."""
-    return round(optim.warmup_fraction * steps) if optim.warmup_steps is None else optim.warmup_steps
-
-
 def set_schedule(training: Training, step: int) -> None:
     """Put the schedule at `step` of the run: the learning rate depends on it alone, so checkpoints store none of it."""
+    training.step = step
     training.scheduler.num_steps = 0
-    training.scheduler.step(increment=training.schedule_start + step)
+    training.scheduler.step(increment=training.position(step))
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -24,7 +24,7 @@ from sepllm_train.model.attention import SeparatorAttention
 from sepllm_train.model.pattern import AttentionPattern
 from sepllm_train.training.clock import StepClock
 from sepllm_train.training.schedules import cut
-from sepllm_train.training.setup import Training, learning_rate
+from sepllm_train.training.setup import Training, learning_rate, set_schedule
 from sepllm_train.training.update import Judge, not_finite, update
 
 Progress = Callable[[int], None]
@@ -148,7 +148,7 @@ class Stepper:
             everywhere = micro_batches * dist.get_world_size() // self.config.parallel.pipeline
             done_update = update(training.optimizer, total, counted, everywhere, own(), judge)
         # Also after a skipped update: the learning rate belongs to the step, not to the update.
-        training.scheduler.step(increment=1)
+        set_schedule(training, training.step + 1)
         overflow = done_update.overflow and done_update.bad is None
         return StepResult(
             total,

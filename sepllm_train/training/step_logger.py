@@ -82,11 +82,11 @@ class StepLogger:
             torch.cuda.synchronize()
         interval.seconds += time.perf_counter() - begin
         loss, count, pairs, *layer_pairs, sent = reduce_over_ranks(interval.sums, interval.context_bytes)
-        tokens = interval.steps * run.facts.tokens_per_step
-        self._count(tokens, round(pairs))
         phase = run.schedule.phase(run.state.step)
+        tokens = interval.steps * phase.batch * run.schedule.length
+        self._count(tokens, round(pairs))
         counter = run.facts.counters[phase.length]
-        several = len(run.schedule.phases) > 1
+        batches = {one.batch for one in run.schedule.phases}
         mfu = self._mfu(counter.training(tokens, round(pairs))["flops/model"] / interval.seconds)
         record = {
             "train/loss": loss / count if count else math.nan,
@@ -96,7 +96,8 @@ class StepLogger:
             "train/step_seconds": interval.seconds / interval.steps,
             "train/attended_share": counter.attended_share(tokens, round(pairs)),
             **self._layer_fractions(counter, tokens, layer_pairs),
-            **({"train/sequence_length": phase.length} if several else {}),
+            **({"train/sequence_length": phase.length} if len(run.facts.counters) > 1 else {}),
+            **({"train/global_batch": phase.batch} if len(batches) > 1 else {}),
             **({"train/window": interval.windows / interval.steps} if run.schedule.patterns else {}),
             **self._counted_share(count),
             "train/skipped_steps": interval.skipped,
@@ -115,7 +116,8 @@ class StepLogger:
 
     def bad_step(self, reason: str, dataset: Any) -> None:
         """Record that the last step, of samples of `dataset`, was left out for `reason`."""
-        run, batch = self.run, self.run.config.training.global_batch
+        run = self.run
+        samples = range(run.schedule.samples(run.state.step - 1), run.schedule.samples(run.state.step))
         if self.bad_steps is not None:
             self.bad_steps.write(
                 {
@@ -123,7 +125,7 @@ class StepLogger:
                     "reason": reason,
                     "loss": self.last.mean_loss,
                     "grad_norm": self.last.grad_norm,
-                    "documents": documents_of(dataset, range((run.state.step - 1) * batch, run.state.step * batch)),
+                    "documents": documents_of(dataset, samples),
                 }
             )
         if run.state.bad_in_a_row == 1:
@@ -192,7 +194,7 @@ class StepLogger:
         finished, left = state.finished_pairs, state.tokens
         totals = Counter[str]()
         for phase, pairs in zip(self.run.schedule.phases, [*finished, state.pairs - sum(finished)], strict=False):
-            tokens = min(left, phase.steps * facts.tokens_per_step)
+            tokens = min(left, phase.steps * phase.batch * self.run.schedule.length)
             totals.update(facts.counters[phase.length].training(tokens, pairs))
             left -= tokens
         return dict(totals)
@@ -200,6 +202,8 @@ class StepLogger:
     def _line(self, record: dict[str, Any], mfu: float | None) -> StepLine:
         """Console line of the interval."""
         step, steps = self.run.state.step, self.run.config.training.steps
+        # Time goes with samples, of which steps may have different numbers.
+        first, done = (self.run.schedule.samples(number) for number in (self.first_step, step))
         return StepLine(
             step,
             steps,
@@ -211,9 +215,10 @@ class StepLogger:
             mfu,
             self._totals()["flops/model"],
             record["train/attended_share"],
-            (time.perf_counter() - self.began) / (step - self.first_step) * (steps - step),
+            (time.perf_counter() - self.began) / (done - first) * (self.run.facts.samples - done),
             skipped=self.interval.skipped,
             bad=self.interval.bad,
+            batch=record.get("train/global_batch"),
         )
 
     def _layer_fractions(self, counter: FlopsCounter, tokens: int, layer_pairs: list[float]) -> dict[str, float]:
@@ -232,7 +237,8 @@ class StepLogger:
         run, steps = self.run, self.interval.steps - self.interval.bad
         if not run.config.data.mask_boundary_loss or not steps:
             return {}
-        return {"train/counted_share": counted / (steps * run.facts.micro_batches * run.facts.replicas)}
+        batch = run.facts.micro_batches(run.schedule.phase(run.state.step)) * run.facts.replicas
+        return {"train/counted_share": counted / (steps * batch)}
 
     def _mfu(self, flops_per_second: float) -> float | None:
         """flops/model per second over the peak of all devices; None where the peak is not known."""

@@ -187,11 +187,16 @@ class FollowedRun:
     def facts(self) -> dict[str, Any]:
         """Figures for the table, JSON-ready; null where not known. Times in seconds, `written` since 1970."""
         training, validation = self._training.table, self._validation.table
-        steps = self.info.get("steps")
-        steps = steps if isinstance(steps, int) and not isinstance(steps, bool) else None
-        step_seconds, interval = self._pace()
+        steps, tokens = (
+            count if isinstance(count, int) and not isinstance(count, bool) else None
+            for count in (self.info.get("steps"), self.info.get("tokens"))
+        )
+        step_seconds, token_seconds, interval = self._pace()
         status = str(self.info.get("status") or "unknown") if self.step >= 0 else "waiting"
         left = None if steps is None or step_seconds is None else max(0, steps - self.step) * step_seconds
+        if tokens is not None and token_seconds is not None:
+            # On record where the batches of the steps differ: time goes with tokens.
+            left = max(0.0, tokens - float(training[-1, COUNTERS.index("tokens")])) * token_seconds
         return {
             "folder": str(self.folder),
             "status": status,
@@ -209,13 +214,14 @@ class FollowedRun:
             "version": self.version,
         }
 
-    def _pace(self) -> tuple[float | None, float | None]:
-        """Seconds a step and seconds from record to record, of the newest records."""
+    def _pace(self) -> tuple[float | None, float | None, float | None]:
+        """Seconds a step, a token, and from record to record, of the newest records."""
         recent = self._training.table[-_RECENT:]
         if len(recent) < 2:
-            return None, None
-        steps, seconds = recent[-1, [0, 2]] - recent[0, [0, 2]]
-        return (seconds / steps if steps > 0 else None), seconds / (len(recent) - 1)
+            return None, None, None
+        steps, tokens, seconds = recent[-1, :3] - recent[0, :3]
+        per_step, per_token = (seconds / count if count > 0 else None for count in (steps, tokens))
+        return per_step, per_token, seconds / (len(recent) - 1)
 
     def curves(self, scale: str) -> dict[str, NDArray[np.float32]]:
         """Thinned curves for axes of `scale`: name to [columns, points].

@@ -260,6 +260,21 @@ def test_tokens_of_a_curriculum_may_have_other_flops_from_phase_to_phase(make_se
     assert differences(runs_of(rows))["curriculum"] == [None, phases]
 
 
+def test_batches_change_the_share_of_a_curriculums_short_sequences_alone(make_seeds: Seeds) -> None:
+    short, shorter = ([validation(0, 6), other_count(10, 0.5), other_count(20, last)] for last in (0.75, 0.6))
+    phases, batches = [{"length": 512, "steps": 10}], [{"batch": 2, "steps": 10}]
+    one = make_seeds("one", {1: short}, curriculum=phases)
+    growing = make_seeds("growing", {1: shorter}, curriculum=phases, batch_schedule=batches)
+    assert differences(runs_of(read_variants([*one, *growing])))["batch_schedule"] == [None, batches]
+    mixed = [validation(0, 6), other_count(10, 2), other_count(20, 2)]
+    one = make_seeds("alike", {1: 10}, curriculum=phases, batch_schedule=batches)
+    other = make_seeds("unlike", {1: mixed}, curriculum=phases, batch_schedule=batches)
+    plain, grown = make_seeds("plain", {1: 10}), make_seeds("grown", {1: mixed}, batch_schedule=batches)
+    for folders in ([*one, *other], [*plain, *grown]):
+        with pytest.raises(UserError, match="different conventions"):
+            read_variants(folders)
+
+
 def test_the_reference_keeps_its_place_or_the_comparison_is_refused(make_seeds: Seeds) -> None:
     """Its first seed has nothing to compare: the second one holds the row's place, and without it there is none."""
     dense, sep = make_seeds("dense", {1: [], 2: 10}), make_seeds("sep", {1: 20, 2: 20})

@@ -145,6 +145,7 @@ OURS = (
     "demo_dense",
     "demo_sep",
     "probe",
+    "pythia160m_sep_batches",
     "pythia160m_sep_curriculum",
     "pythia160m_sep_stochastic",
     "posttrain_pythia160m_32k",

@@ -182,7 +182,7 @@ def test_layout_and_workers_do_not_change_what_a_step_reads(
         rows = []
         for replica in range(replicas):
             sampler = MicroBatchSampler(
-                range(first, 5), global_batch=4, micro_batch=micro_batch, replica=replica, replicas=replicas
+                range(4 * first, 4 * 5), micro_batch=micro_batch, replica=replica, replicas=replicas
             )
             batches = list(micro_batches(dataset, sampler, workers=workers, device=torch.device("cpu")))
             assert len(batches) == len(sampler)
@@ -290,7 +290,7 @@ def test_a_dataset_travels_without_its_indices(prefixes: tuple[str, str], tmp_pa
 def test_samples_do_not_depend_on_how_workers_start(prefixes: tuple[str, str], tmp_path: Path, method: str) -> None:
     config = config_for(list(prefixes), tmp_path)
     dataset, _ = build_datasets(config, open_corpus(config.data))
-    sampler = MicroBatchSampler(range(3), global_batch=4, micro_batch=2, replica=0, replicas=1)
+    sampler = MicroBatchSampler(range(3 * 4), micro_batch=2, replica=0, replicas=1)
     expected = list(micro_batches(dataset, sampler, workers=0, device=torch.device("cpu")))
     usual = multiprocessing.get_start_method(allow_none=True)
     # The default of Python 3.14 on Linux is forkserver, and of macOS spawn.

@@ -184,9 +184,7 @@ def test_workers_layouts_epochs_and_resumption_see_the_same(
         dataset, _ = datasets([prefixes[0]], tmp_path, placement=kind, keep_share=share)
         rows = []
         for replica in range(replicas):
-            sampler = MicroBatchSampler(
-                range(first, 5), global_batch=4, micro_batch=2, replica=replica, replicas=replicas
-            )
+            sampler = MicroBatchSampler(range(4 * first, 4 * 5), micro_batch=2, replica=replica, replicas=replicas)
             for batch in micro_batches(dataset, sampler, workers=workers, device=torch.device("cpu")):
                 rows += torch.cat((batch["tokens"], batch["separator_class"].long()), dim=1).tolist()
         return sorted(rows)

@@ -21,6 +21,7 @@ from sepllm_train.config.schema import Config, DataConfig, OptimConfig, Training
 from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.loader import MicroBatchSampler
 from sepllm_train.data.splits import build_datasets, source_splits
+from sepllm_train.training.schedules import schedule_of
 
 ROW, BATCH = 33, 4
 
@@ -67,8 +68,8 @@ def batches(config: Config, dataset: Any, first: int = 0) -> np.ndarray:
     """Tokens and last label of each sample of the steps of a run, [steps, BATCH, ROW]."""
     found = []
     for replica in range(2):
-        settings = {"global_batch": BATCH, "micro_batch": 2, "replica": replica, "replicas": 2}
-        sampler = MicroBatchSampler(range(first, config.training.steps), **settings)
+        samples = range(first * BATCH, config.training.steps * BATCH)
+        sampler = MicroBatchSampler(samples, micro_batch=2, replica=replica, replicas=2)
         rows = [[dataset[number] for number in numbers] for numbers in sampler]
         found.append([[[*s["tokens"].tolist(), int(s["labels"][-1])] for s in batch] for batch in rows])
     return np.concatenate([np.array(part) for part in found], 1)
@@ -96,6 +97,22 @@ def test_a_run_that_continues_a_schedule_begins_at_its_row(
     dataset, _ = build_datasets(replace(config, optim=optim), open_corpus(config.data))
     assert [dataset.documents(number)[1] for number in (0, 39)] == [[12], [51]]
     assert (dataset[0]["tokens"].numpy() == rows[1][12, :-1]).all()
+
+
+def test_a_growing_batch_reads_on_after_the_rows_before(
+    alone: None, config: Config, rows: tuple[str, np.ndarray]
+) -> None:
+    """Four steps of 2 and eleven of 4 leave two rows of those that are not held out."""
+    training = replace(config.training, steps=15, batch_schedule=[{"batch": 2, "samples": 7}])
+    dataset, _ = build_datasets(replace(config, training=training), open_corpus(config.data))
+    schedule = schedule_of(replace(config, training=training))
+    assert [schedule.samples(step) for step in (0, 3, 4, 5, 15)] == [0, 6, 8, 12, 52]
+    read = next(iter(MicroBatchSampler(range(8, 12), micro_batch=4, replica=0, replicas=1)))
+    seen = [dataset[number]["tokens"].tolist() for number in read]
+    assert seen == rows[1][8:12, :-1].tolist()
+    more = replace(config, training=replace(training, steps=16))
+    with pytest.raises(UserError, match="training.steps=16 of up to 4 sequences need rows 0 to 55, and .* has 60 and"):
+        build_datasets(more, open_corpus(config.data))
 
 
 def test_samples_are_those_of_packed_documents(alone: None, config: Config, rows: tuple[str, np.ndarray]) -> None:

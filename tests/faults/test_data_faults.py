@@ -56,12 +56,12 @@ def batches_of(prefix: Path, cache: Path, *, workers: int, **options: Any) -> It
     """Micro-batches of two samples from 30 steps of four, as a run reads them."""
     config = config_of(prefix, cache)
     dataset, _ = build_datasets(config, open_corpus(config.data))
-    sampler = MicroBatchSampler(range(30), global_batch=4, micro_batch=2, replica=0, replicas=1)
+    sampler = MicroBatchSampler(range(30 * 4), micro_batch=2, replica=0, replicas=1)
     return micro_batches(dataset, sampler, workers=workers, device=torch.device("cpu"), **options)
 
 
 def test_part_of_a_step_is_left_after_some_micro_batches() -> None:
-    sampler = MicroBatchSampler(range(3, 6), global_batch=8, micro_batch=2, replica=1, replicas=2)
+    sampler = MicroBatchSampler(range(3 * 8, 6 * 8), micro_batch=2, replica=1, replicas=2)
     whole = list(sampler)
     for done in range(len(whole)):
         left = sampler.after(done)
@@ -100,7 +100,7 @@ def test_workers_that_keep_dying_end_the_run(monkeypatch: pytest.MonkeyPatch) ->
     # torch looks after its workers every five seconds: fewer deaths than in a run.
     monkeypatch.setattr(loader, "RESTARTS", 1)
     told: list[str] = []
-    sampler = MicroBatchSampler(range(2), global_batch=2, micro_batch=2, replica=0, replicas=1)
+    sampler = MicroBatchSampler(range(2 * 2), micro_batch=2, replica=0, replicas=1)
     batches = micro_batches(Deadly(), sampler, workers=1, device=torch.device("cpu"), lost=told.append)
     with pytest.raises(RankError, match="data workers died 2 times in a row.*lower data.workers"):
         next(batches)
@@ -125,7 +125,7 @@ def test_token_beyond_the_vocabulary_is_named(alone: None, sample_prefix: Path, 
     steps = sorted({n // 4 for n in range(50_000) if 7 in dataset.documents(n)[1]})
     with pytest.raises(RankError) as raised:
         for step in steps:
-            sampler = MicroBatchSampler(range(step, step + 1), global_batch=4, micro_batch=2, replica=0, replicas=1)
+            sampler = MicroBatchSampler(range(4 * step, 4 * step + 4), micro_batch=2, replica=0, replicas=1)
             list(micro_batches(dataset, sampler, workers=0, device=torch.device("cpu"), vocabulary=VOCABULARY))
     assert f"{prefix}.bin holds token {VOCABULARY} in document 7, but the vocabulary has 4,096" in str(raised.value)
 

@@ -37,10 +37,11 @@ LONG_RUN = StepLine(
         ("+experiment=demo_dense", "training.compile=true", "training.loss_chunk=1000", "training.steps=9000"),
         ("+experiment=pythia160m_sep_ht", "parallel.tensor=2"),
         ("+experiment=pythia160m_sep_curriculum", "attention.separators=auto"),
+        ("+experiment=pythia160m_sep_batches", "parallel.tensor=2"),
         ("+experiment=pythia160m_sep_stochastic", "parallel.context=2", "parallel.pipeline=2"),
         ("+experiment=pythia1.4b_sep", "parallel.tensor=2", "parallel.sequence=true", "training.precision=bf16"),
     ],
-    ids=["demo_sep", "tiers", "dense", "layers", "curriculum", "windows", "1.4b"],
+    ids=["demo_sep", "tiers", "dense", "layers", "curriculum", "batches", "windows", "1.4b"],
 )
 def test_start_lines_fit_the_console(trainer: Any, overrides: tuple[str, ...]) -> None:
     folders = (f"run_root={trainer.root}", f"data.cache={trainer.cache}")

@@ -97,7 +97,7 @@ def test_a_length_must_fit_the_layout() -> None:
 def test_phases_in_shares() -> None:
     curriculum = [{"length": 0.25, "steps": 0.25}, {"length": 1024, "steps": 3}]
     config = Config(training=TrainingConfig(steps=10, curriculum=curriculum))
-    assert phases_of(config) == [Phase(512, 1, 2), Phase(1024, 3, 5), Phase(2048, 6, 10)]
+    assert phases_of(config) == [Phase(512, 1, 2, 1024), Phase(1024, 3, 5, 1024), Phase(2048, 6, 10, 1024)]
     assert [schedule_of(config).phase(step).length for step in range(1, 11)] == [512] * 2 + [1024] * 3 + [2048] * 5
 
 

@@ -217,6 +217,15 @@ def test_a_folder_that_goes_away_keeps_its_last_records(new_run: NewRun) -> None
     assert len(points(followed, "loss")) == 5
 
 
+def test_the_time_left_goes_with_tokens_where_batches_grow(new_run: NewRun) -> None:
+    """2 seconds a step, each of as many tokens: half of the tokens are read."""
+    run = new_run("growing", tokens=2 * training(30, 5.0)["tokens"])
+    run.train(1, 30)
+    followed = FollowedRun(run.folder)
+    read_all(followed)
+    assert followed.facts()["left"] == pytest.approx(60)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"run"'])
 def test_a_run_json_that_tells_nothing(new_run: NewRun, content: str) -> None:
     run = new_run("one")

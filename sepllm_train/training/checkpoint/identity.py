@@ -21,7 +21,7 @@ from sepllm_train.config.compatibility import (
     same_data,
     source_differences,
 )
-from sepllm_train.config.curriculum import curriculum_of
+from sepllm_train.config.curriculum import batch_schedule_of, curriculum_of
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.model.pattern import tiers_of_classes
 
@@ -44,6 +44,8 @@ _NOT_COUNTED = ("backend", "density_budget")
 # Of the model, what changes nothing of it; the vocabulary is on record as it came to be.
 _NOT_OF_THE_MODEL = ("name", "vocabulary", "recipe", "rotary_scaling")
 _CONTENT = {"sha256": "other tokens", "index": "other document boundaries", "separators": "other separators"}
+# On record only where there is one.
+_BATCHES = "training.batch_schedule"
 # Keys that came later, with what every run had before.
 _BEFORE: dict[str, Any] = {
     VALIDATION_DATA: {},
@@ -58,6 +60,7 @@ _BEFORE: dict[str, Any] = {
     "init_from": None,
     "optim.schedule_steps": None,
     "optim.schedule_start": 0,
+    _BATCHES: [],
 }
 
 
@@ -92,6 +95,7 @@ def identity(
         "training.global_batch": config.training.global_batch,
         "training.precision": config.training.precision,
         "training.curriculum": curriculum_of(config),
+        **({_BATCHES: batches} if (batches := batch_schedule_of(config)) else {}),
     }
 
 
@@ -158,9 +162,9 @@ def check_identity(
     other_data: the data and what of it is validated on may differ, but for the tokenizer; data_remedy: what to add to
     `remedy` when they do and may not.
     """
-    found = {**_BEFORE, **found}
-    # `wanted` may also be the schedule, of which no record has a scaling.
-    for key, value in json.loads(json.dumps({**wanted, ROTARY_SCALING: wanted.get(ROTARY_SCALING)})).items():
+    # `wanted` may also be the schedule, of which no record has these.
+    found, wanted = {**_BEFORE, **found}, {_BATCHES: [], ROTARY_SCALING: None, **wanted}
+    for key, value in json.loads(json.dumps(wanted)).items():
         before = found.get(key)
         # A run that continues keeps the order of the checkpoint: see `blend_order`.
         if key == BLEND_ORDER or same_data(before, value):

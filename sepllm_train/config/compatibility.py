@@ -20,6 +20,8 @@ VALIDATION_FRACTION = "data.validation_fraction"
 # Data of earlier steps, where a run resumed from a checkpoint of other data: [{data, validation_fraction}].
 EARLIER_DATA = "data.earlier"
 VOCABULARY = "model.vocabulary"
+# Matrices of the layers that Muon updates, by their names in a layer; not on record where there are none.
+MUON = "optim.muon"
 
 # Later additions to the record of a data source: document boundaries and separators. With them, the weight is exact.
 _LATER = ("index", "separators")

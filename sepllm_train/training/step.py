@@ -120,7 +120,7 @@ class Stepper:
             return model(tokens, plan, labels=labels), self._mean_loss
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
-        lr = learning_rate(training.optimizer)
+        lr = learning_rate(training.scheduler)
         with self.clock.part("optimizer"):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for loss in losses:

@@ -13,6 +13,7 @@ from sepllm_train.config.compatibility import (
     DATA,
     EARLIER_DATA,
     LATEST_BLEND_ORDER,
+    MUON,
     TOKENIZER,
     VALIDATION_DATA,
     VALIDATION_FRACTION,
@@ -21,6 +22,7 @@ from sepllm_train.config.compatibility import (
     source_differences,
 )
 from sepllm_train.config.curriculum import curriculum_of
+from sepllm_train.config.param_groups import muon_matrices
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.model.pattern import tiers_of_classes
 
@@ -33,6 +35,7 @@ IDENTITY_SHAPE = {
     f"{VALIDATION_FRACTION}?": _HELD_OUT,
     f"{TOKENIZER}?": str,
     f"{VOCABULARY}?": Range(1, 1 << 40),
+    f"{MUON}?": [str],
     f"{EARLIER_DATA}?": [{"data": _DATA_SHAPE, "validation_fraction": _HELD_OUT}],
 }
 _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
@@ -52,8 +55,11 @@ _BEFORE: dict[str, Any] = {
     "attention.keep_share": None,
     "training.curriculum": [],
     "init_from": None,
+    "optim.optimizer": "adam",
+    "optim.groups": [],
     "optim.schedule_steps": None,
     "optim.schedule_start": 0,
+    MUON: [],
 }
 
 
@@ -85,6 +91,7 @@ def identity(
         "training.global_batch": config.training.global_batch,
         "training.precision": config.training.precision,
         "training.curriculum": curriculum_of(config),
+        **({MUON: list(matrices)} if (matrices := muon_matrices(config)) else {}),
     }
 
 
@@ -152,7 +159,7 @@ def check_identity(
     `remedy` when they do and may not.
     """
     found = {**_BEFORE, **found}
-    for key, value in json.loads(json.dumps(wanted)).items():
+    for key, value in json.loads(json.dumps({**wanted, MUON: wanted.get(MUON, [])})).items():
         before = found.get(key)
         # A run that continues keeps the order of the checkpoint: see `blend_order`.
         if key == BLEND_ORDER or same_data(before, value):
@@ -167,6 +174,9 @@ def check_identity(
             difference = f"data.validation_prefixes of {_names(before or {})}, this run has {_names(value)}"
         elif key == TOKENIZER:
             difference = f"a tokenizer of SHA-256 {_short(before)}, this run has one of {_short(value)}"
+        elif key == MUON:
+            names = (", ".join(matrices) or "no matrices" for matrices in (before, value))
+            difference = "Muon for {}, this run has it for {}".format(*names)
         else:
             difference = f"{key}={before}, this run has {value}"
         raise UserError(f"{where} was written with {difference}: {remedy}{data_remedy if key in _DATA_KEYS else ''}.")

@@ -168,6 +168,9 @@ def settings_of(folder: Path, *, without_rate: bool = False) -> tuple[str, float
             rate = float(optim.get("lr", math.nan))
             dropped = RATE_KEYS if without_rate else ()
             kept["optim"] = {key: value for key, value in optim.items() if key not in dropped}
+            if optim.get("optimizer") == "adam":
+                # A run that is older than the key has Adam.
+                del kept["optim"]["optimizer"]
         return yaml.safe_dump(_without_empty(kept), sort_keys=True), rate
     except (ValueError, TypeError):
         return None

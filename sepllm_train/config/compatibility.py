@@ -23,6 +23,8 @@ VOCABULARY = "model.vocabulary"
 # Scaling of rotary positions, where there is one: the values that are set, by key.
 ROTARY_SCALING = "model.rotary_scaling"
 ROTARY_BASE = "model.rotary_base"
+# Matrices of the layers that Muon updates, by their names in a layer; not on record where there are none.
+MUON = "optim.muon"
 
 # Later additions to the record of a data source: document boundaries and separators. With them, the weight is exact.
 _LATER = ("index", "separators")

@@ -25,6 +25,7 @@ BACKENDS = ("auto", "triton", "blocked", "masked", "reference", "dense", "flex")
 
 # Learning rate of a size that has no published one: that of models of some hundred million parameters.
 ASSUMED_LR = 6e-4
+OPTIMIZERS = ("adam", "muon")
 
 
 @dataclass
@@ -398,8 +399,16 @@ class ParallelConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam and its schedule. Step counts are optimizer steps."""
+    """Optimizer and its schedule. Step counts are optimizer steps."""
 
+    optimizer: str = setting(
+        "adam", "adam | muon (Muon for the matrices of the layers, Adam for all else), both with optim.lr."
+    )
+    groups: list[Any] = setting(
+        [],
+        "Parameters with settings of their own: a list of {match: PATTERN, lr_factor: X, weight_decay: X, optimizer: "
+        "adam or muon}; the first PATTERN (with * and ?) that matches a parameter's name counts.",
+    )
     lr: float | None = setting(None, "Learning rate after warm-up; None = model.recipe.rate, the model size's own.")
     min_lr: float | None = setting(None, "Learning rate at the end of the schedule; None = a tenth of optim.lr.")
     schedule: str = setting(
@@ -424,6 +433,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         finite("optim", self)
+        one_of("optim.optimizer", self.optimizer, OPTIMIZERS)
         one_of("optim.schedule", self.schedule, ("cosine", "pythia", "wsd", "linear", "constant"))
         if self.lr is not None:
             self.take(None)

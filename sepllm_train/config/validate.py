@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.separators import CLASSES, NAMED_SETS
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import batch_phases, batch_schedule_of, curriculum_phases, schedule_position
+from sepllm_train.config.param_groups import check_param_groups
 from sepllm_train.config.schema import AttentionConfig, Config, ParallelConfig, require
 
 
@@ -51,6 +52,7 @@ def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     yield from _sequence(config)
     yield from _batch(config, world_size)
     yield from _schedule(config)
+    yield from check_param_groups(config)
     yield from _profile(config, world_size)
     yield from _node()
 

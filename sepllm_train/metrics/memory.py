@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sepllm_train.config.param_groups import muon_matrices
 from sepllm_train.config.schema import Config
 from sepllm_train.metrics.flops import layer_parameters, norm_parameters
 
@@ -32,14 +33,14 @@ def memory_estimate(
 
     `replicas` is the data-parallel size, `device` the device's type, `attended_share` that of the causal triangle:
     with context parallelism the keys that are fetched from other ranks follow from it. Weights are kept in the training
-    precision and gradients in fp32; the optimizer holds Adam's two moments in fp32 and, for half precision, an fp32
-    copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them. `activations` is
-    the peak of what comes and goes within a step: the worse of the loss and the output layer's gradient, and the
-    backward pass of a transformer layer; a fused Adam takes nothing on top. What layers keep follows Korthikanti et
-    al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (section 4 and appendix B), adapted to
-    this model: no dropout masks, no S x S tensors because attention is computed in blocks, recompute=selective
-    repeating the MLP, gated MLPs and grouped keys counted by their own widths, rotated copies of queries and keys,
-    one input for the two norms of a parallel-residual block.
+    precision and gradients in fp32; the optimizer holds Adam's two moments, or Muon's one, in fp32 and, for half
+    precision, an fp32 copy of the weights, on every replica or, with parallel.sharded_optimizer, divided among them.
+    `activations` is the peak of what comes and goes within a step: the worse of the loss and the output layer's
+    gradient, and the backward pass of a transformer layer; a fused Adam takes nothing on top, and Muon's few copies of
+    one matrix are less. What layers keep follows Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+    Transformer Models" (section 4 and appendix B), adapted to this model: no dropout masks, no S x S tensors because
+    attention is computed in blocks, recompute=selective repeating the MLP, gated MLPs and grouped keys counted by
+    their own widths, rotated copies of queries and keys, one input for the two norms of a parallel-residual block.
 
     On top come the attention backend's own buffers (`blocked`: a few MiB for each sequence of a micro-batch), the
     fragmentation of the allocator, and the buffers of CUDA, NCCL and gloo.
@@ -52,10 +53,12 @@ def memory_estimate(
     ends = {0: table, parallel.pipeline - 1: table + norm}
     if parallel.pipeline == 1:
         ends = {0: table * (1 if model.tied_embeddings else 2) + norm}
+    muon = sum(rows * columns for rows, columns in muon_matrices(config).values()) // parallel.tensor
     estimates = []
     # Of equal stages in the middle the first one holds the most micro-batches.
     for stage in sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1}):
         held = _held(config, layers[stage] * (sharded // parallel.tensor + whole) + ends.get(stage, 0), replicas)
+        held["optimizer"] -= 4 * layers[stage] * muon
         activations = round(_activations(config, padded_vocabulary, replicas, attended_share, device, stage))
         estimates.append({**held, "activations": activations, "total": sum(held.values()) + activations})
     return max(estimates, key=lambda estimate: estimate["total"])

@@ -40,13 +40,11 @@ def initialize(model: SepGPTModel, config: ModelConfig, seed: int) -> None:
     any tensor, pipeline or vocabulary padding layout starts from the same weights. Rows of padding are zero.
     """
     usual, projection = standard_deviations(config)
-    for name, parameter in _global_names(model):
+    for name, parameter in global_names(model):
         if parameter.dim() < 2:
             if name.endswith(".bias"):
                 parameter.zero_()
             continue
-        # A tied output layer of another pipeline stage is a copy of the embedding.
-        name = EMBEDDING if name == OUTPUT and config.tied_embeddings else name
         deviation = projection if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else usual
         shape = _whole_shape(parameter, model)
         if name in (EMBEDDING, OUTPUT):
@@ -77,13 +75,15 @@ def _mark(weight: Parameter, dim: int, stride: int) -> None:
     weight.partition_dim, weight.partition_stride = dim, stride  # type: ignore[attr-defined]
 
 
-def _global_names(model: SepGPTModel) -> Iterator[tuple[str, Parameter]]:
+def global_names(model: SepGPTModel) -> Iterator[tuple[str, Parameter]]:
     """Parameters with the names that they have in an unsplit model."""
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-        yield ".".join(parts), parameter
+        # A tied output layer of another pipeline stage is a copy of the embedding.
+        tied = name == OUTPUT and model.share_embeddings_and_output_weights
+        yield EMBEDDING if tied else ".".join(parts), parameter
 
 
 def _whole_shape(parameter: Parameter, model: SepGPTModel) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sepllm_train.base.console import duration, flop_count, fold, quantity, say
+from sepllm_train.config.param_groups import group_sizes, muon_flops, muon_matrices
 from sepllm_train.config.rotary import in_words
 from sepllm_train.config.schema import ASSUMED_LR, Config
 from sepllm_train.distributed.optional import apex_norm
@@ -34,6 +35,7 @@ def start_lines(config: Config, facts: Facts, world_size: int, device: torch.dev
         f"{facts.vocabulary:,} padded to {facts.padded_vocabulary:,}",
         recipe_line(config),
         *_position_lines(config),
+        *_optimizer_lines(config, facts),
         _attention_line(config, facts),
         *_document_lines(config),
         *_context_lines(config, facts),
@@ -77,6 +79,26 @@ def recipe_line(config: Config) -> str:
     hint = f" | published run: micro-batches of {recipe.micro_batch} on {recipe.gpus} GPUs" if recipe.gpus else ""
     hint += f", tensor {recipe.tensor}" if hint and (recipe.tensor or 1) > 1 else ""
     return f"recipe: {model.name} | {rates}{own} | schedule {config.optim.schedule} | {model.activation}{hint}"
+
+
+def _optimizer_lines(config: Config, facts: Facts) -> list[str]:
+    """Muon's part of the model, and one line per entry of optim.groups."""
+    lines, matrices = [], muon_matrices(config)
+    if matrices:
+        elements = config.model.layers * sum(rows * columns for rows, columns in matrices.values())
+        flops = config.model.layers * sum(map(muon_flops, matrices.values()))
+        share = flops / (facts.flops_per_token["flops/model"] * facts.tokens_per_step)
+        lines.append(
+            f"muon: {elements:,} parameters, the layers' {', '.join(matrices)}; Adam the rest | update scaled by 0.2 "
+            f"sqrt(max(rows, columns)) to the size of Adam's | {flop_count(flops)} a step besides the model's, "
+            f"{share:.1%} of them"
+        )
+    lr, _ = config.optim.rates
+    for group, size in group_sizes(config):
+        own = [f"lr x {group['lr_factor']:g} = {lr * group['lr_factor']:g}"] if "lr_factor" in group else []
+        own += [f"{key.replace('_', ' ')} {group[key]}" for key in ("weight_decay", "optimizer") if key in group]
+        lines.append(f"group {group['match']}: {size:,} parameter tensors | {' | '.join(own)}")
+    return lines
 
 
 def _run_line(config: Config, facts: Facts, world_size: int, device: torch.device) -> str:

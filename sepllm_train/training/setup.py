@@ -14,16 +14,20 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from sepllm_train.base.quiet import quiet
 from sepllm_train.config.curriculum import schedule_position
+from sepllm_train.config.param_groups import param_settings
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.launch import virtual_stages
 from sepllm_train.model.build import PRECISIONS, build_model
+from sepllm_train.model.initialization import global_names
+from sepllm_train.training.muon import FUSED_ROWS, add_muon
 
 SCHEDULES = {"cosine": "cosine", "pythia": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
 
@@ -60,8 +64,9 @@ def build_training(config: Config, vocabulary: int, device: torch.device, *, dra
     ]
     # From 0.19 on megatron-core imports more of itself here, with its warnings.
     with quiet():
-        optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+        optimizer = get_megatron_optimizer(_optimizer_config(config), chunks, _param_overrides(config, modules))
     _fuse_adam(optimizer)
+    add_muon(optimizer, torch.float32 if config.training.precision == "fp32" else torch.bfloat16)
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
@@ -114,6 +119,45 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         params_dtype=PRECISIONS[precision],
         use_distributed_optimizer=config.parallel.sharded_optimizer,
     )
+
+
+def _param_overrides(config: Config, modules: list[Any]) -> dict[ParamKey, Any] | None:
+    """Settings of parameters that have not those of `_optimizer_config`, as megatron-core groups them; None for its own
+    groups, which differ in weight decay alone."""
+    optim = config.optim
+    if optim.optimizer == "adam" and not optim.groups:
+        return None
+    ids: dict[tuple[tuple[str, Any], ...], set[int]] = {}
+    for module in modules:
+        for name, parameter in global_names(module):
+            overrides = _overrides(config, name, vector=parameter.dim() == 1)
+            ids.setdefault(tuple(overrides.items()), set()).add(id(parameter))
+
+    def key(overrides: tuple[tuple[str, Any], ...]) -> ParamKey:
+        return ParamKey(predicate=ParamPredicate(str(overrides), lambda parameter: id(parameter) in ids[overrides]))
+
+    return {key(overrides): dict(overrides) for overrides in ids if overrides}
+
+
+def _overrides(config: Config, name: str, *, vector: bool) -> dict[str, Any]:
+    """What a parameter has of its own, in the keys of megatron-core's parameter groups, and FUSED_ROWS for Muon."""
+    model, settings = config.model, param_settings(config, name)
+    overrides: dict[str, Any] = {}
+    if settings.lr_factor != 1:
+        lr, min_lr = config.optim.rates
+        overrides |= {"max_lr": lr * settings.lr_factor, "min_lr": min_lr * settings.lr_factor}
+    if settings.weight_decay is not None:
+        overrides |= {"start_wd": float(settings.weight_decay), "end_wd": float(settings.weight_decay)}
+    elif vector:
+        overrides["wd_mult"] = 0.0
+    if settings.optimizer == "muon":
+        rows: tuple[int, ...] = ()
+        if "linear_qkv" in name:
+            rows = (model.heads // model.query_groups * model.head_dim, model.head_dim, model.head_dim)
+        elif "linear_fc1" in name and model.activation == "swiglu":
+            rows = (model.ffn // config.parallel.tensor,) * 2
+        overrides[FUSED_ROWS] = rows
+    return overrides
 
 
 def _fuse_adam(optimizer: MegatronOptimizer) -> None:
@@ -175,6 +219,6 @@ def set_schedule(training: Training, step: int) -> None:
     training.scheduler.step(increment=training.position(step))
 
 
-def learning_rate(optimizer: Any) -> float:
-    """Learning rate that the next step of `optimizer` uses."""
-    return float(optimizer.param_groups[0]["lr"])
+def learning_rate(scheduler: OptimizerParamScheduler) -> float:
+    """Learning rate that the next step uses where optim.groups sets no lr_factor."""
+    return float(scheduler.get_lr({}))

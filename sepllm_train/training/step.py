@@ -139,7 +139,7 @@ class Stepper:
             return output, partial(self._mean_loss, loss_mask=loss_mask)
 
         losses = self._run(forward_step, batches, micro_batches, forward_only=False)
-        lr = learning_rate(training.optimizer)
+        lr = learning_rate(training.scheduler)
         with self.clock.part("optimizer"):
             total, counted = torch.zeros(2, dtype=torch.float64, device=self.device)
             for loss in losses:

@@ -137,7 +137,7 @@ def rates(*overrides: str) -> np.ndarray:
     scheduler = build_scheduler(config, optimizer)  # type: ignore[arg-type]
     found = []
     for _ in range(config.training.steps + 1):
-        found.append(learning_rate(optimizer))
+        found.append(learning_rate(scheduler))
         scheduler.step(increment=1)
     return np.array(found)
 

@@ -54,7 +54,7 @@ def small_run(root: str, cache: str, name: str, resume: str = "auto", **groups: 
         attention=AttentionConfig(**({"window": 8} | groups.get("attention", {}))),
         data=DataConfig(**({"sequence_length": 64, "cache": cache, "workers": 0} | groups.get("data", {}))),
         parallel=ParallelConfig(**groups.get("parallel", {})),
-        optim=OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=0),
+        optim=OptimConfig(**({"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 0} | groups.get("optim", {}))),
         training=TrainingConfig(**(training | groups.get("training", {}))),
         logging=LoggingConfig(interval=1),
     )

@@ -212,7 +212,7 @@ def rates_of(*overrides: str) -> list[float]:
     scheduler = build_scheduler(config, optimizer)  # type: ignore[arg-type]
     rates = []
     for _ in range(config.training.steps):
-        rates.append(learning_rate(optimizer))
+        rates.append(learning_rate(scheduler))
         scheduler.step(increment=1)
     return rates
 

@@ -13,6 +13,7 @@ from sepllm_train.config.compatibility import (
     DATA,
     EARLIER_DATA,
     LATEST_BLEND_ORDER,
+    MUON,
     ROTARY_SCALING,
     TOKENIZER,
     VALIDATION_DATA,
@@ -22,6 +23,7 @@ from sepllm_train.config.compatibility import (
     source_differences,
 )
 from sepllm_train.config.curriculum import batch_schedule_of, curriculum_of
+from sepllm_train.config.param_groups import muon_matrices
 from sepllm_train.config.schema import AttentionConfig, Config
 from sepllm_train.model.pattern import tiers_of_classes
 
@@ -35,6 +37,7 @@ IDENTITY_SHAPE = {
     f"{TOKENIZER}?": str,
     f"{VOCABULARY}?": Range(1, 1 << 40),
     f"{ROTARY_SCALING}?": dict,
+    f"{MUON}?": [str],
     f"{EARLIER_DATA}?": [{"data": _DATA_SHAPE, "validation_fraction": _HELD_OUT}],
 }
 _DATA_KEYS = (DATA, VALIDATION_DATA, VALIDATION_FRACTION)
@@ -58,9 +61,12 @@ _BEFORE: dict[str, Any] = {
     "attention.keep_share": None,
     "training.curriculum": [],
     "init_from": None,
+    "optim.optimizer": "adam",
+    "optim.groups": [],
     "optim.schedule_steps": None,
     "optim.schedule_start": 0,
     _BATCHES: [],
+    MUON: [],
 }
 
 
@@ -96,6 +102,7 @@ def identity(
         "training.precision": config.training.precision,
         "training.curriculum": curriculum_of(config),
         **({_BATCHES: batches} if (batches := batch_schedule_of(config)) else {}),
+        **({MUON: list(matrices)} if (matrices := muon_matrices(config)) else {}),
     }
 
 
@@ -163,7 +170,7 @@ def check_identity(
     `remedy` when they do and may not.
     """
     # `wanted` may also be the schedule, of which no record has these.
-    found, wanted = {**_BEFORE, **found}, {_BATCHES: [], ROTARY_SCALING: None, **wanted}
+    found, wanted = {**_BEFORE, **found}, {_BATCHES: [], MUON: [], ROTARY_SCALING: None, **wanted}
     for key, value in json.loads(json.dumps(wanted)).items():
         before = found.get(key)
         # A run that continues keeps the order of the checkpoint: see `blend_order`.
@@ -179,6 +186,9 @@ def check_identity(
             difference = f"data.validation_prefixes of {_names(before or {})}, this run has {_names(value)}"
         elif key == TOKENIZER:
             difference = f"a tokenizer of SHA-256 {_short(before)}, this run has one of {_short(value)}"
+        elif key == MUON:
+            names = (", ".join(matrices) or "no matrices" for matrices in (before, value))
+            difference = "Muon for {}, this run has it for {}".format(*names)
         else:
             difference = f"{key}={before}, this run has {value}"
         raise UserError(f"{where} was written with {difference}: {remedy}{data_remedy if key in _DATA_KEYS else ''}.")

@@ -45,7 +45,7 @@ from sepllm_train.training.checkpoint.files import altered, find, read_state
 from sepllm_train.training.checkpoint.metadata import read_metadata
 from sepllm_train.training.checkpoint.shards import (
     Shards,
-    complete_adam,
+    complete_state,
     layout,
     model_shards,
     rng_shards,
@@ -69,7 +69,7 @@ def load(checkpoint: Path, training: Training) -> TrainState:
     when the layout is the same. Raises UserError when the files cannot be read as what this run needs.
     """
     content = read_state(checkpoint)
-    complete_adam(training.optimizer)
+    complete_state(training.optimizer)
     same_layout = content["layout"] == layout()
     rng = rng_shards() if same_layout else {}
     read_into(checkpoint, training_shards(training) | rng)

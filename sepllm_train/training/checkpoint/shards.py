@@ -26,11 +26,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 
+from sepllm_train.training.muon import MuonAndAdam
 from sepllm_train.training.setup import Training
 
 Shards = dict[str, list[ShardedTensor]]
 # Beginning of the name of the optimizer's fp32 copy of a weight in bf16 or fp16, before that of the weight.
 MAIN = "optimizer.state.fp32_param."
+
+# Tensors of the optimizer's state of a parameter: Adam's two, Muon's one.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def layout() -> dict[str, int | str]:
@@ -46,7 +50,7 @@ def layout() -> dict[str, int | str]:
 
 def training_shards(training: Training) -> Shards:
     """Shards of model and optimizer by name, replicas included. Their tensors are those that are trained."""
-    complete_adam(training.optimizer)
+    complete_state(training.optimizer)
     entries = _entries(training.modules)
     held = {id(part.model): part for part in _held(training.optimizer)}
     found: Shards = defaultdict(list)
@@ -56,7 +60,7 @@ def training_shards(training: Training) -> Shards:
         part = held.get(id(entry.data))
         if part is None:
             continue
-        tensors = {f"optimizer.state.{name}.": part.state[name] for name in ("exp_avg", "exp_avg_sq")}
+        tensors = {f"optimizer.state.{name}.": part.state[name] for name in _MOMENTS if name in part.state}
         if part.main.dtype != entry.data.dtype:
             tensors[MAIN] = part.main
         for prefix, tensor in tensors.items():
@@ -126,7 +130,7 @@ def main_replicas(shards: Shards) -> Shards:
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """State of the optimizer besides tensors: Adam's count of updates, and the fp16 loss scale with its trackers."""
-    steps = {step for inner in _inner(optimizer) for step in _steps(inner)}
+    steps = {step for adam in _adams(optimizer) for step in _steps(adam)}
     if len(steps) > 1:
         raise RuntimeError(f"parameters with different counts of updates: {sorted(steps)}")
     result: dict[str, Any] = {"step": steps.pop() if steps else 0.0}
@@ -140,7 +144,7 @@ def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
 
 def set_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any]) -> None:
     """Restore what `optimizer_scalars` gave."""
-    for inner in _inner(optimizer):
+    for inner in _adams(optimizer):
         for group in inner.param_groups:
             if _counts_in_groups(inner):
                 group["step"] = int(scalars["step"])
@@ -154,9 +158,13 @@ def set_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any])
             scaler.load_state_dict({**stored, "scale": torch.full_like(scaler.scale, stored["scale"])})
 
 
-def complete_adam(optimizer: MegatronOptimizer) -> None:
-    """Give Adam the state of step 0 where it has none: before the first update, which fp16 may have skipped."""
-    for inner in _inner(optimizer):
+def complete_state(optimizer: MegatronOptimizer) -> None:
+    """Give Adam and Muon the state of step 0 where they have none: before the first update, which fp16 may have
+    skipped."""
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, MuonAndAdam):
+            part.optimizer.muon.complete_state()
+    for inner in _adams(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
                 state = inner.state[parameter]
@@ -171,9 +179,10 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+def _adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The Adams behind `optimizer`."""
-    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+    inner = [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+    return [one.adam if isinstance(one, MuonAndAdam) else one for one in inner]
 
 
 def _counts_in_groups(inner: torch.optim.Optimizer) -> bool:

@@ -89,7 +89,7 @@ def evaluate(
         if not options.truncate:
             # The first task's own evaluation begins with this check; to make requests twice takes time.
             for task in loaded[1:]:
-                lm.check(task.name, _requests(lm, task, options))
+                lm.check(task.name, requests(lm, task, options))
         if output is not None:
             _make_folder(output)
         for task, attention in product(loaded, attentions):
@@ -152,7 +152,7 @@ def _planned(task: Loaded, attention: Attention, options: EvaluationOptions, ran
     }
 
 
-def _requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
+def requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
     """The requests of this rank, as the harness will make them."""
     _seed(task)
     for one in task.tasks["tasks"].values():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import whole_folder, write_whole
 from sepllm_train.base.quiet import quiet
-from sepllm_train.config.schema import one_of
+from sepllm_train.config.schema import Config, one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
@@ -60,19 +61,62 @@ def in_memory(run: TrainedRun, dtype: torch.dtype | None = torch.float32) -> Any
 
     Raises UserError as `TrainedRun.token_pattern` and `model_type` do, and when `dtype` cannot hold the weights.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-
-    pattern, end = run.token_pattern, run.tokenizer.eod
-    config = to_theirs(run.config, run.vocabulary, end)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    shape = Shape(run.config, run.vocabulary, run.token_pattern, run.tokenizer.eod)
     dtype = dtype or PRECISIONS[run.config.training.precision]
-    tensors = dict(_tensors(run, dtype))
-    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
-    _check_filled(model, info)
-    if not pattern.dense:
-        setattr(model.config, CONFIG_KEY, pattern.to_dict())
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    return model.eval()
+    return shape.filled(_weights(run.checkpoint.path), dtype, run.folder)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A run's model without its weights. vocabulary: entries without padding; end: token that ends a document."""
+
+    config: Config
+    vocabulary: int
+    pattern: TokenPattern
+    end: int
+
+    def filled(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, place: Path) -> Any:
+        """The model of transformers with these weights, whole as checkpoints of `place` hold them, on the CPU.
+
+        Raises UserError as `model_type` does, and when `dtype` cannot hold the weights.
+        """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = to_theirs(self.config, self.vocabulary, self.end)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        found = dict(self._theirs(tensors, dtype, place))
+        model, info = kind.from_pretrained(None, config=config, state_dict=found, dtype=dtype, output_loading_info=True)
+        _check_filled(model, info)
+        return self._finished(model)
+
+    def empty(self) -> Any:
+        """The model of transformers without memory for its weights. Raises UserError as `model_type` does."""
+        from transformers import AutoModelForCausalLM
+
+        config = to_theirs(self.config, self.vocabulary, self.end)
+        with torch.device("meta"):
+            return self._finished(AutoModelForCausalLM.from_config(config))
+
+    def _finished(self, model: Any) -> Any:
+        """The model with what its files say besides."""
+        from transformers import GenerationConfig
+
+        if not self.pattern.dense:
+            setattr(model.config, CONFIG_KEY, self.pattern.to_dict())
+        model.generation_config = GenerationConfig(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=self.end)
+        return model.eval()
+
+    def _theirs(
+        self, found: Iterable[tuple[str, Tensor]], dtype: torch.dtype, place: Path
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of theirs. Raises UserError when `dtype` is too small."""
+        family = FAMILIES[model_type(self.config)]
+        for name, whole in found:
+            for target, tensor in weights.to_theirs(family, self.config.model, self.vocabulary, name, whole):
+                converted = tensor.to(dtype)
+                if not converted.isfinite().all():
+                    raise UserError(f"{place} has weights in {target} that {dtype} cannot hold: use another --dtype.")
+                yield target, converted
 
 
 def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None, overwrite: bool = False) -> None:
@@ -140,21 +184,9 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
         raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
 
 
-def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read, for weights that are not
-    finite, and when `dtype` is too small."""
-    family = FAMILIES[model_type(run.config)]
-    for name, whole in _weights(run.checkpoint.path):
-        refuse_not_finite(run.checkpoint.path, [(name, whole)])
-        for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
-            converted = tensor.to(dtype)
-            if not converted.isfinite().all():
-                raise UserError(f"{run.folder} has weights in {target} that {dtype} cannot hold: use another --dtype.")
-            yield target, converted
-
-
 def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint, whole, one after another; what else it holds is not read."""
+    """The weights of a checkpoint, whole, one after another; what else it holds is not read. Raises UserError when it
+    cannot be read, and for weights that are not finite."""
     reader = SafeReader(checkpoint)
     try:
         entries = reader.read_metadata().state_dict_metadata
@@ -169,6 +201,7 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             tensor = torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
             with quiet():
                 torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
+            refuse_not_finite(checkpoint, [(name, tensor)])
             yield name, tensor
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
         # torch goes on with advice for those who wrote the file.

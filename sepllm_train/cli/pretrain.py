@@ -185,7 +185,7 @@ def _require_tasks(config: Config, processes: int) -> None:
             )
 
 
-def _tasks(config: Config) -> AbstractContextManager[LiveTasks | None]:
+def tasks_of(config: Config) -> AbstractContextManager[LiveTasks | None]:
     """The tasks that score a run while it trains, for a block; None without any."""
     if not config.evaluation.tasks:
         return nullcontext()
@@ -222,11 +222,11 @@ def pretrain(config: Config) -> None:
     launch = launch_from_environment()
     check_model(config)
     if config.dry_run:
-        with reading_group(launch), _tasks(config) as tasks:
+        with reading_group(launch), tasks_of(config) as tasks:
             dry_run(config, world_size, device_of(launch), tasks)
         return
     try:
-        with process_grid(config, launch) as device, _tasks(config) as tasks:
+        with process_grid(config, launch) as device, tasks_of(config) as tasks:
             interrupted = train(config, launch, device, tasks)
     except RuntimeError as error:
         raise lost_rank(error, config.parallel.timeout_seconds) or error from None

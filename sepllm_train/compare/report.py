@@ -34,7 +34,7 @@ from sepllm_train.compare.results import (
     timed,
     to_reach,
 )
-from sepllm_train.compare.scores import Scores, find_scores, last_scores, scores_data
+from sepllm_train.compare.scores import CommonScores, find_scores, last_scores, scores_data
 from sepllm_train.compare.tables import Table, several_seeds
 from sepllm_train.compare.timing import Timing
 from sepllm_train.compare.variants import Variant, caveats, pairing_notes, pairs, runs_of
@@ -65,7 +65,7 @@ class Report:
     notes: list[str]
     timing: Timing | None
     sweep: Sweep | None = None
-    scores: Scores = field(default_factory=lambda: Scores([], []))
+    scores: CommonScores = field(default_factory=lambda: CommonScores([], []))
 
     def main_tables(self) -> list[Table]:
         """Costs to reach the loss, of a sweep the losses by learning rate; and losses at equal tokens."""

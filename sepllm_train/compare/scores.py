@@ -39,7 +39,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scores:
+class CommonScores:
     """The scores that all runs have. `notes`: sentences on tasks that do not compare."""
 
     found: list[Score]
@@ -57,11 +57,11 @@ def _rank(score: Score) -> int:
     return _DRAWN.index(score.metric) if score.metric in _DRAWN else len(_DRAWN)
 
 
-def find_scores(variants: Sequence[Variant]) -> Scores:
+def find_scores(variants: Sequence[Variant]) -> CommonScores:
     """The metrics that every run has in its last evaluation, of tasks whose conditions were the same in all of them."""
     runs = runs_of(variants)
     if not all(run.evaluation for run in runs):
-        return Scores([], [])
+        return CommonScores([], [])
     scores = [Score(*names) for key in runs[0].evaluation[-1] if (names := score_of(key)) is not None]
     found = [one for one in scores if all(points(run, one.key)[-1:] == run.evaluation[-1:] for run in runs)]
     notes = []
@@ -70,7 +70,7 @@ def find_scores(variants: Sequence[Variant]) -> Scores:
         if other:
             found = [score for score in found if score.task != task]
             notes.append(f"Scores of {task} are left out: they are of different {other}.")
-    return Scores(found, notes)
+    return CommonScores(found, notes)
 
 
 def _other_conditions(runs: Sequence[Run], task: str) -> str:
@@ -91,7 +91,7 @@ def _conditions(run: Run, task: str) -> Iterator[Record]:
             yield known if isinstance(known, dict) else {}
 
 
-def last_scores(variants: Sequence[Variant], scores: Scores) -> Table:
+def last_scores(variants: Sequence[Variant], scores: CommonScores) -> Table:
     """Each variant's scores in the last evaluations of its runs: the mean, and the standard error of a single run."""
     lines = []
     for variant in variants:
@@ -106,7 +106,7 @@ def last_scores(variants: Sequence[Variant], scores: Scores) -> Table:
     return Table("Scores of the last evaluation", [head, "tokens", *(score.name for score in scores.found)], lines)
 
 
-def scores_data(variants: Sequence[Variant], scores: Scores) -> dict[str, Any]:
+def scores_data(variants: Sequence[Variant], scores: CommonScores) -> dict[str, Any]:
     """By metric (TASK/METRIC), the last score of each run of each variant."""
     return {
         f"{score.task}/{score.metric}": {

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tqdm
 
-from sepllm_train.base.console import fold, say
+from sepllm_train.base.console import duration, fold, say
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.options import EvaluationOptions, in_keys
 from sepllm_train.evaluation.results import conditions
@@ -111,7 +111,7 @@ class LiveTasks:
     def _scores(self, run: LiveRun, stopped: Callable[[], bool]) -> dict[str, Any] | None:
         from sepllm_train.evaluation.attention import bind
         from sepllm_train.evaluation.harness import SeparatorLM
-        from sepllm_train.evaluation.run import calm, evaluate_task, line
+        from sepllm_train.evaluation.run import calm, evaluate_task, measured
         from sepllm_train.evaluation.stream_model import Opened
         from sepllm_train.generation.choice import AttentionChoice
 
@@ -135,7 +135,7 @@ class LiveTasks:
             watchdog.beat(f"the evaluation of {task.name} {when}")
             result = evaluate_task(lm, task, attention, self.options)
             if result is not None:
-                say(fold(f"evaluation {when}: {line(result)}"))
+                say(fold(f"evaluation {when}: {task.name} {measured(result)}, {duration(result['seconds'])}"))
                 record |= _figures(result)
                 counted = {key: result[key] for key in ("documents", "truncated_prompts")}
                 record.setdefault("evaluation", {})[task.name] = conditions(result) | counted

@@ -177,16 +177,20 @@ def _make_folder(folder: Path) -> None:
 
 def line(result: dict[str, Any]) -> str:
     """One result in a line."""
-    metrics = ", ".join(
-        f"{name} {_rounded(entry['value'])}" + (f" ± {_rounded(entry['stderr'])}" if entry["stderr"] else "")
-        for name, entry in result["metrics"].items()
-    )
     part = "" if result["limit"] is None else f" of {result['documents_there']:,}"
     return (
-        f"{result['task']} | {result['attention']['label']} | {metrics} | attended {_percent(result['attended_share'])}"
-        f" | KV kept {_percent(result['kv_share_prompt'])} at the prompt's end, {_percent(result['kv_share'])} mean | "
-        f"{result['documents']:,}{part} documents, {result['num_fewshot']} examples each, "
-        f"{duration(result['seconds'])}"
+        f"{result['task']} | {result['attention']['label']} | {measured(result)} | "
+        f"attended {_percent(result['attended_share'])} | KV kept {_percent(result['kv_share_prompt'])} at the "
+        f"prompt's end, {_percent(result['kv_share'])} mean | {result['documents']:,}{part} documents, "
+        f"{result['num_fewshot']} examples each, {duration(result['seconds'])}"
+    )
+
+
+def measured(result: dict[str, Any]) -> str:
+    """Metrics of a result with their standard errors, in words."""
+    return ", ".join(
+        f"{name} {_rounded(entry['value'])}" + (f" ± {_rounded(entry['stderr'])}" if entry["stderr"] else "")
+        for name, entry in result["metrics"].items()
     )
 
 

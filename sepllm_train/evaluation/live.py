@@ -56,8 +56,8 @@ class LiveTasks:
         )
         with undisturbed(offline=folder is not None), in_keys():
             documents = self._load(prepared)
-        every = f"every {asked.interval} steps and " if asked.interval else ""
-        return f"evaluation {every}at the end, on every process with a copy of the model in fp32: {documents}"
+        every = f"every {asked.interval:,} steps and " if asked.interval else ""
+        return f"evaluation: {every}at the end, on a copy of the model in fp32 in every process | {documents}"
 
     def _load(self, prepared: Prepared) -> str:
         """Set tokenizer, model without weights and tasks; gives the tasks in words."""

@@ -102,6 +102,8 @@ def test_scores_are_those_of_the_checkpoints_and_training_is_untouched(
     fed: list[float] = []
     monkeypatch.setattr(Watchdog, "allow", lambda self, seconds: fed.append(seconds))
     asked = groups(data_dir, training={"precision": precision})
+    plain = train_alone(tmp_path, sample_cache, "plain", **{**asked, "evaluation": {}})
+    capsys.readouterr()
     environment, level = dict(os.environ), logging.getLogger().level
     folder = train_alone(tmp_path, sample_cache, "scored", **asked)
     told = capsys.readouterr()
@@ -116,12 +118,10 @@ def test_scores_are_those_of_the_checkpoints_and_training_is_untouched(
     assert len(fed) > 3 * 19
     for step in (1, 3):
         assert found[step] == of_checkpoint(folder, step, data_dir)
-    plain = train_alone(tmp_path, sample_cache, "plain", **{**asked, "evaluation": {}})
     assert described(plain) == described(folder)
-    times = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluated = sum(record["eval/seconds"] for record in map(json.loads, (folder / "metrics.jsonl").open()) if
-                    "eval/seconds" in record)  # fmt: skip
-    assert times == sorted(times) and evaluated > 0 and len(set(times)) == STEPS
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({record["seconds"] for record in records}) == STEPS
+    assert all(record["eval/seconds"] > 0 for record in records if "eval/seconds" in record)
 
 
 class Interrupting(LiveTasks):
@@ -136,6 +136,7 @@ class Interrupting(LiveTasks):
         return super().scores(run, stopped)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_left_out_is_made_up_for(
     needs_harness: None, one_thread: None, handlers: None, data_dir: Path, sample_cache: Path, tmp_path: Path
 ) -> None:
@@ -253,7 +254,7 @@ def test_a_dry_run_checks_the_tasks(
     config = small_run(str(tmp_path), str(sample_cache), "dry", **groups(data_dir))
     config.dry_run = True
     pretrain(config)
-    assert "evaluation every 1 steps and at the end" in capsys.readouterr().out
+    assert "evaluation: every 1 steps and at the end" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
 
 

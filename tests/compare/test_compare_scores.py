@@ -51,6 +51,9 @@ def test_seeds_are_one_variant(make_seeds: Callable[..., list[Path]], tmp_path: 
     for name, score in (("dense", 0.5), ("sep", 0.625)):
         seeds = {seed: [*straight(40), evaluation(40, score + seed / 8)] for seed in (1, 2)}
         folders += make_seeds(name, seeds)
+    # A run that was also evaluated in between, and runs that are older than the group.
+    with open(folders[0] / "config.yaml", "a") as file:
+        file.write("evaluation: {tasks: [piqa], interval: 20}\n")
     assert main([*map(str, folders), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "Scores of the last evaluation" in text

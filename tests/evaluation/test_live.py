@@ -292,5 +292,7 @@ def test_layouts(needs_harness: None, one_thread: None, data_dir: Path, sample_c
         alone = of_checkpoint(tmp_path / name, 3, data_dir)
         assert measured[3].keys() == alone.keys()
         for key, value in alone.items():
-            # Batches hold other documents, and differ in their last bits.
-            assert measured[3][key] == pytest.approx(value, rel=0 if "/acc" in key else 1e-5), (name, key)
+            # Perplexities are of other batches, and their errors of other resamples.
+            if not key.endswith("perplexity_stderr"):
+                exact = key.endswith(("acc", "acc_norm"))
+                assert measured[3][key] == pytest.approx(value, rel=0 if exact else 1e-6, abs=0), (name, key)

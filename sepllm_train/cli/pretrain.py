@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags, hydra_line
 from sepllm_train.config.keys import Key, matching
 from sepllm_train.config.present import require_data
 from sepllm_train.config.schema import Config
+
+if TYPE_CHECKING:
+    from sepllm_train.evaluation.live import LiveTasks
 
 _USAGE = "sepllm pretrain [--nproc N] [+experiment=NAME] [GROUP=NAME] [KEY=VALUE ...]"
 _EXAMPLES = """examples:
@@ -27,6 +34,7 @@ OFTEN = (
     "attention.window", "attention.separators", "attention.initial_tokens", "training.steps", "training.global_batch",
     "training.micro_batch", "training.precision", "training.validation_interval", "training.checkpoint_interval",
     "optim.lr", "optim.warmup_steps", "parallel.tensor", "parallel.context", "logging.interval", "logging.tracker",
+    "evaluation.tasks", "evaluation.interval", "evaluation.data_dir",
 )  # fmt: skip
 _WIDTH = 110
 
@@ -127,8 +135,10 @@ def _launch(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sepllm_train.config.validate import validate
 
     config = configuration_of(list(overrides))
-    validate(config, arguments.nproc * arguments.nnodes)
+    processes = arguments.nproc * arguments.nnodes
+    validate(config, processes)
     require_data(config)
+    _require_tasks(config, processes)
     # As torchrun does, which would say so.
     if arguments.nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -154,6 +164,36 @@ def _torchrun_words(arguments: argparse.Namespace) -> list[str]:
     return [*words, "--rdzv-backend=static", f"--node-rank={arguments.node_rank}"]
 
 
+def _require_tasks(config: Config, processes: int) -> None:
+    """Raise UserError for tasks of a run that are unknown, lack their files or a package: before torch is imported."""
+    asked = config.evaluation
+    if not asked.tasks:
+        return
+    from sepllm_train.evaluation.options import in_keys
+    from sepllm_train.evaluation.tasks import check_names, local_files
+
+    with in_keys():
+        check_names(asked.tasks)
+        # Under torchrun the ranks look together, later: one of them alone may not see a file.
+        for name in asked.tasks if asked.data_dir is not None and "RANK" not in os.environ else ():
+            local_files(name, Path(asked.data_dir or ""))
+    for package in ("lm_eval", "transformers", *(("accelerate",) if processes > 1 else ())):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"evaluation.tasks needs the package {package}, which is not installed: python -m pip install "
+                "-e '.[eval]', or leave evaluation.tasks out."
+            )
+
+
+def tasks_of(config: Config) -> AbstractContextManager[LiveTasks | None]:
+    """The tasks that score a run while it trains, for a block; None without any."""
+    if not config.evaluation.tasks:
+        return nullcontext()
+    from sepllm_train.evaluation.live import LiveTasks
+
+    return LiveTasks()
+
+
 def pretrain(config: Config) -> None:
     """Check the configuration, then train - or, with dry_run, print what would be trained.
 
@@ -171,6 +211,7 @@ def pretrain(config: Config) -> None:
     if not by_torchrun:
         check_tracker(config.logging)
     require_data(config)
+    _require_tasks(config, world_size)
 
     # Imported late: megatron-core takes seconds, which a typo on the command line should not cost.
     from sepllm_train.distributed.collectives import lost_rank
@@ -181,12 +222,12 @@ def pretrain(config: Config) -> None:
     launch = launch_from_environment()
     check_model(config)
     if config.dry_run:
-        with reading_group(launch):
-            dry_run(config, world_size, device_of(launch))
+        with reading_group(launch), tasks_of(config) as tasks:
+            dry_run(config, world_size, device_of(launch), tasks)
         return
     try:
-        with process_grid(config, launch) as device:
-            interrupted = train(config, launch, device)
+        with process_grid(config, launch) as device, tasks_of(config) as tasks:
+            interrupted = train(config, launch, device, tasks)
     except RuntimeError as error:
         raise lost_rank(error, config.parallel.timeout_seconds) or error from None
     if interrupted is not None:

@@ -63,6 +63,12 @@ TIMED = (
     "Satterthwaite rounded down."
 )
 
+SCORED = (
+    "Scores are of the tasks that each run was evaluated on while it trained, drawn over what training had spent by "
+    "then; the evaluations themselves count as nothing. A score is left out unless all runs have it, of the same "
+    "documents and examples. The standard error is that of the documents of one run, not of seeds."
+)
+
 
 def page(
     title: str,

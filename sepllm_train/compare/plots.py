@@ -101,13 +101,13 @@ class CurvePoint:
     high: float
 
 
-def mean_curve(variant: Variant, key: str) -> list[CurvePoint]:
-    """Return the variant's points at the steps at which all of its runs were validated."""
-    curves = [{record["step"]: record for record in points(run)} for run in variant.runs]
+def mean_curve(variant: Variant, key: str, metric: str = LOSS) -> list[CurvePoint]:
+    """Return the variant's points at the steps at which all of its runs have `metric`, the loss of a point."""
+    curves = [{record["step"]: record for record in points(run, metric)} for run in variant.runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     found = []
     for step in shared:
-        losses = [curve[step][LOSS] for curve in curves]
+        losses = [curve[step][metric] for curve in curves]
         found.append(CurvePoint(fmean(curve[step][key] for curve in curves), fmean(losses), min(losses), max(losses)))
     return found
 
@@ -231,6 +231,29 @@ def _loss_range(runs: Sequence[Run], key: str, spent: float, loss: float | None)
     low, high = min(shown), max(shown)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
+
+
+def draw_scores(variants: Sequence[Variant], axis: Axis, metric: str, name: str) -> Figure:
+    """Draw the score `metric` (key of the records), called `name`, of every variant: the mean of its seeds, and a band
+    from the lowest to the highest."""
+    size, label = axis.unit(max(points(run, metric)[-1][axis.key] for run in runs_of(variants)))
+
+    def draw(figure: Figure) -> None:
+        plot = dressed(figure.add_subplot(), f"{name} against FLOPs", label, name)
+        for number, variant in enumerate(variants):
+            curve = mean_curve(variant, axis.key, metric)
+            spent, colour = [point.spent / size for point in curve], _colour(number)
+            if variant.seeds > 1:
+                lows, highs = [point.low for point in curve], [point.high for point in curve]
+                plot.fill_between(spent, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            marker = MARKERS[number % len(MARKERS)]
+            scores = [point.loss for point in curve]
+            plot.plot(spent, scores, color=colour, marker=marker, markersize=4, linewidth=1.8, label=_name(variant))
+        plot.set_xlim(left=0)
+        several = any(variant.seeds > 1 for variant in variants)
+        legend_below(figure, title="mean of seeds (band: lowest to highest)" if several else None)
+
+    return picture((WIDTH, 4.6), draw)
 
 
 def has_intervals(reaches: Sequence[VariantReach]) -> bool:

@@ -8,7 +8,7 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sepllm_train.base.figures import inline, svg
 from sepllm_train.base.files import write_whole
 from sepllm_train.base.statistics import CONFIDENCE
 from sepllm_train.compare import plots, tables
-from sepllm_train.compare.page import METHOD, SEEDS, TIMED, page
+from sepllm_train.compare.page import METHOD, SCORED, SEEDS, TIMED, page
 from sepllm_train.compare.results import (
     BITS,
     Sweep,
@@ -34,12 +34,13 @@ from sepllm_train.compare.results import (
     timed,
     to_reach,
 )
+from sepllm_train.compare.scores import CommonScores, find_scores, last_scores, scores_data
 from sepllm_train.compare.tables import Table, several_seeds
 from sepllm_train.compare.timing import Timing
 from sepllm_train.compare.variants import Variant, caveats, pairing_notes, pairs, runs_of
 from sepllm_train.compare.verdict import Findings, sweep_verdict, verdict
 from sepllm_train.metrics.flops import CONVENTIONS
-from sepllm_train.runs.records import CUMULATIVE, LOSS, Run
+from sepllm_train.runs.records import CUMULATIVE, LOSS, SCORE, Record, Run
 
 # Value of --loss for the reference's final validation loss, seed by seed.
 REFERENCE = "reference"
@@ -64,6 +65,7 @@ class Report:
     notes: list[str]
     timing: Timing | None
     sweep: Sweep | None = None
+    scores: CommonScores = field(default_factory=lambda: CommonScores([], []))
 
     def main_tables(self) -> list[Table]:
         """Costs to reach the loss, of a sweep the losses by learning rate; and losses at equal tokens."""
@@ -71,7 +73,8 @@ class Report:
             first = tables.by_learning_rate(self.sweep)
         else:
             first = tables.to_reach(self.variants, self.reaches, self.flops, self.target())
-        return [first, tables.at_equal_tokens(self.variants, self.equal, self.flops)]
+        scored = [last_scores(self.variants, self.scores)] if self.scores.found else []
+        return [first, tables.at_equal_tokens(self.variants, self.equal, self.flops), *scored]
 
     def all_tables(self) -> list[Table]:
         """Every table that has a line."""
@@ -94,7 +97,8 @@ class Report:
 
     def method(self) -> list[str]:
         """Paragraphs on how the figures are made."""
-        return [METHOD, *([SEEDS] if several_seeds(self.variants) else []), *([TIMED] if self.timing else [])]
+        several, scored = several_seeds(self.variants), self.scores.found
+        return [METHOD, *([SEEDS] if several else []), *([TIMED] if self.timing else []), *([SCORED] if scored else [])]
 
     def console(self) -> str:
         """Text for the terminal, at most CONSOLE characters wide."""
@@ -147,6 +151,7 @@ class Report:
                 "at_equal_tokens": [asdict(found) for found in self.equal],
                 "step_seconds_ratio": steps,
                 "learning_rates": None if self.sweep is None else self.sweep.data(),
+                **({"scores": scores_data(self.variants, self.scores)} if self.scores.found else {}),
             }
         )
 
@@ -167,9 +172,21 @@ class Report:
     def _figures(self) -> list[tuple[str, str, Figure]]:
         """(file name, title, figure) of every figure."""
         axes = plots.axes_of(self.flops, self.timing is not None)
+        scores = [
+            (
+                f"score_{score.task}",
+                f"{score.name} against FLOPs",
+                plots.draw_scores(self.variants, axes[0], score.key, score.name),
+            )
+            for score in self.scores.drawn()
+        ]
         if self.sweep is not None:
             curves = [(axis.file, axis.title, plots.draw_curves(self.variants, axis)) for axis in axes]
-            return [("loss_vs_learning_rate", "Loss against learning rate", plots.draw_sweep(self.sweep)), *curves]
+            return [
+                ("loss_vs_learning_rate", "Loss against learning rate", plots.draw_sweep(self.sweep)),
+                *curves,
+                *scores,
+            ]
         curves = [
             (axis.file, axis.title, plots.draw_curves(self.variants, axis, self.reaches, self.mean_loss()))
             for axis in axes
@@ -177,7 +194,7 @@ class Report:
         if plots.has_intervals(self.reaches):
             ratios = plots.draw_ratios(self.variants, self.reaches, self.flops, self.target())
             curves.append(("ratios", "Ratios", ratios))
-        return curves
+        return curves + scores
 
     def _legend(self) -> str:
         """Meaning of the lines in the figures."""
@@ -218,8 +235,10 @@ def build_report(
         target = common_loss(runs) if loss is None else _reachable(loss, runs)
     reaches, equal = to_reach(variants, target), at_equal_tokens(variants)
     sweep = find_sweep(variants) if loss is None or target is None else None
+    scores = find_scores(variants)
     words = _target(variants, target)
     sentences = [*notes, *pairing_notes(variants), *caveats(runs, _same_orders(variants), timing is not None)]
+    sentences += scores.notes
     return Report(
         variants=variants,
         loss=target,
@@ -233,6 +252,7 @@ def build_report(
         notes=sentences + ([timing.words()] if timing is not None else []),
         timing=timing,
         sweep=sweep,
+        scores=scores,
     )
 
 
@@ -255,18 +275,24 @@ def write_report(report: Report, output: Path) -> list[str]:
 
 def curves_csv(variants: Sequence[Variant]) -> str:
     """All points of all curves: a line per record, empty where a record does not hold the column."""
-    names = {key for run in runs_of(variants) for record in run.validation for key in record if key.startswith("val/")}
+    measured = [record for run in runs_of(variants) for record in run.validation + run.evaluation]
+    names = {key for record in measured for key in record if key.startswith(("val/", SCORE))}
     columns = ["step", *CUMULATIVE, "train/loss", LOSS, BITS, *sorted(names - {LOSS, BITS})]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "run", "seed", *columns])
     for variant in variants:
         for run in variant.runs:
-            records = {id(record): record for record in run.training + run.validation}
-            for record in sorted(records.values(), key=lambda record: (record["step"], LOSS in record)):
+            records = {id(record): record for record in run.training + run.validation + run.evaluation}
+            for record in sorted(records.values(), key=lambda record: (record["step"], _place(record))):
                 values = (record.get(column, "") for column in columns)
                 writer.writerow([variant.label, run.label, "" if run.seed is None else run.seed, *values])
     return text.getvalue()
+
+
+def _place(record: Record) -> int:
+    """Place of a record among those of its step: training, validation, evaluation."""
+    return 1 if LOSS in record else 0 if "train/loss" in record else 2
 
 
 def _target(variants: Sequence[Variant], loss: float | None) -> str:

@@ -16,10 +16,20 @@ import yaml
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_yaml
 from sepllm_train.compare.timing import VariantTiming
-from sepllm_train.runs.records import CUMULATIVE, LOSS, Record, Run, read_run, refuse_twins, same_data, tell_apart
+from sepllm_train.runs.records import (
+    CUMULATIVE,
+    LOSS,
+    SCORE,
+    Record,
+    Run,
+    read_run,
+    refuse_twins,
+    same_data,
+    tell_apart,
+)
 
 # What may differ between the seeds of a variant.
-FREE_KEYS = ("seed", "name", "run_root", "resume")
+FREE_KEYS = ("seed", "name", "run_root", "resume", "evaluation")
 # What a sweep of the learning rate changes.
 RATE_KEYS = ("lr", "min_lr")
 SEED_SUFFIX = re.compile(r"(?:[-_.]?seed|[-_.]s)[-_]?(\d+)$")
@@ -231,8 +241,9 @@ def _too_few(gathered: Sequence[list[Run]], given: int, left_out: Sequence[str],
 
 
 def points(run: Run, metric: str = LOSS) -> list[Record]:
-    """Validation records at which `metric` is a finite number, in the order of steps."""
-    return [record for record in run.validation if math.isfinite(record.get(metric, math.nan))]
+    """Records of validations, or of evaluations, at which `metric` is a finite number, in the order of steps."""
+    records = run.evaluation if metric.startswith(SCORE) else run.validation
+    return [record for record in records if math.isfinite(record.get(metric, math.nan))]
 
 
 def check_length(run: Run) -> None:

@@ -659,6 +659,28 @@ class LoggingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Tasks of `sepllm evaluate` on the model while it trains. They change nothing of what is trained."""
+
+    tasks: list[str] = setting(
+        [], "Tasks of `sepllm evaluate` that score the model every `interval` steps and after the last one; [] = none."
+    )
+    interval: int = setting(0, "Steps between evaluations; 0 = only after the last step.")
+    data_dir: str | None = setting(None, "Folder with local files of the tasks; None = the Hugging Face hub.")
+    limit: int | None = setting(None, "Only the first documents of each task, so many; None = all.")
+    shots: int | None = setting(None, "Examples in a prompt; None = each task's own number.")
+    truncate: bool = setting(False, "Cut prompts that do not fit the model's context on the left.")
+    batch_size: int = setting(8, "Sequences of a forward pass of each process.")
+
+    def __post_init__(self) -> None:
+        positive("evaluation", self, "limit", "batch_size")
+        for key in ("interval", "shots"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"evaluation.{key}={value} must be 0 or more.")
+        require(len(set(self.tasks)) == len(self.tasks), f"evaluation.tasks={self.tasks} names a task twice.")
+
+
+@dataclass
 class Config:
     """A whole run. `name` is its folder under runs/."""
 
@@ -688,6 +710,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and below 2**32 = {2**32}.")

@@ -54,6 +54,7 @@ def _checks(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     yield from _schedule(config)
     yield from check_param_groups(config)
     yield from _profile(config, world_size)
+    yield from _evaluation(config)
     yield from _node()
 
 
@@ -226,6 +227,21 @@ def _profile(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
     yield (
         steps is None or max(ranks, default=0) < world_size,
         f"logging.profile_ranks={ranks}: the {world_size} processes are numbered from 0 to {world_size - 1}.",
+    )
+
+
+def _evaluation(config: Config) -> Iterator[tuple[bool, str]]:
+    """Tasks that score the model while it trains, as one of transformers."""
+    attention, none = config.attention, not config.evaluation.tasks
+    yield (
+        none or attention.placement == "natural",
+        f"evaluation.tasks cannot be scored with attention.placement={attention.placement}: which tokens are "
+        "separators depends on their place in the training data, not on the tokens.",
+    )
+    yield (
+        none or attention.sink == "none",
+        f"evaluation.tasks cannot be scored with attention.sink={attention.sink}: no class of transformers has this "
+        "sink in its softmax.",
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -25,11 +26,18 @@ class SeparatorLM(HFLM):
 
     Log-likelihoods are of one forward of each batch, with the pattern or a cache in it; padding on the right is behind
     all real tokens. Under torchrun each rank takes a part of the documents. truncate: cut prompts that do not fit the
-    model's context on the left, in place of a UserError.
+    model's context on the left, in place of a UserError. progress: called for each text and each forward.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, truncate: bool = False, quiet: bool = True
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        truncate: bool = False,
+        quiet: bool = True,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -40,16 +48,19 @@ class SeparatorLM(HFLM):
         )
         self.truncate = truncate
         self.quiet = quiet
+        self.progress = progress
         self.truncated = 0
         self.shares = Shares()
         self.attention: Attention | None = None
         # One for all forwards, reset before each: to make one takes a probe of the model's rotary embedding.
         self._cache: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import Accelerator
+            # Nothing is computed with a model that has no memory.
+            if self.device.type != "meta":
+                from accelerate import Accelerator
 
-            self.accelerator = Accelerator(cpu=self.device.type == "cpu")
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+                self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def attend(self, attention: Attention) -> None:
         """Attend so from now on, and count anew."""
@@ -100,6 +111,7 @@ class SeparatorLM(HFLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text. HFLM leaves out the first token where a text begins with its name, which is text here."""
+        self.progress()
         return super().tok_encode(string, add_special_tokens is None or add_special_tokens, **kwargs)
 
     def _loglikelihood_tokens(
@@ -120,6 +132,7 @@ class SeparatorLM(HFLM):
         return super()._loglikelihood_tokens(requests, quiet, override_bs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        self.progress()
         with torch.inference_mode():
             if self._cache is None:
                 return self.model(inps, use_cache=False).logits
@@ -127,6 +140,7 @@ class SeparatorLM(HFLM):
             return self.model(inps, **{cache_argument(self.model): self._cache}).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+        self.progress()
         assert self.attention is not None
         if self.attention.generation_cache is not None:
             kwargs[cache_argument(self.model)] = self.attention.generation_cache()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +80,24 @@ def with_baselines(asked: AttentionChoice, baselines: Sequence[str]) -> list[Att
         texts = [one for one in ("dense", "streaming", fixed) if one.split(":")[0] != asked.name]
         made += [baseline(asked, one) for one in (texts if text == PAPER else [text])]
     return made
+
+
+# Options of `sepllm evaluate`, and the keys of a run that stand for them.
+_KEYS = {
+    "--data-dir": "evaluation.data_dir",
+    "--num-fewshot": "evaluation.shots",
+    "--truncate": "evaluation.truncate=true",
+    "--tasks": "evaluation.tasks",
+}
+
+
+@contextmanager
+def in_keys() -> Iterator[None]:
+    """Name options in the UserErrors of the block by the keys of a run's configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(re.sub("|".join(_KEYS), lambda found: _KEYS[found[0]], str(error))) from None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def evaluate(
         if not options.truncate:
             # The first task's own evaluation begins with this check; to make requests twice takes time.
             for task in loaded[1:]:
-                lm.check(task.name, _requests(lm, task, options))
+                lm.check(task.name, requests(lm, task, options))
         if output is not None:
             _make_folder(output)
         for task, attention in product(loaded, attentions):
@@ -152,7 +152,7 @@ def _planned(task: Loaded, attention: Attention, options: EvaluationOptions, ran
     }
 
 
-def _requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
+def requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
     """The requests of this rank, as the harness will make them."""
     _seed(task)
     for one in task.tasks["tasks"].values():
@@ -177,16 +177,20 @@ def _make_folder(folder: Path) -> None:
 
 def line(result: dict[str, Any]) -> str:
     """One result in a line."""
-    metrics = ", ".join(
-        f"{name} {_rounded(entry['value'])}" + (f" ± {_rounded(entry['stderr'])}" if entry["stderr"] else "")
-        for name, entry in result["metrics"].items()
-    )
     part = "" if result["limit"] is None else f" of {result['documents_there']:,}"
     return (
-        f"{result['task']} | {result['attention']['label']} | {metrics} | attended {_percent(result['attended_share'])}"
-        f" | KV kept {_percent(result['kv_share_prompt'])} at the prompt's end, {_percent(result['kv_share'])} mean | "
-        f"{result['documents']:,}{part} documents, {result['num_fewshot']} examples each, "
-        f"{duration(result['seconds'])}"
+        f"{result['task']} | {result['attention']['label']} | {measured(result)} | "
+        f"attended {_percent(result['attended_share'])} | KV kept {_percent(result['kv_share_prompt'])} at the "
+        f"prompt's end, {_percent(result['kv_share'])} mean | {result['documents']:,}{part} documents, "
+        f"{result['num_fewshot']} examples each, {duration(result['seconds'])}"
+    )
+
+
+def measured(result: dict[str, Any]) -> str:
+    """Metrics of a result with their standard errors, in words."""
+    return ", ".join(
+        f"{name} {_rounded(entry['value'])}" + (f" ± {_rounded(entry['stderr'])}" if entry["stderr"] else "")
+        for name, entry in result["metrics"].items()
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import whole_folder, write_whole
-from sepllm_train.config.schema import one_of
+from sepllm_train.config.schema import Config, one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
@@ -53,19 +54,62 @@ def in_memory(run: TrainedRun, dtype: torch.dtype | None = torch.float32) -> Any
 
     Raises UserError as `TrainedRun.token_pattern` and `model_type` do, and when `dtype` cannot hold the weights.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-
-    pattern, end = run.token_pattern, run.tokenizer.eod
-    config = to_theirs(run.config, run.vocabulary, end)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    shape = Shape(run.config, run.vocabulary, run.token_pattern, run.tokenizer.eod)
     dtype = dtype or PRECISIONS[run.config.training.precision]
-    tensors = dict(_tensors(run, dtype))
-    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
-    _check_filled(model, info)
-    if not pattern.dense:
-        setattr(model.config, CONFIG_KEY, pattern.to_dict())
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    return model.eval()
+    return shape.filled(_weights(run.checkpoint.path), dtype, run.folder)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A run's model without its weights. vocabulary: entries without padding; end: token that ends a document."""
+
+    config: Config
+    vocabulary: int
+    pattern: TokenPattern
+    end: int
+
+    def filled(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, place: Path) -> Any:
+        """The model of transformers with these weights, whole as checkpoints of `place` hold them, on the CPU.
+
+        Raises UserError as `model_type` does, and when `dtype` cannot hold the weights.
+        """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = to_theirs(self.config, self.vocabulary, self.end)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        found = dict(self._theirs(tensors, dtype, place))
+        model, info = kind.from_pretrained(None, config=config, state_dict=found, dtype=dtype, output_loading_info=True)
+        _check_filled(model, info)
+        return self._finished(model)
+
+    def empty(self) -> Any:
+        """The model of transformers without memory for its weights. Raises UserError as `model_type` does."""
+        from transformers import AutoModelForCausalLM
+
+        config = to_theirs(self.config, self.vocabulary, self.end)
+        with torch.device("meta"):
+            return self._finished(AutoModelForCausalLM.from_config(config))
+
+    def _finished(self, model: Any) -> Any:
+        """The model with what its files say besides."""
+        from transformers import GenerationConfig
+
+        if not self.pattern.dense:
+            setattr(model.config, CONFIG_KEY, self.pattern.to_dict())
+        model.generation_config = GenerationConfig(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=self.end)
+        return model.eval()
+
+    def _theirs(
+        self, found: Iterable[tuple[str, Tensor]], dtype: torch.dtype, place: Path
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of theirs. Raises UserError when `dtype` is too small."""
+        family = FAMILIES[model_type(self.config)]
+        for name, whole in found:
+            for target, tensor in weights.to_theirs(family, self.config.model, self.vocabulary, name, whole):
+                converted = tensor.to(dtype)
+                if not converted.isfinite().all():
+                    raise UserError(f"{place} has weights in {target} that {dtype} cannot hold: use another --dtype.")
+                yield target, converted
 
 
 def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None, overwrite: bool = False) -> None:
@@ -133,19 +177,14 @@ def _check_filled(model: Any, info: dict[str, Any]) -> None:
         raise RuntimeError(f"the weights do not fill {type(model).__name__}: {wrong}")
 
 
-def _tensors(run: TrainedRun, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of theirs. Raises UserError when the checkpoint cannot be read, for weights that are not
-    finite, and when `dtype` is too small."""
-    family = FAMILIES[model_type(run.config)]
-    stored = StoredTensors(run.checkpoint.path)
+def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint, whole, one after another; what else it holds is not read. Raises UserError when it
+    cannot be read, and for weights that are not finite."""
+    stored = StoredTensors(checkpoint)
     for name in stored.weights:
         whole = stored.read(name)
-        refuse_not_finite(run.checkpoint.path, [(name, whole)])
-        for target, tensor in weights.to_theirs(family, run.config.model, run.vocabulary, name, whole):
-            converted = tensor.to(dtype)
-            if not converted.isfinite().all():
-                raise UserError(f"{run.folder} has weights in {target} that {dtype} cannot hold: use another --dtype.")
-            yield target, converted
+        refuse_not_finite(checkpoint, [(name, whole)])
+        yield name, whole
 
 
 def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:

@@ -28,7 +28,7 @@ from sepllm_train.metrics.flops import CONVENTIONS
 
 # What losses can be drawn against; W&B draws them against the first where a panel does not say otherwise.
 AXES = (*(f"flops/{convention}" for convention in CONVENTIONS), "tokens", "seconds", "step")
-_LOSSES = ("train/loss", "val/*")
+_LOSSES = ("train/loss", "val/*", "eval/*")
 _OTHERS = ("train/*", "checkpoint/*")
 # Seconds that W&B's servers have to answer at the start.
 _ANSWER_SECONDS = 20.0

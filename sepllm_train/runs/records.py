@@ -19,11 +19,15 @@ from sepllm_train.runs.padding import without_padding
 # What every record counts since the start of training.
 CUMULATIVE = ("tokens", "seconds", "flops/model", "flops/dense", "flops/paper")
 LOSS = "val/loss"
+# Beginning of the keys of scores: eval/TASK/METRIC. Records of evaluations have the key of their seconds.
+SCORE = "eval/"
+_EVALUATED = "eval/seconds"
 # The most that a record may count: beyond any run, and within the range of float32, in which curves are drawn.
 LARGEST = 1e30
 # Beginnings of the keys under which a record holds numbers.
-_METRICS = ("train/", "val/", "checkpoint/")
+_METRICS = ("train/", "val/", "checkpoint/", SCORE)
 _LONGEST_NAME = 255
+_SCORE = re.compile(r"eval/([\w.-]{1,64})/([\w./-]{1,64})(?<!_stderr)", re.ASCII)
 _CHECKPOINT = re.compile(r"step_(\d{8,18})")
 
 Record = dict[str, Any]
@@ -41,6 +45,7 @@ class Run:
     info: Record
     training: list[Record] = field(default_factory=list)
     validation: list[Record] = field(default_factory=list)
+    evaluation: list[Record] = field(default_factory=list)
     gap: str = ""
 
     @property
@@ -97,7 +102,15 @@ def read_run(folder: Path) -> Run:
             run.validation.append(record)
         if "train/loss" in record:
             run.training.append(record)
+        if _EVALUATED in record:
+            run.evaluation.append(record)
     return run
+
+
+def score_of(key: str) -> tuple[str, str] | None:
+    """(task, metric) of the key of a score in a record; None for other keys, also for those of standard errors."""
+    found = _SCORE.fullmatch(key)
+    return None if found is None else (found[1], found[2])
 
 
 def name_of(info: Record, folder: Path) -> str:
@@ -174,8 +187,8 @@ def _went_on_at(origin: Path, first: Record) -> int:
     """The step at which a run went on from `origin`, a checkpoint or the folder of a run; `first`: its first record."""
     if match := _CHECKPOINT.fullmatch(origin.name):
         return int(match[1])
-    # A run that begins with a validation is where it went on; any other record comes steps later.
-    if LOSS in first:
+    # A run that begins with a validation or an evaluation is where it went on; any other record comes steps later.
+    if LOSS in first or _EVALUATED in first:
         return int(first["step"])
     found = (_CHECKPOINT.fullmatch(path.name) for path in (origin / "checkpoints").glob("step_*"))
     steps = [int(match[1]) for match in found if match]
@@ -226,12 +239,12 @@ def _latest(records: Iterable[Record]) -> list[Record]:
 
     A step lower than the one before it is a resume: everything later is of the abandoned part of the run.
     """
-    kept: dict[tuple[int, bool, bool], Record] = {}
+    kept: dict[tuple[int, bool, bool, bool], Record] = {}
     newest = -1
     for record in records:
         step = record["step"]
         if step < newest:
             kept = {key: value for key, value in kept.items() if key[0] <= step}
-        kept[step, "train/loss" in record, LOSS in record] = record
+        kept[step, "train/loss" in record, LOSS in record, _EVALUATED in record] = record
         newest = step
     return [kept[key] for key in sorted(kept)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
+from sepllm_train.base.errors import UserError
 from sepllm_train.config.schema import Config
+from sepllm_train.training.checkpoint import whole_weights
 from sepllm_train.training.facts import Facts
 from sepllm_train.training.guards import Guards
 from sepllm_train.training.schedules import StepSchedule
@@ -30,6 +34,16 @@ class LiveRun:
     state: TrainState
     guards: Guards
     device: torch.device
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as checkpoints hold them: names and whole tensors on the CPU. Every rank iterates to the end.
+
+        Raises UserError, on every rank, for weights that are not finite.
+        """
+        for name, whole in whole_weights(self.training.modules):
+            if not whole.isfinite().all():
+                raise UserError(f"the weights {name} have values that are NaN or infinite.")
+            yield name, whole
 
     @property
     def replica(self) -> int:

@@ -15,6 +15,7 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.data.loader import Batch, MicroBatchSampler, micro_batches
 from sepllm_train.training.checkpoint import Saver
 from sepllm_train.training.console_lines import StepProgress
+from sepllm_train.training.evaluator import Evaluator
 from sepllm_train.training.live_run import LiveRun
 from sepllm_train.training.profile import StepProfiler
 from sepllm_train.training.step import StepResult
@@ -26,21 +27,27 @@ from sepllm_train.training.validator import Validator
 class Loop:
     """Trains a run from its state to the last step. Every rank runs it."""
 
-    def __init__(self, run: LiveRun, saver: Saver, logger: StepLogger, validator: Validator) -> None:
+    def __init__(
+        self, run: LiveRun, saver: Saver, logger: StepLogger, validator: Validator, evaluator: Evaluator
+    ) -> None:
         self.live = run
         self.saver = saver
         self.logger = logger
         self.validator = validator
+        self.evaluator = evaluator
         self.detector = BadStepDetector(run.config.training, run.state)
         self.profiler = StepProfiler(run.config.logging, run.folder / "profile", dist.get_rank(), run.device)
         self.first_step = run.state.step
         # Whether the ranks have agreed to stop early, after the step that is done.
         self.stopping = False
+        # Whether all steps are done, and the evaluation after them.
+        self.complete = False
 
     def run(self, dataset: Dataset) -> None:
-        """Train on `dataset` to training.steps, validating and saving on the way and at the end.
+        """Train on `dataset` to training.steps, validating, evaluating and saving on the way and at the end.
 
-        When any rank is asked to stop, the step is finished and saved, and that is the end: `stopping` is true.
+        When any rank is asked to stop, the step is finished and saved, and that is the end: `complete` is false unless
+        nothing was left to do.
         Raises UserError when a file of the data changes; nothing that was trained since the last look is saved then.
         Raises UserError when the run's folder is disturbed, after saving what can be.
         Raises BadSteps after training.max_bad_steps bad steps in a row, and in place of the last save when every step
@@ -49,8 +56,10 @@ class Loop:
         live, state, training = self.live, self.live.state, self.live.config.training
         iterators = [self._training_batches(dataset) for _ in live.training.chunks]
         self._agree_to_stop()
-        if _due(state.step, training.validation_interval) and not self.stopping and not self.logger.has_validation():
+        if _due(state.step, training.validation_interval) and not self.stopping and not self.logger.has("val/loss"):
             self.validator.validate()
+        if state.step < training.steps and not self.stopping:
+            self.stopping = self.evaluator.missing() and not self.evaluator.evaluate()
         if state.step == 0 and training.listed(0) and not self.stopping:
             self.saver.save(state)
         progress = StepProgress(training.steps)
@@ -69,7 +78,9 @@ class Loop:
             # Who stops a run may not leave it the time to validate: that is made up for when it continues.
             validate = step == training.steps or (_due(step, training.validation_interval) and not self.stopping)
             save = end or training.listed(step) or _due(step, training.checkpoint_interval)
-            if log or validate or save:
+            # The last one has time until the last checkpoint is written.
+            evaluate = self.evaluator.due(step) and not end
+            if log or validate or save or evaluate:
                 live.guards.check_data()
                 self.check_folder()
             if log:
@@ -82,8 +93,15 @@ class Loop:
                     raise failure
             if save:
                 self._save()
+            if evaluate and not self.evaluator.evaluate():
+                # It is made up for when the run continues from this step.
+                self.stopping = True
+                if not save:
+                    self._save()
             self.logger.checkpoints(self.saver.poll())
         self._finish_checkpoint()
+        if state.step == training.steps:
+            self.complete = not self.evaluator.missing() or (not self.stopping and self.evaluator.evaluate())
 
     def _training_batches(self, dataset: Dataset) -> Iterator[Batch]:
         """Micro-batches of this replica from the next step on."""

@@ -17,6 +17,7 @@ from sepllm_train.distributed.collectives import on_all_ranks
 from sepllm_train.distributed.launch import Launch
 from sepllm_train.training import checkpoint, run_folder
 from sepllm_train.training.console_lines import processes
+from sepllm_train.training.evaluator import Evaluator, Tasks
 from sepllm_train.training.forecast import forecast
 from sepllm_train.training.guards import Compilation, Guards
 from sepllm_train.training.initial_weights import load_initial_weights
@@ -34,7 +35,7 @@ from sepllm_train.training.validator import Validator
 from sepllm_train.training.watchdog import Watchdog
 
 
-def dry_run(config: Config, world_size: int, device: torch.device) -> None:
+def dry_run(config: Config, world_size: int, device: torch.device, tasks: Tasks | None = None) -> None:
     """Check everything a run would check, and print its derived numbers and whether it fits this machine.
 
     Under the name of a finished run it is one under another name, which the run itself would need.
@@ -43,6 +44,7 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     prepared = prepare(
         config if taken is None else replace(config, name=run_folder.free_name(config)), world_size, device
     )
+    _prepare_tasks(tasks, prepared)
     lines, fits = forecast(prepared, world_size, device)
     for line in lines:
         say(fold(line))
@@ -52,9 +54,11 @@ def dry_run(config: Config, world_size: int, device: torch.device) -> None:
     say(f"dry run: the checks of a run on {processes(world_size)} passed{but}; nothing was trained.")
 
 
-def train(config: Config, launch: Launch, device: torch.device) -> Interrupted | None:
-    """Train. Every rank calls it inside the process grid. Returns the reason when a signal ended it early."""
+def train(config: Config, launch: Launch, device: torch.device, tasks: Tasks | None = None) -> Interrupted | None:
+    """Train, and evaluate on `tasks`. Every rank calls it inside the process grid. Returns the reason when a signal
+    ended it early."""
     prepared = prepare(config, launch.world_size, device)
+    _prepare_tasks(tasks, prepared)
     config = prepared.config
     folder = prepared.entry.folder
     lock = on_all_ranks(lambda: run_folder.claim(folder) if launch.main else None)
@@ -67,14 +71,25 @@ def train(config: Config, launch: Launch, device: torch.device) -> Interrupted |
     memory = MemoryAdvice(config, prepared.facts, launch.world_size, device)
     with stop_on_signals() as stop, watchdog, memory, Compilation(watchdog) as compilation:
         guards = Guards(stop, watchdog, prepared.files, compilation)
-        interrupted = _train(prepared, guards, memory, launch, device)
+        interrupted = _train(prepared, guards, memory, launch, device, tasks)
     if lock is not None:
         lock.close()
     return interrupted
 
 
+def _prepare_tasks(tasks: Tasks | None, prepared: Prepared) -> None:
+    """Check on every rank that the run can be evaluated, and report on what it is. Raises UserError."""
+    if tasks is not None:
+        say(fold(on_all_ranks(lambda: tasks.prepare(prepared))))
+
+
 def _train(
-    prepared: Prepared, guards: Guards, memory: MemoryAdvice, launch: Launch, device: torch.device
+    prepared: Prepared,
+    guards: Guards,
+    memory: MemoryAdvice,
+    launch: Launch,
+    device: torch.device,
+    tasks: Tasks | None = None,
 ) -> Interrupted | None:
     """Train in a run folder that is ours, and record in run.json how it ended."""
     live = _live_run(prepared, guards, device)
@@ -84,7 +99,7 @@ def _train(
         journal = Journal(prepared, resumed, launch.world_size, device)
         guards.folder = journal.watch
     dist.barrier()
-    loop = _loop(prepared, live, journal)
+    loop = _loop(prepared, live, journal, tasks)
     try:
         with memory:
             loop.run(prepared.dataset)
@@ -100,8 +115,8 @@ def _train(
         raise
     step, steps = live.state.step, live.config.training.steps
     if journal is not None:
-        journal.end("finished" if step == steps else "interrupted")
-    if step < steps:
+        journal.end("finished" if loop.complete else "interrupted")
+    if not loop.complete:
         # A launcher ends the other ranks as soon as one has ended with a code of its own.
         dist.barrier()
         return _interrupted(guards.stop.name, step, loop.first_step, steps, live.folder)
@@ -137,8 +152,8 @@ def _live_run(prepared: Prepared, guards: Guards, device: torch.device) -> LiveR
     )
 
 
-def _loop(prepared: Prepared, live: LiveRun, journal: Journal | None) -> Loop:
-    """The loop of a run with its saver, logger and validation."""
+def _loop(prepared: Prepared, live: LiveRun, journal: Journal | None, tasks: Tasks | None) -> Loop:
+    """The loop of a run with its saver, logger, validation and evaluation."""
     settings = live.config.training
     saver = checkpoint.Saver(
         live.folder,
@@ -150,13 +165,19 @@ def _loop(prepared: Prepared, live: LiveRun, journal: Journal | None) -> Loop:
     )
     logs = (None, None) if journal is None else (journal.metrics, journal.bad_steps)
     logger = StepLogger(live, *logs)
-    return Loop(live, saver, logger, Validator(live, logger, prepared.validation, prepared.corpus.token_bytes))
+    validator = Validator(live, logger, prepared.validation, prepared.corpus.token_bytes)
+    return Loop(live, saver, logger, validator, Evaluator(live, logger, tasks))
 
 
 def _interrupted(signal: str | None, step: int, first_step: int, steps: int, folder: Path) -> Interrupted:
     """Message of a run that a signal ends after `step` of `steps`; this process began after `first_step`. No `signal`:
     it went to another process."""
     stopped = f"{signal or 'a signal to another process'} stopped the run"
+    if step == steps:
+        return Interrupted(
+            f"{stopped} after its last step, which is saved in {folder}, and before the evaluation; the same command "
+            "evaluates."
+        )
     if step == first_step:
         return Interrupted(
             f"{stopped} before step {step + 1} of {steps}, so there was nothing to save; the same command starts it "

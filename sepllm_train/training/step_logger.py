@@ -169,9 +169,9 @@ class StepLogger:
             head = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds}
             self.metrics.write({**head, **self._totals(), **record})
 
-    def has_validation(self) -> bool:
-        """True when metrics.jsonl has the validation at this step. Every rank calls it and gets what rank 0 sees."""
-        seen = self.metrics is not None and self.metrics.has(self.run.state.step, "val/loss")
+    def has(self, key: str) -> bool:
+        """True when metrics.jsonl has a record of this step with `key`. Every rank calls it, for what rank 0 sees."""
+        seen = self.metrics is not None and self.metrics.has(self.run.state.step, key)
         everywhere = torch.tensor(float(seen), device=self.run.device)
         dist.all_reduce(everywhere)
         return bool(everywhere > 0)

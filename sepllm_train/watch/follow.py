@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import WIDEST_COUNT, parse_json, parse_json_object
 from sepllm_train.runs.padding import without_padding
-from sepllm_train.runs.records import CUMULATIVE, LARGEST, LOSS, Record, name_of
+from sepllm_train.runs.records import CUMULATIVE, LARGEST, LOSS, Record, name_of, score_of
 from sepllm_train.watch.tail import SLICE, Tail, open_within
 from sepllm_train.watch.thin import SCALES, Rows, Thinned
 
@@ -28,6 +28,10 @@ CURVES = {
     "throughput": ("train/tokens_per_second", ("step", "tokens")),
     "share": ("train/attended_share", ("step", "tokens")),
 }
+# The columns of the curves of scores, which are named by their keys: eval/TASK/METRIC.
+SCORED = COUNTERS
+# Most curves of scores of a run; others are left out.
+_SCORES = 64
 # Records from which the pace of a run is taken.
 _RECENT = 100
 _NOTES = 5
@@ -53,6 +57,7 @@ class FollowedRun:
         self.mfu: float | None = None
         self._training = Rows(len(COUNTERS) + len(TRAINING))
         self._validation = Rows(len(COUNTERS) + 1)
+        self._scores: dict[str, Rows] = {}
         self._line_notes: list[str] = []
         self._broken = 0
         # Rows of either table that are as the thinned curves last saw them.
@@ -167,6 +172,8 @@ class FollowedRun:
         if step < self.step:
             self._training.drop_after(step)
             self._validation.drop_after(step)
+            for scores in self._scores.values():
+                scores.drop_after(step)
         self.step = int(step)
         if training is not None:
             self._training.add([*counters, *training])
@@ -175,6 +182,9 @@ class FollowedRun:
         if validation is not None:
             self._validation.add([*counters, *validation])
             self._touched("validation", self._validation)
+        for key in filter(score_of, record):
+            if key in self._scores or len(self._scores) < _SCORES:
+                self._scores.setdefault(key, Rows(len(COUNTERS) + 1)).add([*counters, _number(record, key)])
 
     def _touched(self, table: str, rows: Rows) -> None:
         self._unchanged[table] = min(self._unchanged[table], rows.count - 1)
@@ -224,9 +234,9 @@ class FollowedRun:
         return per_step, per_token, seconds / (len(recent) - 1)
 
     def curves(self, scale: str) -> dict[str, NDArray[np.float32]]:
-        """Thinned curves for axes of `scale`: name to [columns, points].
+        """Thinned curves for axes of `scale`: name to [columns, points]; those of CURVES first, then those of scores.
 
-        The columns are the counters of CURVES, the values, and the mean of each value's bucket.
+        The columns are the counters of CURVES or SCORED, the values, and the mean of each value's bucket.
         """
         drawn = {}
         for curve, (key, columns) in CURVES.items():
@@ -241,6 +251,10 @@ class FollowedRun:
                     wanted = [*(COUNTERS.index(column) for column in columns), value]
                     drawn[curve] = np.concatenate([table[rows][:, wanted].T, means[np.newaxis]]).astype("<f4")
         self._unchanged = {"training": self._training.count, "validation": self._validation.count}
+        for key, scores in self._scores.items():
+            # They are few: all are thinned anew.
+            rows, means = Thinned(scale).rows(scores.table[:, -1], 0)
+            drawn[key] = np.concatenate([scores.table[rows].T, means[np.newaxis]]).astype("<f4")
         return drawn
 
 

@@ -26,7 +26,7 @@ from sepllm_train.base.figures import COLOURS
 from sepllm_train.compare.plots import axes_of
 from sepllm_train.metrics.flops import CONVENTIONS
 from sepllm_train.watch.connections import Connections, HeadReader, HeadTooLarge
-from sepllm_train.watch.follow import CURVES
+from sepllm_train.watch.follow import CURVES, SCORED
 from sepllm_train.watch.thin import SCALES
 from sepllm_train.watch.watch import STATE_TYPE, Watch
 
@@ -256,4 +256,5 @@ def _settings(flops: str) -> dict[str, Any]:
         "flops": flops,
         "conventions": {key: {"label": c.label, "words": c.words} for key, c in CONVENTIONS.items()},
         "curves": {name: [*columns, "value", "mean"] for name, (_, columns) in CURVES.items()},
+        "scored": [*SCORED, "value", "mean"],
     }

@@ -42,6 +42,8 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 # Panels of all keys that a pattern matches: each layer, each dataset.
 LAYERS = r"train/layer_\d+/attended_share"
 DATASETS = r"val/.+/loss"
+SCORES = r"eval/[^/]+/(acc|acc_norm|exact_match/[a-z-]+)$"
+PERPLEXITIES = r"eval/[^/]+/[a-z_]*perplexity$"
 
 
 def build_workspace(entity: str, project: str, groups: Sequence[str], name: str) -> Any:
@@ -87,6 +89,10 @@ def _sections() -> list[Any]:
     panels = {
         "Validation loss": [*losses("val/loss", "validation loss"), bits, per_dataset],
         "Training loss": losses("train/loss", "training loss"),
+        "Scores": [
+            matching("scores of tasks", SCORES, AXES[0]),
+            matching("perplexities of tasks", PERPLEXITIES, AXES[0]),
+        ],
         "Attention": attention,
         **{section: [over_steps(*panel) for panel in rows] for section, rows in PANELS.items()},
     }

@@ -38,6 +38,14 @@ def training(step: int, loss: float, cost: float = 4.0) -> dict[str, Any]:
     return {**counters(step, cost), "train/loss": loss, **rate}
 
 
+def evaluation(step: int, score: float, cost: float = 4.0, **conditions: Any) -> dict[str, Any]:
+    """A record of an evaluation on piqa, under `conditions`, and on a task of one metric."""
+    scores = {"eval/piqa/acc_norm": score / 2, "eval/piqa/acc": score, "eval/piqa/acc_stderr": 0.01}
+    tasks = {"piqa": {"documents": 100} | conditions, "wikitext": {"documents": 2}}
+    more = {"eval/wikitext/word_perplexity": 10 / score, "eval/seconds": 2.0, "evaluation": tasks}
+    return {**counters(step, cost), **scores, **more}
+
+
 def straight(steps: float, cost: float = 4.0) -> list[dict[str, Any]]:
     """Validations of a loss that falls along a straight line from 6 and is 5 after `steps` of 40 steps."""
     return [validation(step, 6 - step / steps, cost) for step in (0, 10, 20, 30, 40)]

@@ -272,12 +272,13 @@ def test_separator_classes_are_those_of_the_code() -> None:
 def test_metrics_table_is_what_the_loop_writes() -> None:
     source = "".join(
         (REPOSITORY / "sepllm_train" / "training" / name).read_text()
-        for name in ("step_logger.py", "validator.py", "loop.py", "clock.py")
+        for name in ("step_logger.py", "validator.py", "evaluator.py", "loop.py", "clock.py")
     )
-    written = set(re.findall(r'"((?:train|val|checkpoint)/[\w/]+)"', source))
+    written = set(re.findall(r'"((?:train|val|eval|checkpoint)/[\w/]+)"', source))
     written |= {f"train/{part}_seconds" for part in PARTS} | {f"val/{key}" for key in ("loss", "bits_per_byte")}
     told = {key for row in table("docs/running.md", "key") for key in re.findall(r"`([\w/]+)`", row[0])}
-    assert told == written | {"val/NAME/loss", "val/NAME/bits_per_byte", "train/layer_NN/attended_share"}
+    scores = {"eval/TASK/METRIC", "eval/TASK/METRIC_stderr"}
+    assert told == written | scores | {"val/NAME/loss", "val/NAME/bits_per_byte", "train/layer_NN/attended_share"}
 
 
 def test_conventions_are_those_of_the_code() -> None:

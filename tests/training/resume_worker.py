@@ -8,10 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sepllm_train.cli.pretrain import tasks_of
 from sepllm_train.config.schema import (
     AttentionConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -57,14 +59,15 @@ def small_run(root: str, cache: str, name: str, resume: str = "auto", **groups: 
         optim=OptimConfig(**({"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 0} | groups.get("optim", {}))),
         training=TrainingConfig(**(training | groups.get("training", {}))),
         logging=LoggingConfig(interval=1),
+        evaluation=EvaluationConfig(**groups.get("evaluation", {})),
     )
 
 
 def train_alone(root: Path, cache: Path, name: str, **groups: dict[str, Any]) -> Path:
     """Train a `small_run` in this process; gives its folder."""
     config = small_run(str(root), str(cache), name, **groups)
-    with process_grid(config, ALONE) as device:
-        train(config, ALONE, device)
+    with process_grid(config, ALONE) as device, tasks_of(config) as tasks:
+        train(config, ALONE, device, tasks)
     return Path(config.run_root) / config.name
 
 
@@ -79,8 +82,8 @@ def train_all(root: str, cache: str, runs: list[dict[str, Any]]) -> dict[str, An
             config = small_run(root, cache, **run)
             validate(config, launch.world_size)
             device = device_of(launch)
-            with model_parallel(config, device):
-                train(config, launch, device)
+            with model_parallel(config, device), tasks_of(config) as tasks:
+                train(config, launch, device, tasks)
         dist.barrier()
     return {run["name"]: described(Path(root) / run["name"]) for run in runs} if launch.main else {}
 

@@ -15,7 +15,7 @@ import pytest
 
 from sepllm_train.base.files import write_whole
 from sepllm_train.metrics.log import MetricsLog
-from sepllm_train.watch.follow import CURVES
+from sepllm_train.watch.follow import CURVES, SCORED
 from sepllm_train.watch.server import Server
 from sepllm_train.watch.watch import Watch
 from tests.compare.run_records import COMPARABLE, training, validation
@@ -78,8 +78,9 @@ class Answer:
             if "curves" not in facts:
                 continue
             run: dict[str, dict[str, list[float]]] = {}
-            for name, (_, columns) in CURVES.items():
-                points, width = facts["curves"][name], len(columns) + 2
+            for name, points in facts["curves"].items():
+                columns = CURVES[name][1] if name in CURVES else SCORED
+                width = len(columns) + 2
                 block = np.frombuffer(self.content, "<f4", points * width, offset).reshape(width, points)
                 offset += block.nbytes
                 run[name] = {c: block[row].tolist() for row, c in enumerate((*columns, "value", "mean"))}

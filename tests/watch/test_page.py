@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from benchmarks.chromium import Chromium, programs
 from sepllm_train.compare.plots import COLOURS
 from sepllm_train.metrics.flops import CONVENTIONS
-from tests.compare.run_records import COMPARABLE, training
+from tests.compare.run_records import COMPARABLE, evaluation, training
 from tests.support.waiting import HANG_SECONDS, wait_until
 from tests.watch.conftest import Client, GrowingRun
 
@@ -143,6 +143,25 @@ def test_new_rows_appear_without_a_reload(browser: Chromium, two: Any) -> None:
     dense.tell(status="running")
     browser.await_true("return document.querySelector('#runs').rows[0].cells[2].textContent === '20/100'")
     assert browser.run(LABELS)[2].startswith("Loss against tokens: 4 curves, 66 points")
+
+
+def test_scores_have_charts_of_their_own(browser: Chromium, two: Any) -> None:
+    """One appears when a run is first evaluated, over FLOPs, and holds every run that has the score."""
+    dense, sep, client = two
+    sep.log.write(evaluation(40, 0.5))
+    # Low on the page, where charts are drawn as they come into sight.
+    browser.emulate(height=3000)
+    shown(browser, client)
+    titles = "return [...document.querySelectorAll('figcaption span')].map((title) => title.textContent)"
+    scores = ["piqa acc_norm against FLOPs", "piqa acc against FLOPs", "wikitext word_perplexity against FLOPs"]
+    assert browser.run(titles)[5:] == scores
+    dense.train(31, 40)
+    for step in (20, 40):
+        dense.log.write(evaluation(40 + step, step / 80))
+    browser.await_true("return document.querySelector('#runs').rows[0].cells[2].textContent === '80/100'")
+    browser.await_true(f"return ({LABELS.removeprefix('return ')})[6].startsWith('{scores[1]}: 2 curves, 3 points')")
+    assert "MFLOPs (flops/model" in browser.run(LABELS)[6]
+    assert browser.run(titles)[5:] == scores
 
 
 def test_an_unchanged_state_is_not_sent_again(browser: Chromium, two: Any) -> None:

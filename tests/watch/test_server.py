@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sepllm_train.watch.server import Handler
-from tests.compare.run_records import COMPARABLE, training
+from tests.compare.run_records import COMPARABLE, evaluation, training
 from tests.support.waiting import HANG_SECONDS, wait_until
 from tests.watch.conftest import Client, GrowingRun
 
@@ -174,6 +174,20 @@ def test_the_page_may_only_talk_to_its_server(new_run: NewRun, serving: Serving)
         assert client.ask(f"/{name}").status == 200
     settings = json.loads(client.ask("/settings").content)
     assert set(settings["conventions"]) == {"model", "dense", "paper"} and settings["flops"] == "model"
+
+
+def test_scores_are_curves_of_their_own(new_run: NewRun, serving: Serving) -> None:
+    """By their keys, behind the others; a resumed run abandons later ones, and no other key makes a curve."""
+    run = new_run("one")
+    run.train(1, 20)
+    for step, score in ((10, 0.5), (20, 0.75), (15, 0.625)):
+        run.log.write(evaluation(step, score) | {"eval/no score/x": 1.0, "eval/piqa/text": None})
+    client = serving(run, new_run("two"))
+    one, two = client.state().curves
+    assert list(one)[4:] == ["eval/piqa/acc_norm", "eval/piqa/acc", "eval/wikitext/word_perplexity", "eval/piqa/text"]
+    assert one["eval/piqa/acc"]["step"] == [10, 15] and one["eval/piqa/acc"]["value"] == [0.5, 0.625]
+    assert one["eval/piqa/acc"]["flops/model"] == [4e7, 6e7] and len(two) == 4
+    assert json.loads(client.ask("/settings").content)["scored"][-2:] == ["value", "mean"]
 
 
 def test_many_browsers_at_once(new_run: NewRun, serving: Serving) -> None:

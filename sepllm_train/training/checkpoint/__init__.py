@@ -37,6 +37,7 @@ from sepllm_train.training.checkpoint.load import (
     load_weights,
 )
 from sepllm_train.training.checkpoint.save import Outcome, Saver, save_weights
+from sepllm_train.training.checkpoint.shards import whole_weights
 
 __all__ = [
     "FOLDER",
@@ -64,4 +65,5 @@ __all__ = [
     "schedule_identity",
     "tidy",
     "trained_on",
+    "whole_weights",
 ]

@@ -15,9 +15,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
@@ -77,6 +79,37 @@ def model_shards(modules: Sequence[Any]) -> Shards:
         for shard in _cut(entry, entry.data.detach().view(-1), 0):
             found[shard.key].append(shard)
     return dict(found)
+
+
+def whole_weights(modules: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors, on the CPU, of the weights of model chunks, as a checkpoint would hold them.
+
+    Every rank iterates to the end and gets all of them, one after another: each part is broadcast by the rank that
+    would write it.
+    """
+    mine = main_replicas(model_shards(modules))
+    parts = [(key, shard) for key in sorted(mine) for shard in mine[key]]
+    described = [(key, s.global_shape, s.global_offset, s.local_shape, s.dtype) for key, s in parts]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, described)
+    device = next(modules[0].parameters()).device
+    left = iter(parts)
+    by_key = sorted(
+        ((*one, rank) for rank, found in enumerate(everywhere) for one in found), key=lambda one: (one[0], one[-1])
+    )
+    for key, group in groupby(by_key, key=lambda one: one[0]):
+        whole, filled = torch.empty(0), 0
+        for _, size, corner, shape, dtype, rank in group:
+            own = rank == dist.get_rank()
+            part = next(left)[1].data.contiguous() if own else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(part, src=rank)
+            if not filled:
+                whole = torch.empty(size, dtype=dtype)
+            whole[tuple(slice(begin, begin + length) for begin, length in zip(corner, shape, strict=True))] = part
+            filled += part.numel()
+        if filled != whole.numel():
+            raise RuntimeError(f"the parts of {key} on all ranks are not the whole")
+        yield key, whole
 
 
 def _entries(modules: Sequence[Any]) -> list[ShardedTensor | ShardedTensorFactory]:

@@ -12,8 +12,8 @@ const MARKED = 60;
 
 export class Chart {
   /** `curves`: names of what is drawn; `key`: the column along the axis; `up`: what the vertical axis says. */
-  constructor({ title, curves, up, key, wide = false }) {
-    Object.assign(this, { title, curves, up, key, lines: [], view: null, zoomed: null, across: null });
+  constructor({ title, curves, up, key, wide = false, scored = false }) {
+    Object.assign(this, { title, curves, up, key, scored, lines: [], view: null, zoomed: null, across: null });
     this.onHover = () => {};
     this.isLoss = curves.includes("loss");
     this.figure = element("figure", wide ? "wide" : "");
@@ -41,7 +41,7 @@ export class Chart {
     new ResizeObserver(() => this.redraw()).observe(this.plot);
   }
 
-  /** Show {runs, units of the axis, log: whether it is logarithmic, range of losses, shown: curve -> bool, averaged}. */
+  /** Show {runs, units of the axis, log: whether it is logarithmic, range of losses, shown: curve -> bool (others are), averaged}. */
   show(view) {
     this.view = view;
     this.redraw();
@@ -93,7 +93,7 @@ export class Chart {
     this.view.runs.forEach((run, number) => {
       for (const name of this.curves) {
         const curve = (this.view.averaged && name !== "validation" ? run.smooth : run.curves)[name];
-        if (run.hidden || !this.view.shown[name] || !curve || curve.value.length === 0) continue;
+        if (run.hidden || this.view.shown[name] === false || !curve || curve.value.length === 0) continue;
         lines.push({ number, name, run, x: curve[this.key], y: curve.value, step: curve.step });
       }
     });
@@ -116,7 +116,7 @@ export class Chart {
     else if (!log) high += 0.02 * (high - low);
     const logUp = this.isLoss && range === "log";
     const [bottom, top] = this.valueRange(low, high, logUp);
-    const write = this.isLoss ? plain : quantity;
+    const write = this.isLoss || this.scored ? plain : quantity;
     let vertical = new Scale(bottom, top, height - 1, 8, logUp);
     context.font = FONT;
     this.words = wrap(context, this.unit[1], width - 70);
@@ -143,7 +143,7 @@ export class Chart {
     }
     if (!(bottom <= top)) return log ? [0.1, 1] : [0, 1];
     if (log) return bottom < top ? [bottom / 1.03, top * 1.03] : [bottom / 2, top * 2];
-    if (!this.isLoss) return [0, 1.06 * top || 1];
+    if (!this.isLoss && !this.scored) return [0, 1.06 * top || 1];
     const margin = 0.05 * (top - bottom) || 0.1;
     return [bottom - margin, top + margin];
   }
@@ -229,7 +229,7 @@ export class Chart {
     }
     context.stroke();
     context.setLineDash([]);
-    if (name === "validation" && to - from <= MARKED) this.drawMarks(context, line, from, to);
+    if ((name === "validation" || this.scored) && to - from <= MARKED) this.drawMarks(context, line, from, to);
     context.globalAlpha = 1;
   }
 

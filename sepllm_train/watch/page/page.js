@@ -28,17 +28,14 @@ async function start() {
     byId("conventions").append(element("dt", "", `flops/${key}`), element("dd", "", convention.words));
   }
   const losses = { curves: ["loss", "validation"], up: "loss (nats per token)" };
-  charts = [
+  const first = [
     new Chart({ ...losses, title: "Loss against FLOPs", wide: true }),
     new Chart({ ...losses, title: "Loss against time", key: "seconds" }),
     new Chart({ ...losses, title: "Loss against tokens", key: "tokens" }),
     new Chart({ title: "Throughput", curves: ["throughput"], up: "tokens per second", key: "tokens" }),
     new Chart({ title: "Attended share of causal pairs", curves: ["share"], up: "share", key: "tokens" }),
   ];
-  for (const chart of charts) {
-    chart.onHover = (found) => charts.forEach((other) => other.hover(found, other === chart));
-    byId("charts").append(chart.figure);
-  }
+  first.forEach(addChart);
   for (const control of controls) control.addEventListener("change", changed);
   document.addEventListener("visibilitychange", () => document.hidden || refresh());
   setInterval(tick, 1000);
@@ -91,13 +88,14 @@ function update(content) {
     run.smooth = runs[number]?.smooth ?? {};
     if (curves) {
       [run.curves, run.smooth] = [{}, {}];
-      for (const [name, columns] of Object.entries(settings.curves)) {
+      for (const name of Object.keys(curves)) {
         run.curves[name] = {};
-        for (const column of columns) {
+        for (const column of settings.curves[name] ?? settings.scored) {
           run.curves[name][column] = new Float32Array(content, offset, curves[name]);
           offset += 4 * curves[name];
         }
-        run.smooth[name] = averaged(run.curves[name]);
+        // Scores are drawn as they are, as validation is.
+        run.smooth[name] = name in settings.curves ? averaged(run.curves[name]) : run.curves[name];
       }
     }
     return run;
@@ -106,9 +104,25 @@ function update(content) {
   serverAhead = state.now - Date.now() / 1000;
   writeNotes(state);
   writeProgress(state);
+  addScores();
   draw();
   measure(began);
   return state.loading ? 0.3 : settings.poll;
+}
+
+/** Add a chart for each score that a run has and no chart shows yet. */
+function addScores() {
+  for (const name of runs.flatMap((run) => Object.keys(run.curves))) {
+    if (name in settings.curves || charts.some((chart) => chart.curves.includes(name))) continue;
+    const words = name.split("/").slice(1).join(" ");
+    addChart(new Chart({ title: `${words} against FLOPs`, curves: [name], up: words, scored: true }));
+  }
+}
+
+function addChart(chart) {
+  charts.push(chart);
+  chart.onHover = (found) => charts.forEach((other) => other.hover(found, other === chart));
+  byId("charts").append(chart.figure);
 }
 
 /** Leave the time of this update, and that until its frame was drawn, where measuring programs look for them. */
@@ -172,9 +186,9 @@ function write(node, text) {
 
 function draw() {
   const convention = byId("convention").value;
-  charts[0].key = `flops/${convention}`;
+  for (const chart of charts) if (chart === charts[0] || chart.scored) chart.key = `flops/${convention}`;
   const [training, validation] = [byId("training").value, byId("validation").checked];
-  const shown = { loss: training !== "none", validation, throughput: true, share: true };
+  const shown = { loss: training !== "none", validation };
   for (const chart of charts) {
     chart.show({
       runs,

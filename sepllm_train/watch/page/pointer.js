@@ -136,14 +136,15 @@ export class Pointer {
     rows.sort((one, other) => other.value - one.value);
     const [size, unit] = chart.unit;
     const x = own.line.x[own.index] / size;
-    const averaged = chart.view.averaged && found.name !== "validation" ? ", averaged," : "";
+    const averaged = chart.view.averaged && found.name !== "validation" && !chart.scored ? ", averaged," : "";
     const names = { loss: "training loss", validation: "validation loss", share: "attended share" };
-    const of = names[found.name] ?? "tokens/s";
+    const of = chart.scored ? chart.up : names[found.name] ?? "tokens/s";
     const step = Math.round(found.step).toLocaleString("en");
     tip.replaceChildren(element("p", "", `${of}${averaged} at step ${step}, ${plain(x)} ${brief(unit)}`));
     for (const row of rows) {
       const entry = element("div", row.own ? "on" : "");
-      const text = chart.isLoss ? loss(row.value) : found.name === "share" ? percent(row.value) : quantity(row.value);
+      const losses = chart.isLoss || chart.scored;
+      const text = losses ? loss(row.value) : found.name === "share" ? percent(row.value) : quantity(row.value);
       entry.append(swatch(row.line.run.style), element("span", "", row.line.run.label), text);
       tip.append(entry);
     }

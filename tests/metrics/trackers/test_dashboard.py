@@ -11,6 +11,7 @@ import pytest
 
 from sepllm_train.metrics.wandb_tracker import AXES
 from sepllm_train.watch.workspace import LAYERS
+from tests.compare.run_records import evaluation
 from tests.metrics.trackers.conftest import Tracked
 from tests.metrics.trackers.wandb_file import read
 from tests.support.command import command
@@ -36,11 +37,14 @@ def panels(view: dict[str, Any]) -> list[dict[str, Any]]:
 def test_panels_show_what_a_run_logs(tracked: Tracked, tmp_path: Path) -> None:
     logged = {key for row in read(tracked.root / "wandb").history for key in row}
     shown = panels(dry_run(tmp_path / "view.json"))
+    # Of a run that is evaluated.
+    scores = {key for key in evaluation(1, 0.5) if key.startswith("eval/")}
     for panel in shown:
         assert panel["xAxis"] in logged and panel["xAxis"] in AXES
         assert set(panel["metrics"]) <= logged
         if not panel["metrics"]:
-            assert any(re.fullmatch(panel["metricRegex"], key) for key in logged), panel
+            found = {key for key in logged | scores if re.fullmatch(panel["metricRegex"], key)}
+            assert found and not found & {"eval/piqa/acc_stderr", "eval/seconds"}, panel
     layers = {key for key in logged if re.fullmatch(LAYERS, key)}
     assert layers == {f"train/layer_{number:02d}/attended_share" for number in range(3)}
     for loss in ("val/loss", "train/loss"):

@@ -201,7 +201,7 @@ def save_weights(run_folder: Path, model: Any, identities: dict[str, Any], state
     """
     counters = TrainState() if state is None else TrainState.from_dict(state)
     # An optimizer of nothing: there is no state of one to write.
-    training = Training([], [model], ChainedOptimizer([]), None)
+    training = Training([], [model], ChainedOptimizer([]), None, position=int)
     saver = Saver(run_folder, training, identities, keep=1, kept=lambda step: False, background=False)
     saver.save(counters)
     saver.finish()

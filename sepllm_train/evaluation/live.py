@@ -167,10 +167,10 @@ def undisturbed(*, offline: bool) -> Iterator[None]:
             if offline:
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             # The harness has bars that nothing else turns off.
-            tqdm.tqdm.__init__ = partialmethod(bar, disable=True)  # type: ignore[method-assign, assignment]
+            tqdm.tqdm.__init__ = partialmethod(bar, disable=True)
             yield
         finally:
-            tqdm.tqdm.__init__ = bar  # type: ignore[method-assign]
+            tqdm.tqdm.__init__ = bar
             # A tracker that starts meanwhile, in a thread of its own, keeps its variables.
             for name in os.environ.keys() - environment.keys():
                 if not name.startswith("WANDB"):

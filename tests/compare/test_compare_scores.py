@@ -75,7 +75,7 @@ def test_what_does_not_compare_is_left_out(
     figures = {path.stem for path in (tmp_path / "out").glob("score_*.svg")}
     assert figures == ({"score_wikitext"} if other else set()) and "piqa acc" not in told
     different = "limit" if other and "limit" in other[0]["evaluation"]["piqa"] else "documents"
-    assert (f"Scores of piqa are left out: they are of different {different}." in told) == bool(other)
+    assert (f"Scores of piqa are left out: they have a different {different}." in told) == bool(other)
 
 
 def test_evaluations_of_a_resumed_run(make_run: Callable[..., Path]) -> None:

@@ -160,7 +160,7 @@ def undisturbed(*, offline: bool) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     environment = dict(os.environ)
     threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
-    bar = tqdm.tqdm.__init__
+    bar = vars(tqdm.tqdm)["__init__"]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:

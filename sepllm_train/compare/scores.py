@@ -69,7 +69,7 @@ def find_scores(variants: Sequence[Variant]) -> CommonScores:
         other = _other_conditions(runs, task)
         if other:
             found = [score for score in found if score.task != task]
-            notes.append(f"Scores of {task} are left out: they are of different {other}.")
+            notes.append(f"Scores of {task} are left out: they have a different {other}.")
     return CommonScores(found, notes)
 
 

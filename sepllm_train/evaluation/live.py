@@ -160,17 +160,17 @@ def undisturbed(*, offline: bool) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     environment = dict(os.environ)
     threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
-    bar = tqdm.tqdm.__init__
+    bar = vars(tqdm.tqdm)["__init__"]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
             if offline:
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             # The harness has bars that nothing else turns off.
-            tqdm.tqdm.__init__ = partialmethod(bar, disable=True)  # type: ignore[method-assign, assignment]
+            tqdm.tqdm.__init__ = partialmethod(bar, disable=True)
             yield
         finally:
-            tqdm.tqdm.__init__ = bar  # type: ignore[method-assign]
+            tqdm.tqdm.__init__ = bar
             # A tracker that starts meanwhile, in a thread of its own, keeps its variables.
             for name in os.environ.keys() - environment.keys():
                 if not name.startswith("WANDB"):

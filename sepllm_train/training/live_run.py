@@ -41,6 +41,7 @@ class LiveRun:
         Raises UserError, on every rank, for weights that are not finite.
         """
         for name, whole in whole_weights(self.training.modules):
+            self.guards.watchdog.allow(0.0)
             if not whole.isfinite().all():
                 raise UserError(f"the weights {name} have values that are NaN or infinite.")
             yield name, whole

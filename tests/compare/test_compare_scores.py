@@ -75,12 +75,12 @@ def test_what_does_not_compare_is_left_out(
     figures = {path.stem for path in (tmp_path / "out").glob("score_*.svg")}
     assert figures == ({"score_wikitext"} if other else set()) and "piqa acc" not in told
     different = "limit" if other and "limit" in other[0]["evaluation"]["piqa"] else "documents"
-    assert (f"Scores of piqa are left out: they are of different {different}." in told) == bool(other)
+    assert (f"Scores of piqa are left out: they have a different {different}." in told) == bool(other)
 
 
 def test_evaluations_of_a_resumed_run(make_run: Callable[..., Path]) -> None:
-    """A step may be trained, validated and evaluated; what a resumed run has written again stands."""
-    records = [*straight(40)[:3], evaluation(20, 0.5), *straight(40)[2:3], evaluation(20, 0.75), counters(30, 4.0)]
+    """A step may be trained, validated, evaluated and saved; what a resumed run has written again stands."""
+    records = [*straight(40)[:3], evaluation(20, 0.5), *straight(40)[2:3], evaluation(20, 0.75), counters(20, 4.0)]
     run = read_run(make_run("run", [*records, *straight(40)[3:]]))
     assert [record["eval/piqa/acc"] for record in run.evaluation] == [0.75] and len(run.validation) == 5
 

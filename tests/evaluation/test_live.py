@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -193,7 +194,7 @@ def test_the_process_is_as_before_whatever_libraries_do() -> None:
 
     state = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),  # noqa: E731
                      dict(os.environ), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(),
-                     tqdm.tqdm.__init__)  # fmt: skip
+                     vars(tqdm.tqdm)["__init__"])  # fmt: skip
     before = state()
     with pytest.raises(KeyError), undisturbed(offline=True):
         random.seed(0)
@@ -246,6 +247,18 @@ def test_mistakes(needs_harness: None, mistake: str, data_dir: Path, sample_cach
     message = capsys.readouterr().err
     assert MISTAKES[mistake] in message and len(message.strip().splitlines()) == 1
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_missing_package_is_named(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if "lm_eval" in name else find(name, *more)
+    )
+    asked = ["evaluation.tasks=[piqa]", f"evaluation.data_dir={data_dir}", f"run_root={tmp_path}"]
+    assert main(["pretrain", *SMALL_RUN, *asked]) == 2
+    assert "evaluation.tasks needs the package lm_eval, which is not installed" in capsys.readouterr().err
 
 
 def test_a_dry_run_checks_the_tasks(

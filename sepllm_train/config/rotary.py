@@ -72,9 +72,12 @@ class RotaryScalingConfig:
         self._check_type()
         positive(_KEY, self, "factor", "original_max_position_embeddings")
         at_most(_KEY, self, original_max_position_embeddings=2**30)
-        for name in ("low_freq_factor", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{_KEY}.{name}={value} must be above 0.")
+        for name, value in self.record().items():
+            # Numbers beyond overflow in the formulas.
+            require(
+                not isinstance(value, float) or 1e-6 <= value <= 1e6,
+                f"{_KEY}.{name}={value} must lie between 1e-6 and 1e6.",
+            )
         if self.rope_type in _BOUNDS:
             (low, below), (high, above) = zip(_BOUNDS[self.rope_type], self._bounds, strict=True)
             require(below < above, f"{_KEY}.{high}={above:g} must be above {_KEY}.{low}={below:g}.")

@@ -56,7 +56,8 @@ SMALL = TrainingConfig(steps=10, global_batch=8, micro_batch=2)
         (lambda: _scaling(low_freq_factor=1.0), "low_freq_factor=1.0 is of .*rope_type llama3, not of yarn"),
         (lambda: _scaling(original_max_position_embeddings=0), "original_max_position_embeddings=0 must be at least 1"),
         (lambda: _scaling(beta_fast=0.5), "beta_fast=0.5 must be above model.rotary_scaling.beta_slow=1"),
-        (lambda: _scaling(beta_slow=0.0), "beta_slow=0.0 must be above 0"),
+        (lambda: _scaling(beta_slow=0.0), "beta_slow=0.0 must lie between 1e-6 and 1e6"),
+        (lambda: RotaryScalingConfig("ntk", factor=1e300), "rotary_scaling.factor=1e.300 must lie between"),
         (lambda: _scaling(mscale=1.0), "mscale and model.rotary_scaling.mscale_all_dim are given together"),
         (lambda: _scaling(mscale=1.0, mscale_all_dim=1.0, attention_factor=1.0), "attention_factor=1.0 is what mscale"),
         (

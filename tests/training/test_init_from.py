@@ -177,4 +177,4 @@ def test_scaling_is_of_the_run(trainer: Any, finished: Callable) -> None:
         assert not (trainer.root / "scaled_on").exists()
     done = trainer.here(*more, *YARN, f"resume={trainer.root / scaled / 'checkpoints' / 'step_00000002'}")
     assert done.code == 0, done.errors
-    assert trainer.values("scaled_on", "train/loss")[:2] == trainer.values(scaled, "train/loss")[2:]
+    assert trainer.values("scaled_on", "train/loss")[0] == trainer.values(scaled, "train/loss")[2]

@@ -36,14 +36,14 @@ SCHEDULES = {"cosine": "cosine", "pythia": "cosine", "linear": "linear", "consta
 class Training:
     """Model chunks of this pipeline stage (wrapped), their bare modules, optimizer and schedule.
 
-    `position`: place in the schedule after so many steps of the run, of which `step` are done.
+    `position`: place in the schedule after so many steps of the run, their number by default; `step` of them are done.
     """
 
     chunks: list[DistributedDataParallel]
     modules: list[Any]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    position: Callable[[int], int]
+    position: Callable[[int], int] = int
     step: int = 0
 
 

@@ -8,13 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sepllm_train.base.console import duration
 from sepllm_train.base.errors import UserError
 from sepllm_train.config.curriculum import Phase, phases_of
 from sepllm_train.config.load import configuration_of
@@ -24,6 +26,7 @@ from sepllm_train.data.corpus import open_corpus
 from sepllm_train.data.loader import MicroBatchSampler, micro_batches
 from sepllm_train.data.splits import build_datasets
 from sepllm_train.distributed.launch import ALONE, process_grid, reading_group
+from sepllm_train.training import step_logger
 from sepllm_train.training.checkpoint import check_identity, digest, identity
 from sepllm_train.training.schedules import schedule_of
 from sepllm_train.training.setup import build_training, learning_rate, set_schedule
@@ -423,6 +426,19 @@ def test_the_start_gives_sequences_and_tokens_of_the_run(trainer: Any, finished:
     )
     # MFLOP a token, GFLOP in all.
     assert whole == pytest.approx(each * 28 * 128 / 1e3, rel=0.01)
+
+
+def test_the_time_left_goes_with_samples(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is at 100 s whenever it is read after the start, with 4 and 12 samples of 28 done."""
+    reads = chain([0.0], repeat(100.0))
+    monkeypatch.setattr(step_logger, "time", SimpleNamespace(perf_counter=lambda: next(reads)))
+    outcome = trainer.here(
+        "name=clock", *GROWING_RUN, "training.validation_interval=0", "training.checkpoint_interval=0"
+    )
+    assert outcome.code == 0, outcome.errors
+    shown = re.findall(r"step (\d)/6 .* batch (\d) .* ETA (\S+)", outcome.unfolded)
+    left = [duration(seconds) for seconds in (100 / 4 * 24, 100 / 12 * 16, 0)]
+    assert shown == [("2", "2", left[0]), ("4", "4", left[1]), ("6", "8", left[2])]
 
 
 def test_a_killed_run_goes_on_in_place(trainer: Any, finished: Callable) -> None:

@@ -67,6 +67,8 @@ def test_the_step_line_of_a_long_run_fits_the_console() -> None:
         "  ETA 2d05h"
     )
     assert len(text) <= WIDTH
-    more = str(replace(LONG_RUN, sequence_length=16384, skipped=2, bad=1))
-    assert "S 16384" in more and "2 steps skipped (overflow)" in more and "1 bad steps skipped" in more
+    more = str(replace(LONG_RUN, sequence_length=16384, batch=1024, skipped=2, bad=1))
+    assert (
+        "S 16384  batch 1024  loss" in more and "2 steps skipped (overflow)" in more and "1 bad steps skipped" in more
+    )
     assert max(map(len, more.splitlines())) <= WIDTH

@@ -191,7 +191,7 @@ def _attention_line(config: Config, facts: Facts) -> str:
 
 
 def _document_lines(config: Config) -> list[str]:
-    """What ends with a document besides what attention sees, if anything does."""
+    """One line on documents where positions restart at them or labels are masked; none elsewhere."""
     restart, masked = config.attention.restart_positions, config.data.mask_boundary_loss
     if not restart and not masked:
         return []

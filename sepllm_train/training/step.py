@@ -242,7 +242,7 @@ class Stepper:
             return tensor
         return part_of(tensor, self.context.rank, self.context.size)
 
-    def _mean_loss(self, losses: Tensor, loss_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _mean_loss(self, losses: Tensor, loss_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss to differentiate, and for the log the mean over this rank's tokens of a micro-batch and the share of
         them that counts.
 
@@ -251,7 +251,7 @@ class Stepper:
         are of parts of one mean. The schedule makes up for that by multiplying the loss by the number of ranks, so this
         rank's part of the mean is due here. The schedule works in place: the log gets a tensor of its own.
         """
-        losses, counted = losses.float(), 1.0
+        losses, counted = losses.float(), torch.ones(())
         if loss_mask is not None:
             losses, counted = losses.where(loss_mask, 0.0), loss_mask.double().mean()
         loss = losses.mean()

@@ -162,7 +162,9 @@ def stepped(device: torch.device, batches: list[Batch], precision: str = "fp32")
     """A step of a new model over micro-batches, which masks what their loss masks mask."""
     training = {"micro_batch": len(batches[0]["tokens"]), "precision": precision}
     config = tiny_config(attention=APART, training=training)
-    config.optim = OptimConfig(lr=1e-2, min_lr=0.0, epsilon=1e-3, schedule="constant", warmup_fraction=0.0)
+    config.optim = OptimConfig(
+        lr=1e-2, min_lr=0.0, epsilon=1e-3, schedule="constant", warmup_fraction=0.0, clip_grad=0.0
+    )
     config = replace(config, data=replace(config.data, mask_boundary_loss=True))
     stepper = Stepper(
         config,
@@ -206,14 +208,16 @@ def test_the_loss_of_a_step_is_the_mean_over_the_labels_that_count(device: torch
     assert whole.mean_loss == pytest.approx(float(losses[mask].mean()), abs=1e-6)
     assert whole.mean_loss != pytest.approx(float(losses.mean()), abs=1e-4)
     assert whole.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    # What the optimizer was given, which is not clipped here.
+    given = {name: weight.main_grad for name, weight in weights(stepper).items()}
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
     assert float(whole.counted) == pytest.approx(sum(counts) / mask.numel(), abs=1e-12)
     for size in (1, 2):
         split, other = stepped(device, rows_of(batch, size))
         assert split.mean_loss == pytest.approx(whole.mean_loss, abs=1e-6)
         assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
         torch.testing.assert_close(weights(other), weights(stepper), rtol=0, atol=1e-6)
-    # The norm that is clipped by is that of the mean over counted labels, so that this is another update.
-    unmasked, other = stepped(device, [{key: entry for key, entry in batch.items() if key != "loss_mask"}])
+    unmasked, _ = stepped(device, [{key: entry for key, entry in batch.items() if key != "loss_mask"}])
     assert unmasked.mean_loss == pytest.approx(float(losses.mean()), abs=1e-6) and float(unmasked.counted) == 1
 
 

@@ -88,11 +88,18 @@ def test_names_are_those_of_the_model(grid: torch.device, model: dict[str, Any],
         attention=AttentionConfig(**attention),
         optim=OptimConfig(optimizer="muon"),
     )
-    (module,) = build_training(config, VOCABULARY, grid).modules
-    found = dict(global_names(module))
+    training = build_training(config, VOCABULARY, grid)
+    found = dict(global_names(training.modules[0]))
     assert sorted(found) == sorted(parameter_names(config))
     shapes = {name: tuple(found[f"decoder.layers.1.{name}"].shape) for name in muon_matrices(config)}
     assert len(shapes) == 4 and shapes == muon_matrices(config)
+    names = {id(parameter): name.rpartition("decoder.layers.1.")[2] for name, parameter in found.items()}
+    groups = [group for group in training.optimizer.param_groups if FUSED_ROWS in group]
+    rows = {names[id(parameter)]: group[FUSED_ROWS] for group in groups for parameter in group["params"]}
+    # Features of the queries, the key and the value of a group of heads; of gate and up projection.
+    assert rows["self_attention.linear_qkv.weight"] == ((32, 16, 16) if "kv_heads" in model else (16, 16, 16))
+    assert rows["mlp.linear_fc1.weight"] == ((128, 128) if "activation" in model else ())
+    assert rows["self_attention.linear_proj.weight"] == rows["mlp.linear_fc2.weight"] == ()
 
 
 GROUPS = [

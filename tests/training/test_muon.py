@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sepllm_train.config.param_groups import muon_matrices, parameter_names
-from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, OptimConfig
+from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, OptimConfig, TrainingConfig
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
 from sepllm_train.model.initialization import global_names
@@ -87,6 +87,7 @@ def test_names_are_those_of_the_model(grid: torch.device, model: dict[str, Any],
         model=ModelConfig(**(shape | model)),
         attention=AttentionConfig(**attention),
         optim=OptimConfig(optimizer="muon"),
+        training=TrainingConfig(precision="fp32"),
     )
     training = build_training(config, VOCABULARY, grid)
     found = dict(global_names(training.modules[0]))

@@ -23,7 +23,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class ParamSettings:
-    """How a parameter is updated. `weight_decay` None: optim.weight_decay for matrices, 0 for all else."""
+    """Settings of the update of a parameter. `weight_decay` None: optim.weight_decay for matrices, 0 for all else."""
 
     optimizer: str
     lr_factor: float

@@ -36,12 +36,12 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient. Every tensor-parallel rank calls it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
     def complete_state(self) -> None:
         """Give parameters that were never updated the state of step 0."""
@@ -49,13 +49,13 @@ class Muon(torch.optim.Muon):
             for parameter in group["params"]:
                 self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         lr, momentum, rows = group["lr"], group["momentum"], group[FUSED_ROWS]
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        direction = parameter.grad.lerp(mean, momentum)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = grad.lerp(mean, momentum)
         parameter.mul_(1 - lr * group["weight_decay"])
         dim = getattr(parameter, "partition_dim", 0)
         for weight, own in zip(matrices(parameter, rows), matrices(direction, rows), strict=True):

@@ -140,7 +140,7 @@ def _param_overrides(config: Config, modules: list[Any]) -> dict[ParamKey, Any] 
 
 
 def _overrides(config: Config, name: str, *, vector: bool) -> dict[str, Any]:
-    """What a parameter has of its own, in the keys of megatron-core's parameter groups, and FUSED_ROWS for Muon."""
+    """Settings that a parameter has of its own, as megatron-core's parameter groups name them; FUSED_ROWS for Muon."""
     model, settings = config.model, param_settings(config, name)
     overrides: dict[str, Any] = {}
     if settings.lr_factor != 1:

@@ -45,6 +45,13 @@ def test_any_other_setting_makes_another_row(make_seeds: Seeds) -> None:
     assert shape(dense) == [("dense_seed1", ["dense_seed1", "dense_seed2"]), ("dense_seed3", ["dense_seed3"])]
 
 
+def test_the_optimizer_makes_a_row_and_runs_of_before_have_adam(make_seeds: Seeds) -> None:
+    dense = make_seeds("dense", {1: 10, 2: 10, 3: 10, 4: 10})
+    for folder, optim in zip(dense, ({}, {"optimizer": "adam"}, {"optimizer": "muon"}, {"groups": [{}]}), strict=True):
+        configure(folder, optim={"lr": 1e-3} | optim)
+    assert [names for _, names in shape(dense)] == [["dense_seed1", "dense_seed2"], ["dense_seed3"], ["dense_seed4"]]
+
+
 def test_no_groups_keeps_every_run_apart(make_seeds: Seeds) -> None:
     dense = make_seeds("dense", {1: 10, 2: 10})
     assert shape(dense, groups=False) == [("dense_seed1", ["dense_seed1"]), ("dense_seed2", ["dense_seed2"])]

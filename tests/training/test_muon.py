@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sepllm_train.config.param_groups import muon_matrices, parameter_names
-from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, OptimConfig
+from sepllm_train.config.schema import AttentionConfig, Config, ModelConfig, OptimConfig, TrainingConfig
 from sepllm_train.metrics.memory import memory_estimate
 from sepllm_train.model.build import padded_vocabulary
 from sepllm_train.model.initialization import global_names
@@ -87,12 +87,20 @@ def test_names_are_those_of_the_model(grid: torch.device, model: dict[str, Any],
         model=ModelConfig(**(shape | model)),
         attention=AttentionConfig(**attention),
         optim=OptimConfig(optimizer="muon"),
+        training=TrainingConfig(precision="fp32"),
     )
-    (module,) = build_training(config, VOCABULARY, grid).modules
-    found = dict(global_names(module))
+    training = build_training(config, VOCABULARY, grid)
+    found = dict(global_names(training.modules[0]))
     assert sorted(found) == sorted(parameter_names(config))
     shapes = {name: tuple(found[f"decoder.layers.1.{name}"].shape) for name in muon_matrices(config)}
     assert len(shapes) == 4 and shapes == muon_matrices(config)
+    names = {id(parameter): name.rpartition("decoder.layers.1.")[2] for name, parameter in found.items()}
+    groups = [group for group in training.optimizer.param_groups if FUSED_ROWS in group]
+    rows = {names[id(parameter)]: group[FUSED_ROWS] for group in groups for parameter in group["params"]}
+    # Features of the queries, the key and the value of a group of heads; of gate and up projection.
+    assert rows["self_attention.linear_qkv.weight"] == ((32, 16, 16) if "kv_heads" in model else (16, 16, 16))
+    assert rows["mlp.linear_fc1.weight"] == ((128, 128) if "activation" in model else ())
+    assert rows["self_attention.linear_proj.weight"] == rows["mlp.linear_fc2.weight"] == ()
 
 
 GROUPS = [

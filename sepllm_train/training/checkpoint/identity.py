@@ -187,7 +187,7 @@ def check_identity(
         elif key == TOKENIZER:
             difference = f"a tokenizer of SHA-256 {_short(before)}, this run has one of {_short(value)}"
         elif key == MUON:
-            names = (", ".join(matrices) or "no matrices" for matrices in (before, value))
+            names = (", ".join(matrices or []) or "no matrices" for matrices in (before, value))
             difference = "Muon for {}, this run has it for {}".format(*names)
         else:
             difference = f"{key}={before}, this run has {value}"

@@ -105,8 +105,9 @@ def test_the_merge_is_what_one_process_writes(
             header, written = tokenize_shard(inputs, parts, small_tokenizer, (number, count), progress=False)
             assert written and header == read_shard(shard_prefix(parts, number, count))
             found.append(header.documents)
-        # Work is shared: no shard has more than a third beyond its share, and an unlucky document.
-        assert sum(found) == len(texts) and max(found) <= 1.34 * len(texts) / count + 1
+        # Work is shared by bytes on the disk, which hold less text in some files of the folder than in others.
+        assert sum(found) == len(texts)
+        assert kind == "folder" or max(found) <= 1.34 * len(texts) / count + 1
         merge(tmp_path / str(count) / "set", [shard_prefix(parts, n + 1, count) for n in range(count)], progress=False)
         assert _hashes(tmp_path / str(count)) == whole
 

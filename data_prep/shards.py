@@ -194,7 +194,7 @@ def merge(
             # Read, not mapped: pages of a map stay in the memory of the process.
             with open(with_suffix(prefix, ".bin"), "rb") as stream:
                 while len(chunk := np.fromfile(stream, one.tokens.dtype, _CHUNK)):
-                    digest.update(chunk)
+                    digest.update(chunk.data)
                     writer.write_tokens(chunk)
                     bar.update(len(chunk))
             if digest.hexdigest() != header.files[".bin"].sha256:

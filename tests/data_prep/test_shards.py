@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,16 @@ def test_a_task_looks_at_its_own_documents(
     assert len(read) >= 20 and read == texts[-len(read) :]
     with pytest.raises(UserError, match=r"a\.jsonl(\.zst)?:4 is not JSON"):
         list(Corpus(inputs, share=(1, 4)))
+
+
+def test_every_cut_of_a_file(tmp_path: Path) -> None:
+    """Also between two lines: as many shares as bytes."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(_jsonl(["one", "two", "three"]) + b"\n" + _jsonl(["four"]))
+    count = path.stat().st_size
+    corpora = [Corpus([path], share=(number, count)) for number in range(1, count + 1)]
+    assert [document.text for corpus in corpora for document in corpus] == ["one", "two", "three", "four"]
+    assert all(before.end == after.begin for before, after in pairwise(corpora))
 
 
 def test_a_line_far_inside_a_file_is_named_by_its_byte(tmp_path: Path, texts: list[str]) -> None:

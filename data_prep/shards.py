@@ -32,7 +32,7 @@ from sepllm_train.base.parsing import read_json
 
 SHARD_SUFFIX = ".shard.json"
 _VERSION = 1
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _SUFFIXES = (".bin", ".idx")
 _AGAIN = "make it again with `sepllm prepare tokenize --shard`"
 

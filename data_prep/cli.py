@@ -154,7 +154,7 @@ def _add_merge(commands: _Commands) -> None:
         "data/books",
     )
     command.add_argument("output", metavar="OUTPUT", help="path of the dataset without a suffix")
-    command.add_argument("shards", nargs="*", metavar="SHARD", help="its shards (default: OUTPUT.shard-*)")
+    command.add_argument("shards", nargs="*", metavar="SHARD", help="its .shard.json (default: those beside OUTPUT)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     command.set_defaults(run=_run_merge)
 

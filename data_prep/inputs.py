@@ -50,7 +50,8 @@ def find_inputs(names: Iterable[str | Path], report: Callable[[str], None] = to_
 
 def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Path]:
     """Files of known kinds that are not hidden; the others are reported."""
-    taken, left = [], []
+    taken: list[Path] = []
+    left: list[Path] = []
     for path in folder.rglob("*"):
         if path.is_file():
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -10,8 +10,8 @@ from typing import Any
 
 from sepllm_train.base.errors import UserError, first_line
 
-# Of text in memory at once; rows of one batch, where the file says less of them than they hold.
-_BATCH_BYTES = 1 << 22
+# Of text in a batch, so that encoding begins early; rows of one batch, where the file says less of them than they hold.
+_BATCH_BYTES = 1 << 18
 _BATCH_ROWS = 1024
 _BUFFER = 1 << 20
 

@@ -18,8 +18,6 @@ from data_prep.inputs import COMPRESSIONS, Part, kind, parts_of, to_stderr
 from data_prep.parquet import TextColumn
 from sepllm_train.base.errors import UserError, first_line
 
-__all__ = ["COMPRESSIONS", "Corpus", "Document", "kind", "unwrap_lines"]
-
 # A document as it is read: where it came from, its text (None: there is none), its label, bytes read up to its end.
 _Found: TypeAlias = "tuple[str, str | None, str | None, int]"
 # A place between documents: the input file from 0 on, and what of it comes before (bytes, lines of a compressed file,

@@ -32,7 +32,7 @@ from sepllm_train.base.parsing import read_json
 
 SHARD_SUFFIX = ".shard.json"
 _VERSION = 1
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _SUFFIXES = (".bin", ".idx")
 _AGAIN = "make it again with `sepllm prepare tokenize --shard`"
 
@@ -194,7 +194,7 @@ def merge(
             # Read, not mapped: pages of a map stay in the memory of the process.
             with open(with_suffix(prefix, ".bin"), "rb") as stream:
                 while len(chunk := np.fromfile(stream, one.tokens.dtype, _CHUNK)):
-                    digest.update(chunk)
+                    digest.update(chunk.data)
                     writer.write_tokens(chunk)
                     bar.update(len(chunk))
             if digest.hexdigest() != header.files[".bin"].sha256:
@@ -214,8 +214,8 @@ def _prefixes(output: Path, shards: Sequence[str | Path]) -> list[Path]:
     found = [path.with_name(path.name.removesuffix(SHARD_SUFFIX)) for path in there if name.fullmatch(path.name)]
     if not found:
         raise UserError(
-            f"There is no finished shard {shard_prefix(output, 1, 1).name.replace('1', '*')} in {output.parent}: make "
-            "them with `sepllm prepare tokenize --shard`, or name them."
+            f"There is no finished shard {output.name}.shard-*-of-* in {output.parent}: make them with "
+            "`sepllm prepare tokenize --shard`, or name them."
         )
     return sorted(found)
 
@@ -243,7 +243,7 @@ def _check_sequence(found: Sequence[tuple[Path, ShardHeader]]) -> None:
     """Each shard begins in the input where the one before it ends: no document is lost or there twice."""
     start, end = found[0][1].begin, found[-1][1].end
     if start != (0, 0) or end != (found[0][1].inputs.files, 0):
-        raise UserError(f"{found[0][0]} and the others do not hold all of the input: {_AGAIN.replace('it', 'them')}.")
+        raise UserError(f"{found[0][0]} and the others do not hold all of the input: make all shards again.")
     for (before, one), (after, other) in pairwise(found):
         if one.end != other.begin:
             raise UserError(

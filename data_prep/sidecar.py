@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,11 @@ def build_header(
 def format_header(header: SidecarHeader) -> str:
     """The header as JSON text with one line for each top-level key and class, for people who open the file."""
     classes = ",\n".join(f"    {json.dumps(asdict(entry), ensure_ascii=False)}" for entry in header.classes)
+    # A copy of all lengths, number by number, would take longer than writing them.
+    content = {**asdict(replace(header, token_bytes=[])), "token_bytes": header.token_bytes}
     lines = [
         f"  {json.dumps(key)}: " + (f"[\n{classes}\n  ]" if key == "classes" else json.dumps(value, ensure_ascii=False))
-        for key, value in asdict(header).items()
+        for key, value in content.items()
     ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

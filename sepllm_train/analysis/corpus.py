@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from data_prep.density import STRENGTHS
 from data_prep.indexed import token_chunks
-from data_prep.readers import Corpus, Document, kind
+from data_prep.inputs import kind
+from data_prep.readers import Corpus, Document
 from data_prep.separators import ALL, CLASSES, NAMED_SETS, class_numbers, classify
 from data_prep.sidecar import check_known, dataset_prefix, open_classes, read_header
 from data_prep.stats import Gaps

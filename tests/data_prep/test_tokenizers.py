@@ -180,6 +180,66 @@ def test_other_definitions_are_not_cut(shared_data: Path, tmp_path: Path, part: 
     assert load_tokenizer(path).split(text) == [text]
 
 
+@pytest.fixture(scope="module", params=["own", "dummy prefix", "without bytes"])
+def cut_model(request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SentencePiece models of BPE that may be cut, and one that has no newline."""
+    path = tmp_path_factory.mktemp("cut") / f"{request.param}.model"
+    if request.param == "own":
+        train_tokenizer(texts, path, vocab_size=600)
+    else:
+        _train_dummy(path, texts, byte_fallback=request.param == "dummy prefix")
+    return path
+
+
+def _train_dummy(path: Path, texts: list[str], **options: object) -> None:
+    """A model of BPE that puts a space in front of each text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).split("\n")), model_writer=model, vocab_size=600, model_type="bpe",
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+
+
+@given(text=st.text(alphabet=" \n\t\rab._(\u00e9\u0301\u2581\U0001f600", max_size=60) | st.text(max_size=40))
+@settings(max_examples=300, deadline=None, suppress_health_check=UNCHECKED)
+def test_arrays_are_the_ids_of_any_text(cut_model: Path, text: str) -> None:
+    """Also where SentencePiece is given pieces of it."""
+    tokenizer = _loaded(cut_model)
+    assert (tokenizer._cut_prefix is None) == (cut_model.stem == "without bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_SHORT_PIECE", 1)
+        found = tokenizer.encode_arrays([text, "a\nb", text])
+    assert [ids.tolist() for ids in found] == tokenizer.encode_batch([text, "a\nb", text])
+
+
+def test_models_whose_text_is_not_cut(texts: list[str], tmp_path: Path) -> None:
+    """Unigram models, an entry with a newline inside, and one that rewrites newlines."""
+    train_tokenizer(texts, tmp_path / "unigram.model", vocab_size=600, model_type="unigram")
+    _train_dummy(tmp_path / "entry.model", texts, byte_fallback=True, user_defined_symbols=["a\n("])
+    model = io.BytesIO()
+    lines = "\n".join(texts).split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "rewrites.model").write_bytes(model.getvalue())
+    for name in ("unigram", "entry", "rewrites"):
+        tokenizer = load_tokenizer(tmp_path / f"{name}.model")
+        assert tokenizer._cut_prefix is None, name
+        found = tokenizer.encode_arrays(["a\n(b" * 500])
+        assert [ids.tolist() for ids in found] == tokenizer.encode_batch(["a\n(b" * 500])
+
+
+def test_arrays_of_books(shared_data: Path) -> None:
+    """A model that puts a space in front of each text, on text that is cut many times."""
+    tokenizer = _loaded(shared_data / "tokenizers" / "mistral_v1_tokenizer.model")
+    with bz2.open(shared_data / "pg19_test" / "pg19_test_60.jsonl.bz2", "rt", encoding="utf8") as stream:
+        book = json.loads(stream.readline())["text"][:200_000]
+    assert tokenizer._cut_prefix == 1 and len(tokenizers._pieces(book, tokenizers._SHORT_PIECE)) > 50
+    assert tokenizer.encode_arrays([book])[0].tolist() == tokenizer.encode_batch([book])[0]
+
+
 @given(text=st.text(max_size=60) | st.text(alphabet=TRICKY, max_size=60))
 @settings(max_examples=300, deadline=None, suppress_health_check=UNCHECKED)
 def test_trained_tokenizer_is_lossless(trained: Path, text: str) -> None:

@@ -121,7 +121,8 @@ class TextColumn:
         """Turn what pyarrow raises for a damaged file into OSError."""
         try:
             yield
-        except self._pyarrow.ArrowException as error:
+        # Names of columns and labels are decoded as they are read.
+        except (self._pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise OSError(first_line(error)) from None
 
 

@@ -275,7 +275,7 @@ def _inputs(corpus: Corpus) -> InputsInfo:
 
 
 def _settings(header: ShardHeader) -> tuple[int, InputsInfo, str, str, bool]:
-    """Plan that all shards of a dataset share."""
+    """Settings that all shards of a dataset share."""
     return header.shards, header.inputs, header.tokenizer.sha256, header.field, header.unwrap
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.indexed import open_described, open_indexed
+from data_prep.readers import Corpus
+from data_prep.shards import merge, tokenize_shard
 from data_prep.sidecar import read_header
 from data_prep.stats import statistics
 from data_prep.tokenize import tokenize_files
@@ -87,6 +89,60 @@ def header(rng: random.Random, folder: Path) -> None:
             continue
 
 
+@functools.cache
+def two_shards() -> dict[str, bytes]:
+    """Files of a dataset in two shards by name."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source, model = folder / "a.jsonl", folder / "a.model"
+        source.write_text("".join(json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(8)))
+        model.write_bytes(base()[".tokenizer.model"])
+        for number in (1, 2):
+            tokenize_shard([source], folder / "set", model, (number, 2), progress=False)
+        return {path.name: path.read_bytes() for path in folder.glob("set.*")}
+
+
+def shard(rng: random.Random, folder: Path) -> None:
+    """`.shard.json`, its values and its bytes, and bytes of a shard's index; merged."""
+    files = dict(two_shards())
+    of = f"set.shard-{rng.randrange(1, 3)}-of-2"
+    if rng.random() < 0.8:
+        name = f"{of}.shard.json"
+        content = _json_bytes(mutate_json(rng, json.loads(files[name])))
+        files[name] = mutate_bytes(rng, content) if rng.random() < 0.3 else content
+    else:
+        files[f"{of}.idx"] = mutate_bytes(rng, files[f"{of}.idx"])
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    try:
+        merge(folder / "set", progress=False)
+    except UserError:
+        assert not (folder / "set.bin").exists() and not (folder / "set.sep.json").exists()
+
+
+@functools.cache
+def rows() -> bytes:
+    """A parquet file of two row groups."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = pyarrow.table({"text": [f"{TEXT} {number}" for number in range(8)], "other": list(range(8))})
+        parquet.write_table(table, Path(folder, "a.parquet"), row_group_size=4)
+        return Path(folder, "a.parquet").read_bytes()
+
+
+def parquet_rows(rng: random.Random, folder: Path) -> None:
+    """`.parquet`: any of its bytes."""
+    path = folder / "a.parquet"
+    path.write_bytes(mutate_bytes(rng, rows()))
+    try:
+        for document in Corpus([path]):
+            assert isinstance(document.text, str)
+    except UserError:
+        return
+
+
 def sentencepiece(rng: random.Random, folder: Path) -> None:
     """SentencePiece models."""
     path = folder / "a.model"
@@ -158,6 +214,8 @@ def _json_bytes(value: Any) -> bytes:
 TARGETS: dict[str, Callable[[random.Random, Path], None]] = {
     "index": index,
     "header": header,
+    "shard": shard,
+    "parquet_rows": parquet_rows,
     "sentencepiece": sentencepiece,
     "tokenizer_json": tokenizer_json,
 }

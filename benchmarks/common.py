@@ -22,12 +22,13 @@ NO_TRITON = "Triton is not installed: this program needs it, and it is available
 def interleaved(calls: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Results of each call, one a round: a busy moment of the machine affects all calls of its round.
 
-    A warm-up round comes first and is left out.
+    A warm-up round comes first and is left out. The order is reversed from round to round, so that none always follows
+    the same other.
     """
     results: dict[str, list[T]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        for name, call in calls.items():
-            result = call()
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            result = calls[name]()
             if number:
                 results[name].append(result)
     return results

@@ -147,7 +147,8 @@ def test_trains_times_and_reports(suite: Suite) -> None:
 def test_text_is_prepared_once_and_dry_runs_say_what_would_be_run(suite: Suite, tmp_path: Path) -> None:
     text = tmp_path / "a text.txt"
     missing = suite.here("suite.prefix=null", f"suite.text=['{text}']", "suite.dry_run=true")
-    assert missing.returncode == 2 and missing.stderr == f"error: There is no file {text}: give .txt or .jsonl files.\n"
+    assert missing.returncode == 2
+    assert missing.stderr == f"error: There is no file {text}: give .txt, .jsonl or .parquet files.\n"
     words = "It was a bright, cold day. The clocks; they struck: thirteen! Who was there? Nobody knew.\n"
     text.write_text("".join(f"{number} {words}" for number in range(400)))
     choice = ("suite.prefix=null", f"suite.text=['{text}']", "sizes.toy.vocabulary=320")

@@ -58,7 +58,7 @@ def train_and_count(
                 training = build_training(config, VOCABULARY, device)
                 load(Path(root) / config.name / "checkpoints" / f"step_{step:08d}", training)
                 stepper = Stepper(at_once, resolve_pattern(config.attention, config.model.layers), training, device)
-                rate = learning_rate(training.optimizer)
+                rate = learning_rate(training.scheduler)
                 result = stepper.train([iter([whole])], 1, lambda number: None)
                 found["steps"].append([result.loss.item(), result.grad_norm, rate])
         with model_parallel(config, device):

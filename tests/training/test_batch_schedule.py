@@ -190,7 +190,7 @@ def test_the_learning_rate_follows_the_samples_read(tmp_path: Path, settings: di
             for step in (*range(10), 3, 0):
                 set_schedule(training, step)
                 expected = expected_rate(optim, read[step], warmup, whole)
-                assert learning_rate(training.optimizer) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+                assert learning_rate(training.scheduler) == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +332,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_layouts_agree_with_one_process(
     alone: dict[str, Any], sample_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

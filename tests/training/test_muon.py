@@ -175,7 +175,7 @@ def test_clipping_acts_on_both(grid: torch.device, tmp_path: Path) -> None:
     for parameter in training.chunks[0].parameters():
         parameter.main_grad.fill_(1.0)
     one = torch.ones((), dtype=torch.float64)
-    done = take_step(training.optimizer, one, 1, [], lambda loss, norm: None)
+    done = take_step(training.optimizer, one, one, 1, [], lambda loss, norm: None)
     elements = sum(parameter.numel() for parameter in training.chunks[0].parameters())
     assert done.grad_norm == pytest.approx(elements**0.5, rel=1e-6)
     (part,) = training.optimizer.chained_optimizers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -75,45 +74,20 @@ def _configuration_of(words: Sequence[str], primary: str, name: str, kind: type[
 def compose_and_run(task: Callable[[C], None], words: Sequence[str], primary: str, name: str, kind: type[C]) -> None:
     """Compose configs/`primary`.yaml, whose schema is `kind` under the name `name`, with `words`, and call `task`.
 
-    Hydra reads the words from the command line of the process, which is as before when `task` runs. It prints
-    composition errors with a hint about its own variables and exits with 1; here they become one sentence and exit
-    code 2, like every other mistake of the user's.
+    With an option of Hydra's, such as --cfg job, it prints what there is, after the same checks, and calls nothing.
+    Raises UserError.
     """
-    register_schema(name, kind)
-    # Hydra's options, such as --cfg job, print what there is and call nothing: it is checked before.
-    if any(word.startswith("-") for word in words):
-        _configuration_of(without_options(words), primary, name, kind)
-    typed, hydras = sys.argv, [sys.argv[0], *settled(words, kind)]
-    show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-
-    found: list[C] = []
-    failures: list[UserError] = []
-
-    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=primary)
-    def decorated(config: DictConfig) -> None:
-        # Raised through Hydra, the sentence would come with Hydra's own lines on every rank.
-        try:
-            found.append(to_dataclasses(config, kind))
-        except UserError as error:
-            failures.append(error)
-
-    sys.argv = hydras
+    config = _configuration_of(without_options(words), primary, name, kind)
+    if not any(word.startswith("-") for word in words):
+        task(config)
+        return
+    # Hydra reads the words from the command line of the process.
+    typed, sys.argv = sys.argv, [sys.argv[0], *settled(words, kind)]
     try:
         with _without_environment():
-            decorated()
-    except _COMPOSITION_ERRORS as error:
-        if show_traceback:
-            raise
-        raise UserError(one_sentence(error, kind)) from None
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=primary)(lambda _: None)()
     finally:
         sys.argv = typed
-        if not show_traceback:
-            del os.environ["HYDRA_FULL_ERROR"]
-    if failures:
-        raise failures[0]
-    for config in found:
-        task(config)
 
 
 class _Withheld(Exception):

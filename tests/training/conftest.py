@@ -21,9 +21,11 @@ from sepllm_train.cli.main import main
 from sepllm_train.config.schema import Config
 from sepllm_train.distributed.launch import Launch, process_grid
 from sepllm_train.training.setup import Training, build_training
+from tests.support.distributed_runner import run_ranks
 from tests.support.small_run import SMALL_RUN
 from tests.support.waiting import HANG_SECONDS
 from tests.training.checkpoints import VOCABULARY, config_of, update
+from tests.training.resume_worker import train_all
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,27 @@ def finished(trainer: Trainer) -> Callable[..., str]:
         return name
 
     return train
+
+
+@pytest.fixture
+def check_layouts(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Trains a run in two processes in several layouts; losses, gradient norms and counts are those of one process.
+
+    alone: what `train_all` gave there. settings: the run's for `small_run`. layouts: settings of `parallel`.
+    """
+
+    def check(alone: dict[str, Any], settings: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
+        runs = [{"name": f"layout {number}", "parallel": one, **settings} for number, one in enumerate(layouts)]
+        root = str(tmp_path_factory.mktemp("layouts"))
+        found = run_ranks(train_all, 2, root=root, cache=str(sample_cache), runs=runs)[0]
+        for run in runs:
+            result = found[run["name"]]
+            assert result["losses"] == pytest.approx(alone["losses"], abs=1e-5), run["parallel"]
+            assert result["norms"] == pytest.approx(alone["norms"], rel=1e-4), run["parallel"]
+            for counter in ("state.pairs", "state.finished_pairs", "state.tokens"):
+                assert result["state"][counter] == alone["state"][counter], run["parallel"]
+
+    return check
 
 
 @pytest.fixture(scope="module")

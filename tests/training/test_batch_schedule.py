@@ -30,11 +30,9 @@ from sepllm_train.training import step_logger
 from sepllm_train.training.checkpoint import check_identity, digest, identity
 from sepllm_train.training.schedules import schedule_of
 from sepllm_train.training.setup import build_training, learning_rate, set_schedule
-from tests.support.distributed_runner import run_ranks
 from tests.support.small_run import SMALL_MODEL
 from tests.training.batch_schedule_worker import train_and_count
 from tests.training.checkpoints import VOCABULARY, config_of
-from tests.training.resume_worker import train_all
 
 
 def config_with(schedule: list[Any], parallel: ParallelConfig | None = None, **training: Any) -> Config:
@@ -333,18 +331,8 @@ LAYOUTS: list[dict[str, Any]] = [
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_layouts_agree_with_one_process(
-    alone: dict[str, Any], sample_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    runs = [{"name": f"layout {n}", "parallel": layout, **SETTINGS} for n, layout in enumerate(LAYOUTS)]
-    root = str(tmp_path_factory.mktemp("layouts"))
-    found = run_ranks(train_all, 2, root=root, cache=str(sample_cache), runs=runs)[0]
-    for run in runs:
-        result = found[run["name"]]
-        assert result["losses"] == pytest.approx(alone["growing"]["losses"], abs=1e-5), run["parallel"]
-        assert result["norms"] == pytest.approx(alone["growing"]["norms"], rel=1e-4), run["parallel"]
-        for counter in ("state.pairs", "state.finished_pairs", "state.tokens"):
-            assert result["state"][counter] == alone["growing"]["state"][counter]
+def test_layouts_agree_with_one_process(alone: dict[str, Any], check_layouts: Callable[..., None]) -> None:
+    check_layouts(alone["growing"], SETTINGS, LAYOUTS)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from sepllm_train.config.validate import validate
 from sepllm_train.training.checkpoint import check_identity, identity
 from sepllm_train.training.schedules import cut, draw, schedule_of
 from tests.support.distributed_runner import run_ranks
-from tests.training.resume_worker import train_all
 from tests.training.schedules_worker import train_and_count
 
 CHOICES = [2, 4, 8, 16, 32]
@@ -196,9 +196,7 @@ def test_rows_are_timed_in_every_phase_and_with_every_window(alone: dict[str, An
 
 
 @pytest.mark.distributed
-def test_layouts_agree_with_one_process(
-    alone: dict[str, Any], sample_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_layouts_agree_with_one_process(alone: dict[str, Any], check_layouts: Callable[..., None]) -> None:
     layouts = [
         {"tensor": 2, "sequence": True},
         {"pipeline": 2},
@@ -206,15 +204,7 @@ def test_layouts_agree_with_one_process(
         {"context": 2},
         {},
     ]
-    runs = [{"name": f"layout {n}", "parallel": layout, **SETTINGS} for n, layout in enumerate(layouts)]
-    root = str(tmp_path_factory.mktemp("layouts"))
-    found = run_ranks(train_all, 2, root=root, cache=str(sample_cache), runs=runs)[0]
-    for run in runs:
-        result = found[run["name"]]
-        assert result["losses"] == pytest.approx(alone["both"]["losses"], abs=1e-5), run["parallel"]
-        assert result["norms"] == pytest.approx(alone["both"]["norms"], rel=1e-4), run["parallel"]
-        for counter in ("state.pairs", "state.finished_pairs", "state.tokens"):
-            assert result["state"][counter] == alone["both"]["state"][counter]
+    check_layouts(alone["both"], SETTINGS, layouts)
 
 
 def test_both_are_part_of_what_a_run_is() -> None:

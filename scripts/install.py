@@ -316,6 +316,7 @@ def install(folder: Path, state: State, extras: str) -> None:
         run([*command, "-c", str(limits), "-e", f"{ROOT}[{extras}]"], "pip install")
     os.replace(folder / STARTED, folder / DONE)
     os.utime(folder / DONE)
+    print(f"installed; now type: source {os.path.relpath(folder)}/bin/activate", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,6 +44,9 @@ class TokenPattern:
     end_of_document: int | None = None
     copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self.copies[self.tier_of_token.device] = self.tier_of_token
+
     @classmethod
     def of_run(cls, pattern: AttentionPattern, classes: np.ndarray, end_of_document: int) -> TokenPattern:
         """The pattern of a run; classes: u8 [V], separator class of each vocabulary entry."""

@@ -63,6 +63,6 @@ def test_finetune_transformers(
     words = [str(small_model), str(repository / "docs" / "running.md"), "--output", str(output)]
     words += ["--steps", "20", "--length", "128", "--window", "16", "--lr", "1e-2", *options]
     losses = program(repository, "finetune_transformers")(words)
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.05
     tuned: Any = load_model(output)
     assert tuned.base_model.sepllm_pattern.pattern.windows == (16, 16)

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tests.hf.test_train_sep import made
-from tests.hf.tiny_models import left_padded, random_rows
+from tests.hf.test_train_sep import configured, made  # noqa: E402
+from tests.hf.tiny_models import left_padded, random_rows  # noqa: E402
 
 # Up to 256 tokens the CPU backend is one masked call, beyond them the block loop.
 LENGTHS = (60, 300)
@@ -44,6 +43,7 @@ def check(model: Any, backend: str, inputs: dict[str, Tensor]) -> None:
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,19 +61,33 @@ def test_no_graph_breaks(family: str) -> None:
     assert sum("sep_attention.plan" in name for name in called) == 1
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_is_compiled_too() -> None:
     model = made("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     check(model, "aot_eager", batch(300, False))
 
 
+@pytest.mark.slow
+def test_padding_between_tokens_is_refused_there_too() -> None:
+    torch._dynamo.reset()
+    inputs = batch(60, True)
+    inputs["attention_mask"][0, 4] = 0
+    compiled = torch.compile(made("llama").train(), backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="padding between its tokens: pad on one side"):
+        compiled(**inputs)
+
+
+@pytest.mark.slow
 def test_one_graph_for_all_lengths() -> None:
     torch._dynamo.reset()
     model = made("llama").train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
     for length in (300, 310, 420):
         loss, _ = gradients(model, model, batch(length, True))
         torch.testing.assert_close(gradients(model, compiled, batch(length, True))[0], loss, atol=1e-6, rtol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
@@ -82,41 +96,30 @@ def test_inductor(family: str, compile_cache: None) -> None:
     check(made(family).train(), "inductor", batch(300, True))
 
 
-class Transfers(TorchDispatchMode):
-    """Collects operations whose results are on another device than their inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves
-        devices = {
-            leaf.device.type for leaf in leaves((args, kwargs, result)) if isinstance(leaf, Tensor) and leaf.dim()
-        }
-        if len(devices) > 1:
-            self.found.append(str(function))
-        return result
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_waits_for_a_gpu(family: str, padded: bool) -> None:
-    """Shown on tensors of a CUDA device without values: reading one would raise, and so would a kernel's launch.
-
-    The kernels are ops of the graph here as under torch.compile; that their launches wait for nothing is tested where
-    there is a GPU.
-    """
-    pytest.importorskip("triton", reason="Triton is not installed")
-    with FakeTensorMode():
-        model = made(family).train().to("cuda")
-        inputs = {name: tensor.to("cuda") for name, tensor in batch(300, padded).items()}
-        # What the first forward puts on the device stays there.
-        model(**inputs).loss.backward()
-        with Transfers() as transfers:
-            loss = model(**inputs).loss
-            loss.backward()
-        assert not transfers.found
-        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+def test_no_value_is_read(family: str, padded: bool) -> None:
+    """Forward and backward on tensors without values, of which reading one raises."""
+    config, inputs = configured(family), batch(300, padded)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sep").train()
+        loss = model(**{name: fake.from_tensor(tensor) for name, tensor in inputs.items()}).loss
+        loss.backward()
+        with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_training_on_a_gpu_waits_for_nothing(compiled: bool) -> None:
+    model = made("llama").train().cuda()
+    inputs = {name: tensor.cuda() for name, tensor in batch(300, True).items()}
+    call = torch.compile(model, fullgraph=True) if compiled else model
+    for _ in range(2):
+        call(**inputs).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -181,7 +181,8 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(grads[0], *ctx.saved_tensors, ctx.layouts, ctx.scale), None, None
+        q, k, v, sink = ctx.saved_tensors
+        return *_gradients(grads[0], q, k, v, sink, ctx.layouts, ctx.scale), None, None
 
 
 # The same as registered ops, which torch.compile puts into its graph. They take the plan's tensors, since an op has no
@@ -213,8 +214,8 @@ def _run_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of the sink is empty where there is none."""
-    *gradients, dsink = _gradients(do, q, k, v, sink, _layouts_of(q, *rest[:-1]), rest[-1])
-    return *gradients, q.new_empty(0) if dsink is None else dsink
+    dq, dk, dv, dsink = _gradients(do, q, k, v, sink, _layouts_of(q, *rest[:-1]), rest[-1])
+    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
 
 
 _forward = torch.library.custom_op(

@@ -161,7 +161,7 @@ _plan_op = torch.library.custom_op(
 @_plan_op.register_fake
 def _(tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int) -> list[Tensor]:
     batch, length = tier.shape
-    shapes = [(num_tiers, batch, length + 1), (num_tiers, batch, length)]
+    shapes: list[tuple[int, ...]] = [(num_tiers, batch, length + 1), (num_tiers, batch, length)]
     if tier.device.type == "cuda" and TRITON_INSTALLED and document_start is not None:
         shapes.append((batch, length))
     return [tier.new_empty(tier.shape), *(tier.new_empty(shape, dtype=torch.int32) for shape in shapes)]

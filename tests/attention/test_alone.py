@@ -22,7 +22,8 @@ path, allowed = sys.argv[1], set(json.loads(sys.argv[2])) | sys.stdlib_module_na
 class Only:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        return PathFinder.find_spec(name, path, target) if name.partition(".")[0] in allowed else None
+        known = name.partition(".")[0] in allowed or name.startswith("_sysconfigdata")
+        return PathFinder.find_spec(name, path, target) if known else None
 
 
 # In the place of all others, among them those of editable installations.
@@ -50,7 +51,7 @@ for call in (sep_attention, attention):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     found = torch.autograd.grad(out.square().sum(), (q, k, v))
     torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-4)
-assert 0 < int(attended_pairs(plan, 16)) < 2 * 300 * 301 // 2
+assert 0 < int(attended_pairs(plan, 16).sum()) < 2 * 300 * 301 // 2
 """
 
 

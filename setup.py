@@ -60,6 +60,7 @@ setup(
             "safetensors",
             "lm_eval[hf]>=0.4.13",
             "pyarrow",
+            "peft",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

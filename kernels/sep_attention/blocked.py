@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sep_attention.layout import QueryBlock, RowLayout, block_layouts
-from sep_attention.plan import AttentionPlan
+from sep_attention.plan import FOREVER, AttentionPlan, is_traced
 
 # Shorter blocks waste fewer pairs in the band, longer ones make fewer calls; flat between 96 and 128 for n = 64..256.
 BLOCK = 128
@@ -147,6 +147,28 @@ def _like(tensor: Tensor) -> Tensor:
     return dense.permute([order.index(axis) for axis in range(tensor.dim())])
 
 
+def _output(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layouts: list[RowLayout], scale: float) -> Tensor:
+    out, scratch = _like(q), _Scratch(_wide(q.dtype))
+    for index, layout in enumerate(layouts):
+        row = _Row(q[index], k[index], v[index], sink, layout, scale, scratch)
+        row.forward(out[index].unflatten(0, row.heads))
+    return out
+
+
+def _gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layouts: list[RowLayout], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sink."""
+    grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
+    scratch = _Scratch(_wide(q.dtype))
+    grad_sink = None if sink is None else torch.zeros(sink.shape, dtype=scratch.dtype)
+    for index, layout in enumerate(layouts):
+        row = _Row(q[index], k[index], v[index], sink, layout, scale, scratch)
+        do_row, target = (x[index].unflatten(0, row.heads) for x in (do, grad_q))
+        row.backward(do_row, target, grad_k[index], grad_v[index], grad_sink)
+    return grad_q, grad_k, grad_v, None if sink is None or grad_sink is None else grad_sink.to(sink.dtype)
+
+
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -154,24 +176,83 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, sink)
         ctx.layouts, ctx.scale = layouts, scale
-        out, scratch = _like(q), _Scratch(_wide(q.dtype))
-        for index, layout in enumerate(layouts):
-            row = _Row(q[index], k[index], v[index], sink, layout, scale, scratch)
-            row.forward(out[index].unflatten(0, row.heads))
-        return out
+        return _output(q, k, v, sink, layouts, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink = ctx.saved_tensors
-        grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
-        scratch = _Scratch(_wide(q.dtype))
-        grad_sink = None if sink is None else torch.zeros(sink.shape, dtype=scratch.dtype)
-        for index, layout in enumerate(ctx.layouts):
-            row = _Row(q[index], k[index], v[index], sink, layout, ctx.scale, scratch)
-            do, target = (x[index].unflatten(0, row.heads) for x in (grads[0], grad_q))
-            row.backward(do, target, grad_k[index], grad_v[index], grad_sink)
-        return grad_q, grad_k, grad_v, None if grad_sink is None else grad_sink.to(sink.dtype), None, None
+        return *_gradients(grads[0], q, k, v, sink, ctx.layouts, ctx.scale), None, None
+
+
+# The same as registered ops, which torch.compile puts into its graph. They take the plan's tensors, since an op has no
+# other arguments, and work out the layouts anew.
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor tier, Tensor prefix, Tensor positions, "
+    "Tensor? document_start, int window, int[] horizons, float scale"
+)
+
+
+def _layouts_of(
+    q: Tensor,
+    tier: Tensor,
+    prefix: Tensor,
+    positions: Tensor,
+    document_start: Tensor | None,
+    window: int,
+    horizons: Sequence[int],
+) -> list[RowLayout]:
+    plan = AttentionPlan(tier, prefix, positions, document_start)
+    return row_layouts(plan, window, horizons, q.shape[2])
+
+
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> Tensor:
+    return _output(q, k, v, sink, _layouts_of(q, *rest[:-1]), rest[-1])
+
+
+def _run_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of the sink is empty where there is none."""
+    dq, dk, dv, dsink = _gradients(do, q, k, v, sink, _layouts_of(q, *rest[:-1]), rest[-1])
+    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
+
+
+_forward = torch.library.custom_op(
+    "sep_attention::blocked_forward", _run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> Tensor"
+)
+_backward = torch.library.custom_op(
+    "sep_attention::blocked_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"(Tensor do, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _like(q)
+
+
+@_backward.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v), q.new_empty(0) if sink is None else torch.empty_like(sink)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.settings = inputs[8:]
+
+
+def _differentiate(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    sink = ctx.saved_tensors[3]
+    *gradients, dsink = _backward(do, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, None if sink is None else dsink, *([None] * 7)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def row_layouts(
@@ -188,7 +269,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-@torch.compiler.disable
 def blocked_attention(
     q: Tensor,
     k: Tensor,
@@ -203,7 +283,11 @@ def blocked_attention(
     """q [B, H, Q, D] on k, v [B, N, S, D] and sink [H] or None; returns [B, H, Q, D] laid out like q.
 
     Half types are computed in float32. Deterministic. Only q, k, v and sink are saved for the backward pass, which
-    recomputes the softmax block by block. Under torch.compile it runs as it is, between two graphs.
+    recomputes the softmax block by block. Under torch.compile it is one op of the graph.
     """
-    layouts = row_layouts(plan, window, horizons, q.shape[2])
-    return _Blocked.apply(q, k, v, sink, layouts, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if is_traced(q):
+        horizons = [FOREVER] * plan.num_tiers if horizons is None else list(horizons)
+        tensors = plan.tier, plan.prefix, plan.positions, plan.document_start
+        return _forward(q, k, v, sink, *tensors, window, horizons, scale)
+    return _Blocked.apply(q, k, v, sink, row_layouts(plan, window, horizons, q.shape[2]), scale)

@@ -109,13 +109,31 @@ def build_plan(
         if document_start.device != tier.device:
             raise ValueError(f"document_start is on {document_start.device} but tier is on {tier.device}")
         document_start = document_start.to(torch.int32)
+    make = _plan_op if is_traced(tier) else _plan_tensors
+    tier, prefix, positions, *document_end = make(tier, initial_tokens, document_start, num_tiers)
+    plan = AttentionPlan(tier, prefix, positions, document_start=document_start)
+    if document_end:
+        plan.derived["document_end"] = document_end[0]
+    return plan
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """True under torch.compile and for tensors that only stand for others: both know no function but registered ops."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def _plan_tensors(tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int) -> list[Tensor]:
+    """Tier, prefix and positions of a plan; where Triton makes them of separate documents, `document_end` too."""
     if tier.is_cuda and TRITON_INSTALLED:
-        return _build_in_one_kernel(tier, initial_tokens, document_start, num_tiers)
+        # Imported on use: Triton is optional.
+        from sep_attention.triton.plan import plan_tensors
+
+        made = plan_tensors(tier, initial_tokens, document_start, num_tiers)
+        return [tensor for tensor in made if tensor is not None]
     length = tier.shape[1]
     position = torch.arange(length, device=tier.device, dtype=torch.int32)
-    if initial_tokens:
-        offset = position if document_start is None else position - document_start
-        tier = torch.where(offset < initial_tokens, torch.ones_like(tier), tier)
+    offset = position if document_start is None else position - document_start
+    tier = torch.where(offset < initial_tokens, torch.ones_like(tier), tier)
     if tier.device.type == "cpu" and tier.numel() and int(tier.max()) > num_tiers:
         raise ValueError(f"tier holds {int(tier.max())} but num_tiers is {num_tiers}")
 
@@ -129,20 +147,24 @@ def build_plan(
     slot = torch.where(member, before, length - 1 - position + before)
     positions = torch.zeros_like(before, memory_format=torch.contiguous_format)
     positions.scatter_(-1, slot.long(), member * position)
-    return AttentionPlan(tier, prefix, positions, document_start=document_start)
+    return [tier, prefix, positions]
 
 
-def _build_in_one_kernel(
-    tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int
-) -> AttentionPlan:
-    # Imported on use: Triton is optional.
-    from sep_attention.triton.plan import plan_tensors
+_plan_op = torch.library.custom_op(
+    "sep_attention::plan",
+    _plan_tensors,
+    mutates_args=(),
+    schema="(Tensor tier, int initial_tokens, Tensor? document_start, int num_tiers) -> Tensor[]",
+)
 
-    tier, prefix, positions, document_end = plan_tensors(tier, initial_tokens, document_start, num_tiers)
-    plan = AttentionPlan(tier, prefix, positions, document_start=document_start)
-    if document_end is not None:
-        plan.derived["document_end"] = document_end
-    return plan
+
+@_plan_op.register_fake
+def _(tier: Tensor, initial_tokens: int, document_start: Tensor | None, num_tiers: int) -> list[Tensor]:
+    batch, length = tier.shape
+    shapes: list[tuple[int, ...]] = [(num_tiers, batch, length + 1), (num_tiers, batch, length)]
+    if tier.device.type == "cuda" and TRITON_INSTALLED and document_start is not None:
+        shapes.append((batch, length))
+    return [tier.new_empty(tier.shape), *(tier.new_empty(shape, dtype=torch.int32) for shape in shapes)]
 
 
 def effective_reach(plan: AttentionPlan, window: int, horizons: Sequence[int] | None) -> list[int]:

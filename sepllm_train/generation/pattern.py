@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from sep_attention import FOREVER, AttentionPlan, build_plan
+from sep_attention.plan import is_traced
 from torch import Tensor
 
 from data_prep.separators import class_numbers, classify
@@ -32,6 +33,7 @@ class TokenPattern:
         tier_of_token: u8 [V], 0 for ordinary tokens.
         interval: every interval-th token is in tier 1 in place of separators; None for separators.
         end_of_document: id after which the pattern starts anew, None when it does not.
+        copies: tier_of_token on each device that asked for it, so that a forward does not wait for a transfer.
     """
 
     windows: tuple[int, ...]
@@ -40,6 +42,10 @@ class TokenPattern:
     tier_of_token: Tensor
     interval: int | None = None
     end_of_document: int | None = None
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.copies[self.tier_of_token.device] = self.tier_of_token
 
     @classmethod
     def of_run(cls, pattern: AttentionPattern, classes: np.ndarray, end_of_document: int) -> TokenPattern:
@@ -103,14 +109,22 @@ class TokenPattern:
 
     def tiers(self, ids: Tensor) -> Tensor:
         """i64, like ids: tier of each token. Raises ValueError for ids beyond the vocabulary, on the CPU."""
-        if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= len(self.tier_of_token):
+        if (
+            ids.device.type == "cpu"
+            and not is_traced(ids)
+            and ids.numel()
+            and int(ids.max()) >= len(self.tier_of_token)
+        ):
             raise ValueError(
                 f"token id {int(ids.max())} is beyond the pattern's vocabulary of {len(self.tier_of_token)} entries."
             )
-        return self.tier_of_token.to(ids.device)[ids].long()
+        if ids.device not in self.copies:
+            self.copies[ids.device] = self.tier_of_token.to(ids.device)
+        return self.copies[ids.device][ids].long()
 
     def plan(self, ids: Tensor, valid: Tensor | None = None) -> AttentionPlan:
-        """Attention plan of whole sequences. ids: i64 [B, S]; valid: bool [B, S], False for padding on the left."""
+        """Attention plan of whole sequences. ids: i64 [B, S]; valid: bool [B, S], False for padding before or behind a
+        row's tokens. No host sync, but for the checks on the CPU."""
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         start = torch.zeros_like(position)
         if self.end_of_document is not None:
@@ -118,9 +132,10 @@ class TokenPattern:
             start = torch.where(first > 0, position, 0).cummax(1).values
         padding = torch.zeros_like(ids[:, :1])
         if valid is not None:
-            # Padding is a document of its own: what follows does not see it and has initial tokens of its own.
-            padding = (~valid).sum(1, keepdim=True)
-            start = torch.where(valid, torch.maximum(start, padding), 0)
+            # Padding in front is a document of its own: what follows does not see it and has initial tokens of its own.
+            # No token sees what is behind it.
+            padding = (~valid).long().cumprod(1).sum(1, keepdim=True)
+            start = torch.where(position < padding, 0, torch.maximum(start, padding))
         if self.interval is not None:
             tier = ((position - padding) % self.interval == 0).to(torch.uint8)
         else:

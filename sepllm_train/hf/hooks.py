@@ -5,7 +5,6 @@ They do nothing unless the call has one of our caches, or a pattern was put on t
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -69,7 +68,8 @@ def attach(model: Any) -> Any:
     if not any(hook is _before for hook in base._forward_pre_hooks.values()):
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
-        # Found again by this name, also in a deep copy of the model.
+        # Found again by these names, also in a deep copy of the model. The signature is read once: every call asks.
+        base.sepllm_arguments = tuple(inspect.signature(base.forward).parameters)
         base.sepllm_layer_masks = LayerMasks()
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_GiveMask(base.sepllm_layer_masks, number), with_kwargs=True)
@@ -140,7 +140,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         return output
     cache = cache_of(_by_name(base, args, kwargs))
     told = kwargs.get("sepllm_forward")
-    if told is not None and len(told.layers_run) < len(told.pattern.windows):
+    if told is not None and not torch.compiler.is_compiling() and len(told.layers_run) < len(told.pattern.windows):
         raise ValueError(
             f"{type(base).__name__} does not hand its attention what tells the pattern: apply_pattern(model, "
             "implementation='mask') works with any model."
@@ -177,14 +177,7 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     """All arguments of a forward by name."""
     if not args:
         return kwargs
-    names = _argument_names(getattr(base.forward, "__func__", base.forward), inspect.ismethod(base.forward))
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-@functools.lru_cache(maxsize=64)
-def _argument_names(forward: Any, bound: bool) -> tuple[str, ...]:
-    """Names of the arguments of a forward; kept, since every call asks and a signature takes 0.1 ms."""
-    return tuple(inspect.signature(forward).parameters)[int(bound) :]
+    return {**dict(zip(base.sepllm_arguments, args, strict=False)), **kwargs}
 
 
 def _check_call(base: Any, cache: TokenCache, valid: Tensor) -> None:
@@ -243,7 +236,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_implementation(base: Any) -> None:
     used = base.config._attn_implementation
-    if used not in ("eager", "sdpa", "sepllm"):
+    if used not in ("eager", "sdpa", "sep", "sepllm"):
         raise ValueError(
             f"the model's attention is {used}, which takes no mask of its own: load it with attn_implementation='sdpa'."
         )

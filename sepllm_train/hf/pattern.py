@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from sep_attention import AttentionPlan, DecodeCache, attend, sep_attention, visible_mask
+from sep_attention.plan import is_traced
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -22,9 +24,12 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.guard import ATTENTION
 from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
-from sepllm_train.hf.separators import trained_pattern
+from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 
 IMPLEMENTATIONS = ("auto", "kernel", "mask")
+# Names of our attention among transformers': the one to ask for, and the one that exported models have in config.json.
+SEP = "sep"
+NAMES = (SEP, ATTENTION)
 
 
 @dataclass
@@ -48,8 +53,9 @@ class PatternOnModel:
     def prepare(self, base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward with what makes it attend by the pattern.
 
-        Raises ValueError for embeddings in place of ids, a mask of more than two dimensions, padding on the right, and
-        caches that do not keep all keys in order.
+        Without a cache and with gradients it does not wait for the device, and torch.compile puts it in its graph.
+        Raises ValueError for embeddings in place of ids, a mask of more than two dimensions, padding between tokens or,
+        with a cache, behind them, and caches that do not keep all keys in order.
         """
         cache = cache_of(kwargs)
         # Before the mask, which transformers makes for its own static caches.
@@ -57,18 +63,25 @@ class PatternOnModel:
             raise ValueError(
                 f"the pattern does not work with {type(cache).__name__}: use transformers' DynamicCache or one of ours."
             )
+        if self.kernel and base.config._attn_implementation not in NAMES:
+            raise ValueError(
+                f"the model has a pattern, and its attention was set to {base.config._attn_implementation}: call "
+                "remove_pattern(model) to attend fully."
+            )
         ids, valid = tokens_of(kwargs)
-        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-            raise ValueError("a row of the batch has padding after its first token: pad on the left.")
         kwargs, history = self._history(base, kwargs)
         given = kwargs.get("attention_mask")
-        if history is not None:
+        if history is None:
+            plan = self.pattern.plan(ids, None if given is None else _one_block(valid))
+        else:
+            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+                raise ValueError("a row of the batch has padding after its first token: pad on the left.")
             ids = history.append(ids)
             valid = torch.ones_like(ids, dtype=torch.bool)
             if given is not None and given.shape == ids.shape:
                 valid = given.bool()
+            plan = self.pattern.plan(ids, None if bool(valid.all()) else valid)
         new = kwargs["input_ids"].shape[1]
-        plan = self.pattern.plan(ids, None if bool(valid.all()) else valid)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -new:]
         if self.kernel:
@@ -87,10 +100,28 @@ class PatternOnModel:
         cache = cache_of(kwargs)
         if cache is None:
             used = kwargs.get("use_cache")
-            if not (base.config.use_cache if used is None else used):
+            if not (base.config.use_cache and not base.training if used is None else used):
+                kwargs["use_cache"] = False
                 return kwargs, None
             cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
         return kwargs, _Ids.of(cache, base.config.get_text_config().num_hidden_layers)
+
+
+def _one_block(valid: Tensor) -> Tensor | None:
+    """bool [B, N], or None where no row is known to have padding.
+
+    Raises ValueError for padding between the tokens of a row. Where that would wait for a device, or in a compiled
+    graph, it is a RuntimeError or an assertion of the device.
+    """
+    if not torch.is_grad_enabled() and not is_traced(valid) and bool(valid.all()):
+        return None
+    sentence = "a row of the batch has padding between its tokens: pad on one side."
+    good = (((valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]) <= 1).all()
+    if valid.device.type != "cpu" or is_traced(valid):
+        torch._assert_async(good, sentence)
+    elif not bool(good):
+        raise ValueError(sentence)
+    return valid
 
 
 class _Ids(DynamicLayer):
@@ -153,7 +184,7 @@ def apply_pattern(
     attach(base)
     former = _own_attention(remove_pattern(model))
     if implementation != "mask" and reason is None:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(SEP)
         base.sepllm_pattern = PatternOnModel(pattern, True, former)
         if implementation == "kernel" or _runs(base):
             return model
@@ -166,7 +197,7 @@ def _own_attention(model: Any) -> str:
     """The attention of a model, in place of ours that of transformers."""
     base = model.base_model
     used = base.config._attn_implementation
-    return used if used != ATTENTION else "sdpa" if getattr(base, "_supports_sdpa", True) else "eager"
+    return used if used not in NAMES else "sdpa" if getattr(base, "_supports_sdpa", True) else "eager"
 
 
 @torch.no_grad()
@@ -256,7 +287,7 @@ def _attention(
     sepllm_decode: DecodeCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention under the name `sepllm`: query [B, H, N, D], key and value [B, G, T, D]; gives [B, N, H, D].
+    """Attention under the names `sep` and `sepllm`: query [B, H, N, D], key and value [B, G, T, D]; gives [B, N, H, D].
 
     Raises ValueError when the forward brings neither the pattern nor a mask: nothing attends fully in silence.
     """
@@ -268,7 +299,8 @@ def _attention(
         if attention_mask is None:
             raise ValueError(
                 "the model is to attend by a separator pattern and was not given one: load it with "
-                "sepllm_train.hf.load_model(folder), or call sepllm_train.hf.apply_pattern(model)."
+                "sepllm_train.hf.load_model(folder), call sepllm_train.hf.apply_pattern(model, pattern), or make it of "
+                "a config that has config.sepllm_attention = pattern.to_dict()."
             )
         kwargs.pop("sliding_window", None)
         return sdpa_attention_forward(
@@ -290,13 +322,30 @@ def _attention(
         horizons=sepllm_forward.pattern.horizons,
         scale=scaling,
     )
-    sepllm_forward.layers_run.add(module.layer_idx)
+    if not torch.compiler.is_compiling():
+        sepllm_forward.layers_run.add(module.layer_idx)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask of `sepllm`: none, the plan tells what is seen."""
+    """The mask of our attention: none, the plan tells what is seen."""
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+def _apply_own_pattern(parent: Any, name: str, module: Any) -> None:
+    """Let a model whose config asks for our attention and has a pattern attend by it, once it is part of another.
+
+    torch calls this for every module that becomes part of a module, so for the model inside of each `...ForCausalLM`.
+    """
+    if not isinstance(module, PreTrainedModel) or module.config._attn_implementation not in NAMES:
+        return
+    on = getattr(module.base_model, "sepllm_pattern", None)
+    if on is None and getattr(module.config, CONFIG_KEY, None) is not None:
+        # from_pretrained makes tensors without memory here.
+        with torch.device("cpu"):
+            apply_pattern(module, implementation="kernel")
+
+
+for _name in NAMES:
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _no_mask)
+register_module_module_registration_hook(_apply_own_pattern)

@@ -10,8 +10,10 @@ import torch
 from sep_attention import FOREVER
 
 from data_prep.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from sepllm_train.generation import pattern as token_patterns
 from sepllm_train.generation.choice import CLASSES, INITIAL, WINDOW
-from sepllm_train.generation.pattern import TokenPattern, separator_ids
+from sepllm_train.generation.pattern import TokenPattern
+from sepllm_train.runs.vocabulary import TOKENIZER_NAMES
 
 # Key of config.json under which an exported model carries its pattern.
 CONFIG_KEY = "sepllm_attention"
@@ -50,7 +52,7 @@ def make_pattern(
     if separators is None and tokenizer is not None:
         names = [name.strip() for name in selection.split(",")]
         classes = ",".join(name for name in names if name != BOS)
-        separators = separator_ids(read_tokenizer(tokenizer, vocabulary), classes) if classes else []
+        separators = separator_ids(tokenizer, classes, vocabulary=vocabulary) if classes else []
         if BOS in names:
             separators = [*separators, _beginning(config)]
     trained = trained_pattern(config)
@@ -80,6 +82,18 @@ def _beginning(config: Any) -> int:
     return token
 
 
+def separator_ids(tokenizer: Any, classes: str = CLASSES, *, vocabulary: int | None = None) -> list[int]:
+    """Ids of a tokenizer's separators, ascending, found from the strings of its entries.
+
+    tokenizer: of transformers, one of ours, the path of its file, or the folder of a model. classes: `paper` (the nine
+    of arXiv 2412.12094), `all`, or names of data_prep.separators.CLASSES joined by commas. vocabulary: entries of the
+    model, None where they need not be compared.
+
+    Raises ValueError when there are none, for names that are no classes, and as `read_tokenizer` does.
+    """
+    return token_patterns.separator_ids(read_tokenizer(tokenizer, vocabulary), classes)
+
+
 def no_separators(model: Any, *, window: int, initial: int, interval: int | None = None) -> TokenPattern:
     """StreamingLLM's pattern, or with `interval` every interval-th token in the place of separators."""
     config = model.config.get_text_config() if hasattr(model, "config") else model.get_text_config()
@@ -87,13 +101,15 @@ def no_separators(model: Any, *, window: int, initial: int, interval: int | None
     return TokenPattern((window,) * config.num_hidden_layers, initial, (FOREVER,), nothing, interval)
 
 
-def read_tokenizer(tokenizer: Any, vocabulary: int) -> Tokenizer:
-    """One of our tokenizers from a transformers tokenizer, a path, or itself.
+def read_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Tokenizer:
+    """One of our tokenizers from a transformers tokenizer, a file, a model's folder, or itself.
 
     Raises ValueError when its strings are not known or it has more entries than the model's `vocabulary`.
     """
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        # SentencePiece's file first: a tokenizer.json beside it was made from it.
+        files = (Path(tokenizer) / name for name in sorted(TOKENIZER_NAMES.values(), reverse=True))
+        tokenizer = load_tokenizer(next((file for file in files if file.is_file()), tokenizer))
     elif not isinstance(tokenizer, Tokenizer):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -103,7 +119,7 @@ def read_tokenizer(tokenizer: Any, vocabulary: int) -> Tokenizer:
             )
         path = Path(tokenizer.name_or_path or "tokenizer")
         tokenizer = HuggingFaceTokenizer(path, backend.to_str().encode(), ends_documents=False)
-    if tokenizer.vocab_size > vocabulary:
+    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries and the model's vocabulary {vocabulary}: it is "
             "another model's tokenizer."

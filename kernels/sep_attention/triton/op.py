@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sep_attention.plan import FOREVER, MAX_TIERS, AttentionPlan, effective_reach
+from sep_attention.plan import FOREVER, MAX_TIERS, AttentionPlan, effective_reach, is_traced
 from sep_attention.triton.backward import ROW_PADDING, attention_backward_kv, attention_backward_q
 from sep_attention.triton.forward import attention_forward
 from sep_attention.triton.tuning import (
@@ -317,8 +317,8 @@ class _EagerAttention(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer) -> Tensor:
-    """Output of a call, differentiable. Compilers and tensors that only stand for others need the registered op."""
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+    """Output of a call, differentiable."""
+    if is_traced(q):
         return _forward(q, k, v, *layer)[0]
     return _EagerAttention.apply(q, k, v, *layer)
 

@@ -104,11 +104,15 @@ def base_of(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a model that takes ids and has the layers: its base model, or that one's `decoder`, which the heads
-    of OPT and of decoders of translation models call in its place."""
+    """The part of a model that takes ids and has the layers: its base model; or what that one has inside as `decoder`,
+    which the heads of OPT and of decoders of translation models call in its place; or as `model`, where the base model
+    goes by another name (Llama 4)."""
     base = model.base_model
-    decoder = getattr(base, "decoder", None)
-    return decoder if isinstance(decoder, torch.nn.Module) and _takes(decoder, "input_ids") else base
+    for name in ("model", "decoder"):
+        inner = getattr(base, name, None)
+        if isinstance(inner, torch.nn.Module) and _takes(inner, "input_ids"):
+            base = inner
+    return base
 
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -195,6 +199,11 @@ def cache_argument(model: Any) -> str:
     if name is None:
         raise ValueError(f"{type(base).__name__} takes no cache of keys: it has states of another kind.")
     return name
+
+
+def takes_cache(base: Any) -> bool:
+    """True when a forward has an argument for a cache of keys."""
+    return any(_takes(base, name) for name in CACHE_ARGUMENTS)
 
 
 def position_argument(base: Any, positions: Tensor) -> dict[str, Tensor]:

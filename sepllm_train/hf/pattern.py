@@ -32,6 +32,7 @@ from sepllm_train.hf.hooks import (
     give_masks,
     own_window,
     position_argument,
+    takes_cache,
     tokens_of,
 )
 from sepllm_train.hf.probe import Trial
@@ -102,7 +103,7 @@ class PatternOnModel:
         cache = cache_of(kwargs)
         if cache is None:
             used = kwargs.get("use_cache")
-            if not (base.config.use_cache if used is None else used):
+            if not takes_cache(base) or not (getattr(base.config, "use_cache", False) if used is None else used):
                 return kwargs, None
             cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
         return kwargs, _Ids.of(cache, base.config.get_text_config().num_hidden_layers)
@@ -173,7 +174,7 @@ def apply_pattern(
     ways = {"kernel": (True,), "mask": (False,)}.get(implementation, (True, False) if reason is None else (False,))
     for kernel in ways if wrong is None else ():
         model.set_attn_implementation(ATTENTION if kernel else former)
-        wrong = trial.reason(partial(_window_alone, config, kernel, former))
+        wrong = trial.reason(partial(_window_alone, config, kernel, former), cached=True)
         if wrong is None:
             base.sepllm_pattern = PatternOnModel(pattern, kernel, former)
             return model

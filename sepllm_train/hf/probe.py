@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from sep_attention import FOREVER
 from torch import Tensor
+from transformers import DynamicCache
 
-from sepllm_train.hf.hooks import cache_argument, decoder_of, give_masks, position_argument, tokens_of
+from sepllm_train.hf.hooks import cache_argument, decoder_of, give_masks, position_argument, takes_cache, tokens_of
 
 TOKENS, PADDING = 6, 2
 # What a model that does not suit may raise.
@@ -72,25 +73,28 @@ class Trial:
             return _failed(error)
         return None
 
-    def reason(self, pattern: Callable[[int], Any]) -> str | None:
+    def reason(self, pattern: Callable[[int], Any], *, cached: bool = False) -> str | None:
         """Reason why the model does not attend by a pattern; None when it does.
 
-        pattern: makes that of a window, as the hook before a forward uses it.
+        pattern: makes that of a window, as the hook before a forward uses it. cached: try transformers' cache too.
         """
         plain = self.plain
         padded = {"input_ids": self.ids, "attention_mask": self.valid}
         try:
             full = self._run(pattern(FOREVER), padded)
             own = self._run(pattern(1), padded)
+            parts = self._in_two(pattern(FOREVER), padded) if cached and takes_cache(self.base) else full
         except ERRORS as error:
             return _failed(error)
         if self.differ(full[:2], plain):
             return "given a mask that shows all tokens, its output is not that without one"
-        if self.differ(full[2, PADDING:], plain[0, :-PADDING]):
-            return "padding on the left changes what comes after it"
         left, influence = (float((out[1] - out[0])[1:].abs().max()) for out in (own, plain))
         if left > self.influence * influence + self.rounding * float(plain.abs().max()):
             return "a token that the mask hides still changes the output of later ones"
+        if self.differ(full[2, PADDING:], plain[0, :-PADDING]):
+            return "padding on the left changes what comes after it"
+        if self.differ(parts[self.valid.bool()], full[self.valid.bool()]):
+            return "with keys in a cache its output is not that without one"
         return None
 
     def cache_reason(self, make: Callable[[Any, int, int], Any]) -> str | None:
@@ -117,6 +121,14 @@ class Trial:
     def differ(self, found: Tensor, known: Tensor) -> bool:
         """True when outputs differ by more than rounding."""
         return not float((found - known).abs().max()) <= self.rounding * float(known.abs().max())
+
+    def _in_two(self, pattern: Any, arguments: dict[str, Tensor]) -> Tensor:
+        """Outputs of a forward that is cut, its keys being kept in transformers' cache."""
+        cache = {cache_argument(self.base): DynamicCache(config=self.base.config), "use_cache": True}
+        cut = TOKENS - 2
+        first = self._run(pattern, {name: tensor[:, :cut] for name, tensor in arguments.items()} | cache)
+        rest = self._run(pattern, {**arguments, "input_ids": arguments["input_ids"][:, cut:]} | cache)
+        return torch.cat((first, rest), 1)
 
     @torch.no_grad()
     def _run(self, pattern: Any, arguments: dict[str, Any]) -> Tensor:

@@ -115,7 +115,7 @@ def _keys_at(base: Any, position: int) -> list[Tensor]:
     """Keys [1, G, 1, D] of each layer for a token at a position, in transformers' own cache."""
     cache, training = DynamicCache(), base.training
     # The embedding of padding is zero.
-    token = 1 if base.config.get_text_config().pad_token_id == 0 else 0
+    token = 1 if getattr(base.config.get_text_config(), "pad_token_id", None) == 0 else 0
     ids = torch.full((1, 1), token, device=base.device)
     pattern, base.sepllm_pattern = getattr(base, "sepllm_pattern", None), None
     try:

@@ -75,6 +75,7 @@ def paper(model: Any, **settings: Any) -> Any:
 def test_generation_of_a_batch_is_that_of_single_rows(model_type: str) -> None:
     """With layers that attend differently, in transformers' own cache and, but for MPT, in that of the pattern."""
     model, rows = walk.tiny(model_type), random_rows((30, 19))
+    model.generation_config.eos_token_id = None
     pattern = replace(paper(model), windows=(FOREVER, 6))
     ids, mask = left_padded(rows)
     how = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
@@ -97,14 +98,12 @@ def test_alibi_of_falcon() -> None:
     rows = random_rows((40, 27))
     ids, mask = left_padded(rows)
     full = model(input_ids=rows[0][None]).logits[0]
-    known = {}
     pattern = paper(model)
     found = model(input_ids=ids, attention_mask=mask, **{cache_argument(model): PatternCache(model, pattern)}).logits
     apply_pattern(model, pattern)
     for row in range(2):
         known = model(input_ids=rows[row][None]).logits[0]
         torch.testing.assert_close(found[row, 40 - len(rows[row]) :], known, atol=1e-5, rtol=1e-5)
-    assert (known[0] - full[0]).abs().max() < 1e-5
     apply_pattern(model, paper(model, window=40))
     torch.testing.assert_close(model(input_ids=rows[0][None]).logits[0], full, atol=1e-5, rtol=1e-5)
 
@@ -124,11 +123,11 @@ def test_alibi_where_it_cannot_be() -> None:
 
 def test_windows_of_the_models_own_are_said_once() -> None:
     model = walk.tiny("mistral", walk.NARROW)
-    with pytest.warns(UserWarning, match="takes the place of the windows of 8 tokens that layers of Mistral") as said:
+    with pytest.warns(UserWarning, match="takes the place of the windows of 14 tokens that layers of Mistral") as said:
         apply_pattern(model, paper(model))
     assert len(said) == 1
     model = walk.tiny("gpt_neo", walk.NARROW)
-    with pytest.raises(ValueError, match="GPTNeoModel has layers that hide what is 8 tokens back from any mask"):
+    with pytest.raises(ValueError, match="GPTNeoModel has layers that hide what is 14 tokens back from any mask"):
         apply_pattern(model, paper(model))
 
 

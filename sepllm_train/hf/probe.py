@@ -83,7 +83,6 @@ class Trial:
         try:
             full = self._run(pattern(FOREVER), padded)
             own = self._run(pattern(1), padded)
-            parts = self._in_two(pattern(FOREVER), padded) if cached and takes_cache(self.base) else full
         except ERRORS as error:
             return _failed(error)
         if self.differ(full[:2], plain):
@@ -93,9 +92,18 @@ class Trial:
             return "a token that the mask hides still changes the output of later ones"
         if self.differ(full[2, PADDING:], plain[0, :-PADDING]):
             return "padding on the left changes what comes after it"
-        if self.differ(parts[self.valid.bool()], full[self.valid.bool()]):
-            return "with keys in a cache its output is not that without one"
-        return None
+        if not cached or not takes_cache(self.base):
+            return None
+        try:
+            parts = self._in_two(pattern(FOREVER), padded)
+        except ERRORS as error:
+            return _failed(error)
+        there = self.valid.bool()
+        return (
+            "with keys in a cache its output is not that without one"
+            if self.differ(parts[there], full[there])
+            else None
+        )
 
     def cache_reason(self, make: Callable[[Any, int, int], Any]) -> str | None:
         """Reason why the model does not suit our caches; None when it does."""

@@ -83,7 +83,7 @@ _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARED),
     "cohere_compass_text": {"layer_types": _KINDS, "rope_parameters": dict.fromkeys(_KINDS, _SECTIONS)},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},

@@ -293,10 +293,23 @@ def give_masks(base: Any, masks: list[Tensor], positions: list[Tensor]) -> Tenso
     return added[id(masks[0])]
 
 
+def chosen_keys(config: Any) -> int | None:
+    """Keys beyond which layers of a transformers model hide some whatever mask they are given; None for most models."""
+    if "local" in getattr(config, "attention_layers", ()):
+        # GPT-Neo, in its attention.
+        return config.window_size
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird, which attends fully to as many.
+        return (5 + 2 * config.num_random_blocks) * config.block_size
+    # Doge, which keeps those that it finds best.
+    return getattr(config, "keep_window_size", None)
+
+
 def own_window(config: Any) -> int | None:
     """Tokens within which some layer of a transformers model attends whatever its cache holds; None for all."""
-    if "local" in getattr(config, "attention_layers", ()):
-        return config.window_size
+    chosen = chosen_keys(config)
+    if chosen is not None:
+        return chosen
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "chunked_attention" in kinds:
         return config.attention_chunk_size

@@ -28,6 +28,7 @@ from sepllm_train.hf.hooks import (
     cache_argument,
     cache_of,
     check_implementation,
+    chosen_keys,
     decoder_of,
     give_masks,
     own_window,
@@ -195,10 +196,10 @@ def _about_windows(base: Any, config: Any) -> None:
     own = own_window(config)
     if own is None or own >= config.max_position_embeddings:
         return
-    if "local" in getattr(config, "attention_layers", ()):
+    if chosen_keys(config) is not None:
         raise ValueError(
-            f"{type(base).__name__} has layers that hide what is {own} tokens back from any mask: a pattern cannot "
-            "show it."
+            f"{type(base).__name__} has layers that see {own} keys whatever mask they are given: a pattern cannot show "
+            "them more."
         )
     warnings.warn(
         f"the pattern takes the place of the windows of {own} tokens that layers of {type(base).__name__} have.",

@@ -74,13 +74,19 @@ _SMALL: dict[str, Any] = {
 }
 # Names of what a model's own windows are; wide ones hide nothing, narrow ones do.
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention", "sliding_window_size")
-_WINDOWS += ("attention_window_size", "index_topk")
+_WINDOWS += ("attention_window_size", "index_topk", "keep_window_size")
 # What some need beside it.
 _KINDS = ["sliding_attention", "full_attention"]
 _SHARED = {"num_hidden_layers": 4, "layer_types": _KINDS * 2, "num_kv_shared_layers": 2}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARED),
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+        "index_n_heads": 2,
+    },
     "cohere_compass_text": {"layer_types": _KINDS, "rope_parameters": dict.fromkeys(_KINDS, _SECTIONS)},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -156,8 +162,8 @@ def tiny(model_type: str, own_window: int = CONTEXT, attention: str | None = Non
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
-            elif not bool(parameter.isfinite().all()):
-                parameter.zero_()
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1).nan_to_num_()
     return model
 
 

@@ -127,7 +127,7 @@ def test_windows_of_the_models_own_are_said_once() -> None:
         apply_pattern(model, paper(model))
     assert len(said) == 1
     model = walk.tiny("gpt_neo", walk.NARROW)
-    with pytest.raises(ValueError, match="GPTNeoModel has layers that hide what is 14 tokens back from any mask"):
+    with pytest.raises(ValueError, match="GPTNeoModel has layers that see 14 keys whatever mask they are given"):
         apply_pattern(model, paper(model))
 
 

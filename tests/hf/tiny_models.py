@@ -113,6 +113,7 @@ class Oracle(Cache):
         self.model, self.positions, self.interval = model, positions, interval
         self.separators = set(SEPARATORS)
         base = model.base_model
+        base = base if hasattr(base, "rotary_emb") else base.model
         self.pairs = base.config.model_type in ("gptj", "codegen") or "cohere" in type(base).__module__
         if base.config.model_type in ("gptj", "codegen"):
             self.apply = _turn_pairs

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sepllm_train.generation.cache import SeparatorCache
-from sepllm_train.hf.alibi import Biases
-from sepllm_train.hf.masks import additive
+from sepllm_train.hf.masks import Biases, additive
 
 # Name of a forward's cache: the first from transformers 5.24 on, the second before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")

@@ -242,7 +242,7 @@ def _context(config: Any) -> int | None:
     """Positions up to which the model's rotary embedding is what it was trained with."""
     rope = getattr(config, "rope_parameters", None) or {}
     known = (getattr(config, "max_position_embeddings", None), rope.get("original_max_position_embeddings"))
-    limits = [limit for limit in known if limit]
+    limits = [limit for limit in known if limit and limit > 0]
     scaled = rope.get("rope_type", "default") in ("llama3", "yarn", "linear")
     return (max if scaled else min)(limits) if limits else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 import time
 import warnings
@@ -350,6 +351,13 @@ def find(names: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+# What the table leaves out of a sentence: what is refused, and the details of an error.
+_AROUND = re.compile(
+    r"the model cannot attend by a pattern: |implementation='kernel' does not suit the model: | Use 'mask'\.$|"
+    r"the model does not suit this cache: |(?<=Error): .*?(?=\.$|\. Use 'mask'\.$)"
+)
+
+
 def render(found: dict[str, dict[str, str]]) -> str:
     """The table of `found`, with its reasons below."""
     reasons: dict[str, int] = {}
@@ -357,14 +365,18 @@ def render(found: dict[str, dict[str, str]]) -> str:
     def cell(text: str) -> str:
         if not text.startswith("no: "):
             return text
-        return f"no ({reasons.setdefault(text.removeprefix('no: '), len(reasons) + 1)})"
+        return f"no ({reasons.setdefault(_AROUND.sub('', text.removeprefix('no: ')), len(reasons) + 1)})"
 
     lines = [f"| model type | {' | '.join(HEADINGS)} |", "|---" * (len(HEADINGS) + 1) + "|"]
     for name, cells in found.items():
         if "not tried" not in cells:
             lines.append(f"| {name} | {' | '.join(cell(cells[column]) for column in COLUMNS)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
-    left = [f"- {name}: {cells['not tried']}" for name, cells in found.items() if "not tried" in cells]
+    without: dict[str, list[str]] = {}
+    for name, cells in found.items():
+        if "not tried" in cells:
+            without.setdefault(cells["not tried"], []).append(name)
+    left = [f"- {', '.join(names)}: {reason}" for reason, names in without.items()]
     return "\n".join([*lines, *(["", "Not tried:", "", *left] if left else [])]) + "\n"
 
 

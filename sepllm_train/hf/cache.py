@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sepllm_train.generation.cache import Held, KeyBuffers, Move, check_positions
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.generation.slots import CachePolicy
-from sepllm_train.hf.hooks import TokenCache, attach, base_of
+from sepllm_train.hf.hooks import TokenCache, attach, base_of, own_window
+from sepllm_train.hf.probe import check_cache
 from sepllm_train.hf.rotary import Rotation
 
 # States that assisted decoding can go back to; between two of them at least a token comes.
@@ -119,8 +120,9 @@ class SlotCache(TokenCache):
         TokenCache.__init__(self, policies, pattern, positions=positions, block=block, context=context)
         _check(base, self.policies, positions, context)
         attach(base)
-        self.rotation = Rotation(base) if self.moves else None
         Cache.__init__(self, layers=[SlotLayer(self, policy.capacity) for policy in policies])
+        check_cache(base, _trial_cache)
+        self.rotation = Rotation(base) if self.moves else None
 
     @property
     def lengths(self) -> list[int]:
@@ -226,11 +228,21 @@ class SlotCache(TokenCache):
             layer.restore(held)
 
 
+def _trial_cache(base: Any, window: int, initial: int) -> SlotCache:
+    """A cache of the first `initial` tokens and the last `window`, for trying a model out."""
+    layers = base.config.get_text_config().num_hidden_layers
+    pattern = TokenPattern.from_separators(
+        [], base.config.get_text_config().vocab_size, layers, window=window, initial=initial
+    )
+    policy = CachePolicy(window, initial, 0, initial + window)
+    return SlotCache(base, [policy] * layers, pattern, positions="training")
+
+
 def _context(config: Any) -> int | None:
     """Positions up to which the model's rotary embedding is what it was trained with."""
     rope = getattr(config, "rope_parameters", None) or {}
     known = (getattr(config, "max_position_embeddings", None), rope.get("original_max_position_embeddings"))
-    limits = [limit for limit in known if limit]
+    limits = [limit for limit in known if limit and limit > 0]
     scaled = rope.get("rope_type", "default") in ("llama3", "yarn", "linear")
     return (max if scaled else min)(limits) if limits else None
 
@@ -242,19 +254,9 @@ def _most_keys(policy: CachePolicy, context: int | None) -> int:
     return (context or FOREVER) if policy.window >= FOREVER else 0
 
 
-def own_window(config: Any) -> int | None:
-    """Tokens within which some layer of a transformers model attends whatever its cache holds; None for all."""
-    kinds = getattr(config, "layer_types", None)
-    sliding = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
-    return sliding if used else None
-
-
 def _check(base: Any, policies: Sequence[CachePolicy], positions: str, context: int | None) -> None:
     """Raise ValueError when the policies do not suit the model or the positions."""
-    config, name = base.config.get_text_config(), type(base).__name__
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        raise ValueError(f"{name} has ALiBi positions, which depend on distances in the text: it needs a full cache.")
+    config = base.config.get_text_config()
     capacity = max(_most_keys(policy, context) for policy in policies)
     sliding = own_window(config)
     if sliding is not None and capacity > sliding:

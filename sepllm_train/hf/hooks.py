@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sepllm_train.generation.cache import SeparatorCache
+from sepllm_train.hf.masks import Biases, additive
 
 # Name of a forward's cache: the first from transformers 5.24 on, the second before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -35,10 +36,18 @@ class TokenCache(SeparatorCache, Cache):
 
 
 class LayerMasks:
-    """Masks [B, 1, N, W] of the forward that is running, one per layer; None while all layers share the model's."""
+    """What the hooks of a model know.
 
-    def __init__(self) -> None:
-        self.masks: list[Tensor] | None = None
+    Attributes:
+        given: arguments for each layer in the forward that is running; None while all layers share the model's mask.
+        biases: of a model with ALiBi.
+        tried: True once the model was found to suit our caches.
+    """
+
+    def __init__(self, biases: Biases | None) -> None:
+        self.given: list[dict[str, Tensor]] | None = None
+        self.biases = biases
+        self.tried = False
 
 
 class _GiveMask:
@@ -49,11 +58,12 @@ class _GiveMask:
         self.number = number
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self.shared.masks is None:
+        if self.shared.given is None:
             return None
+        kwargs = _by_name(layer, args, kwargs)
         if "attention_mask" not in kwargs:
             raise ValueError(f"{type(layer).__name__} is not given a mask by name: its layers must all attend alike.")
-        return args, {**kwargs, "attention_mask": self.shared.masks[self.number]}
+        return (), {**kwargs, **self.shared.given[self.number]}
 
 
 def attach(model: Any) -> Any:
@@ -61,16 +71,16 @@ def attach(model: Any) -> Any:
 
     The model is not changed but for a hook before its forward, one after, and one before each of its layers.
     """
-    base = model.base_model
-    _MODELS[id(base.config)] = base
+    base = decoder_of(model)
     layers = layers_of(base)
+    _MODELS[id(base.config)] = base
     # A copy of a model has its hooks already.
     if not any(hook is _before for hook in base._forward_pre_hooks.values()):
         base.register_forward_pre_hook(_before, with_kwargs=True)
         base.register_forward_hook(_after, with_kwargs=True)
         # Found again by these names, also in a deep copy of the model. The signature is read once: every call asks.
         base.sepllm_arguments = tuple(inspect.signature(base.forward).parameters)
-        base.sepllm_layer_masks = LayerMasks()
+        base.sepllm_layer_masks = LayerMasks(Biases.of(base))
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_GiveMask(base.sepllm_layer_masks, number), with_kwargs=True)
     return model
@@ -82,7 +92,7 @@ def base_of(model: Any) -> Any:
     Raises ValueError when there is none.
     """
     if hasattr(model, "base_model"):
-        return model.base_model
+        return decoder_of(model)
     base = _MODELS.get(id(model))
     if base is None:
         raise ValueError(
@@ -92,13 +102,25 @@ def base_of(model: Any) -> Any:
     return base
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a model that takes ids and has the layers: its base model; or what that one has inside as `decoder`,
+    which the heads of OPT and of decoders of translation models call in its place; or as `model`, where the base model
+    goes by another name (Llama 4)."""
+    base = model.base_model
+    for name in ("model", "decoder"):
+        inner = getattr(base, name, None)
+        if isinstance(inner, torch.nn.Module) and _takes(inner, "input_ids"):
+            base = inner
+    return base
+
+
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Cut the tokens where keys are dropped, run all pieces but the last, and let the model run that."""
     if getattr(cache_of(kwargs), "sepllm_static", False):
         return None
     # A forward that failed has left its masks.
     if not getattr(cache_of(kwargs), "running", False):
-        base.sepllm_layer_masks.masks = None
+        base.sepllm_layer_masks.given = None
 
     kwargs = _by_name(base, args, kwargs)
     cache = cache_of(kwargs)
@@ -120,8 +142,9 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         end = start + cache.fits(ids[:, start:], valid[:, start:])
         positions, masks = cache.append(ids[:, start:end], valid[:, start:end])
         cache.pending = end - start
-        piece = {**kwargs, "input_ids": ids[:, start:end], "position_ids": positions, "use_cache": True}
-        piece["attention_mask"] = give_masks(base, masks)
+        piece = {**kwargs, "input_ids": ids[:, start:end], "use_cache": True} | position_argument(base, positions)
+        keys = [cache.held[group].slots.position for group in cache.group_of_layer]
+        piece["attention_mask"] = give_masks(base, masks, keys)
         if end == ids.shape[1]:
             return (), piece
         if start == 0:
@@ -146,11 +169,11 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             "implementation='mask') works with any model."
         )
     if not isinstance(cache, TokenCache):
-        base.sepllm_layer_masks.masks = None
+        base.sepllm_layer_masks.given = None
         return output
     if cache.running:
         return output
-    base.sepllm_layer_masks.masks = None
+    base.sepllm_layer_masks.given = None
     cache.pending = -1
     pieces, cache.pieces = cache.pieces, []
     if not pieces:
@@ -169,15 +192,41 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
 
 def cache_argument(model: Any) -> str:
     """The name under which a model's forward takes its cache."""
-    known = inspect.signature(model.base_model.forward).parameters
-    return next(name for name in CACHE_ARGUMENTS if name in known)
+    base = decoder_of(model)
+    known = inspect.signature(base.forward).parameters
+    name = next((name for name in CACHE_ARGUMENTS if name in known), None)
+    if name is None:
+        raise ValueError(f"{type(base).__name__} takes no cache of keys: it has states of another kind.")
+    return name
 
 
-def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def takes_cache(base: Any) -> bool:
+    """True when a forward has an argument for a cache of keys."""
+    return any(_takes(base, name) for name in CACHE_ARGUMENTS)
+
+
+def position_argument(base: Any, positions: Tensor) -> dict[str, Tensor]:
+    """Positions, i64 [B, N], as a forward takes them; nothing for a model that has no such argument."""
+    return {"position_ids": positions} if _takes(base, "position_ids") else {}
+
+
+def _takes(module: Any, name: str) -> bool:
+    """True when a module's forward has an argument of that name."""
+    return name in _names_of(module)
+
+
+def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward by name."""
     if not args:
         return kwargs
-    return {**dict(zip(base.sepllm_arguments, args, strict=False)), **kwargs}
+    return {**dict(zip(_names_of(module), args, strict=False)), **kwargs}
+
+
+def _names_of(module: Any) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward. Of a model they are kept, as `attach` found them: torch.compile does
+    not know signatures."""
+    kept = getattr(module, "sepllm_arguments", None)
+    return tuple(inspect.signature(module.forward).parameters) if kept is None else kept
 
 
 def _check_call(base: Any, cache: TokenCache, valid: Tensor) -> None:
@@ -221,17 +270,46 @@ def tokens_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, mask[:, -ids.shape[1] :].bool()
 
 
-def give_masks(base: Any, masks: list[Tensor]) -> Tensor:
-    """Additive mask [B, 1, N, W] of layer 0, from one bool [B, N, W] per layer; where layers differ, the hooks before
-    them hand out the others."""
+def give_masks(base: Any, masks: list[Tensor], positions: list[Tensor]) -> Tensor:
+    """The mask for the model's own argument, where all layers share it additive [B, 1, N, W]; where they differ, and
+    where biases go with it, the hooks before the layers hand out what belongs to each.
+
+    masks: bool [B, N, W] for each layer; positions: i64 [B, W], those of its keys, below 0 for none.
+    """
+    shared = base.sepllm_layer_masks
+    if shared.biases is not None:
+        made = {id(mask): shared.biases.arguments(base, mask, at) for mask, at in zip(masks, positions, strict=True)}
+        shared.given = [made[id(mask)] for mask in masks]
+        # Such models make their own biases of a mask of two dimensions.
+        return torch.ones(len(masks[0]), masks[0].shape[-1], dtype=torch.int64, device=masks[0].device)
     added = {number: additive(mask, base.dtype) for number, mask in {id(mask): mask for mask in masks}.items()}
-    base.sepllm_layer_masks.masks = [added[id(mask)] for mask in masks] if len(added) > 1 else None
+    shared.given = [{"attention_mask": added[id(mask)]} for mask in masks] if len(added) > 1 else None
     return added[id(masks[0])]
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool [B, N, W] as [B, 1, N, W]: 0 where a key is seen, the least number of `dtype` where it is not."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+def chosen_keys(config: Any) -> int | None:
+    """Keys beyond which layers of a transformers model hide some whatever mask they are given; None for most models."""
+    if "local" in getattr(config, "attention_layers", ()):
+        # GPT-Neo, in its attention.
+        return config.window_size
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird, which attends fully to as many.
+        return (5 + 2 * config.num_random_blocks) * config.block_size
+    # Doge, which keeps those that it finds best.
+    return getattr(config, "keep_window_size", None)
+
+
+def own_window(config: Any) -> int | None:
+    """Tokens within which some layer of a transformers model attends whatever its cache holds; None for all."""
+    chosen = chosen_keys(config)
+    if chosen is not None:
+        return chosen
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "chunked_attention" in kinds:
+        return config.attention_chunk_size
+    sliding = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    return sliding if used else None
 
 
 def check_implementation(base: Any) -> None:
@@ -243,9 +321,13 @@ def check_implementation(base: Any) -> None:
 
 
 def layers_of(base: Any) -> list[Any]:
-    """The decoder layers. Raises ValueError when they are not found."""
+    """The decoder layers: the outermost list of as many modules. Raises ValueError when it is not found."""
     count = base.config.get_text_config().num_hidden_layers
-    for child in base.children():
-        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
-            return list(child)
+    modules = [base]
+    for module in modules:
+        for child in module.children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == count == len(set(child)):
+                return list(child)
+            if not isinstance(child, torch.nn.ModuleList):
+                modules.append(child)
     raise ValueError(f"{type(base).__name__} has no list of {count} layers: it is no decoder this package knows.")

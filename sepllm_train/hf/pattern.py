@@ -6,7 +6,9 @@ Shape letters: B rows (sequences), T tokens of which the last N are new, H heads
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,20 @@ from transformers.masking_utils import AttentionMaskInterface
 from sepllm_train.base.errors import UserError
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf.guard import ATTENTION
-from sepllm_train.hf.hooks import attach, cache_argument, cache_of, check_implementation, give_masks, tokens_of
+from sepllm_train.hf.hooks import (
+    attach,
+    cache_argument,
+    cache_of,
+    check_implementation,
+    chosen_keys,
+    decoder_of,
+    give_masks,
+    own_window,
+    position_argument,
+    takes_cache,
+    tokens_of,
+)
+from sepllm_train.hf.probe import Trial
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 
 IMPLEMENTATIONS = ("auto", "kernel", "mask")
@@ -83,7 +98,7 @@ class PatternOnModel:
             plan = self.pattern.plan(ids, None if bool(valid.all()) else valid)
         new = kwargs["input_ids"].shape[1]
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -new:]
+            kwargs |= position_argument(base, (valid.cumsum(1) - 1).clamp(min=0)[:, -new:])
         if self.kernel:
             kwargs["attention_mask"] = None
             kwargs["sepllm_forward"] = Forward(plan, self.pattern)
@@ -91,7 +106,9 @@ class PatternOnModel:
         check_implementation(base)
         horizons = self.pattern.horizons
         masks = {w: visible_mask(plan, w, horizons, new) for w in dict.fromkeys(self.pattern.windows)}
-        kwargs["attention_mask"] = give_masks(base, [masks[window] for window in self.pattern.windows])
+        keys = torch.where(valid, valid.cumsum(1) - 1, -1)
+        shown = [masks[window] for window in self.pattern.windows]
+        kwargs["attention_mask"] = give_masks(base, shown, [keys] * len(shown))
         return kwargs
 
     def _history(self, base: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Ids | None]:
@@ -100,7 +117,8 @@ class PatternOnModel:
         cache = cache_of(kwargs)
         if cache is None:
             used = kwargs.get("use_cache")
-            if not (base.config.use_cache and not base.training if used is None else used):
+            default = getattr(base.config, "use_cache", False) and not base.training
+            if not takes_cache(base) or not (default if used is None else used):
                 kwargs["use_cache"] = False
                 return kwargs, None
             cache = kwargs[cache_argument(base)] = DynamicCache(config=base.config)
@@ -151,10 +169,37 @@ def apply_pattern(
 
     pattern: that of training (of an exported model) where it is None; any other is training-free use, and an error with
     strict=True. implementation: `kernel` calls sep_attention, `mask` gives the model's own attention a mask, `auto`
-    takes the first where the model allows it. Batches are padded on the left; generation works as ever. Calls with one
-    of our caches keep to the cache. Raises ValueError when the pattern does not suit the model.
+    takes the first where the model allows it: a few tokens are tried out first. Batches are padded on the left;
+    generation works as ever. Calls with one of our caches keep to the cache. Raises ValueError when the pattern does
+    not suit the model.
     """
-    base = model.base_model
+    base, pattern, ways = _checked(model, pattern, implementation, strict)
+    config = base.config.get_text_config()
+    _about_windows(base, config)
+    former = _own_attention(remove_pattern(model))
+    model.set_attn_implementation(former)
+    trial = Trial(model)
+    wrong = trial.look()
+    for kernel in ways if wrong is None else ():
+        model.set_attn_implementation(SEP if kernel else former)
+        wrong = trial.reason(partial(_window_alone, config, kernel, former), cached=True)
+        if wrong is None:
+            base.sepllm_pattern = PatternOnModel(pattern, kernel, former)
+            return model
+    model.set_attn_implementation(former)
+    if implementation == "kernel":
+        raise ValueError(f"implementation='kernel' does not suit {trial.name}: {wrong}. Use 'mask'.")
+    raise ValueError(f"{trial.name} cannot attend by a pattern: {wrong}.")
+
+
+def _checked(
+    model: Any, pattern: TokenPattern | None, implementation: str, strict: bool
+) -> tuple[Any, TokenPattern, tuple[bool, ...]]:
+    """The attached part of a model that has the layers, the pattern, and the ways to try: True for the kernel.
+
+    Raises ValueError when they do not fit together.
+    """
+    base = decoder_of(model)
     trained = trained_pattern(base.config)
     if pattern is None:
         if trained is None:
@@ -174,50 +219,47 @@ def apply_pattern(
             f"the pattern knows {len(pattern.tier_of_token)} tokens and the model's vocabulary has "
             f"{config.vocab_size} entries: it is of another tokenizer."
         )
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        raise ValueError(f"{type(base).__name__} has ALiBi positions, which a pattern of keys does not suit.")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}.")
     reason = no_kernel(base)
     if implementation == "kernel" and reason is not None:
         raise ValueError(f"implementation='kernel' does not suit {type(base).__name__}: {reason}. Use 'mask'.")
     attach(base)
-    former = _own_attention(remove_pattern(model))
-    if implementation != "mask" and reason is None:
-        model.set_attn_implementation(SEP)
-        base.sepllm_pattern = PatternOnModel(pattern, True, former)
-        if implementation == "kernel" or _runs(base):
-            return model
-    model.set_attn_implementation(former)
-    base.sepllm_pattern = PatternOnModel(pattern, False, former)
-    return model
+    return base, pattern, {"kernel": (True,), "mask": (False,)}.get(implementation, (True, False)[reason is not None :])
+
+
+def _window_alone(config: Any, kernel: bool, former: str, window: int) -> PatternOnModel:
+    """A pattern of nothing but a window, for a trial."""
+    pattern = TokenPattern.from_separators([], config.vocab_size, config.num_hidden_layers, window=window, initial=0)
+    return PatternOnModel(pattern, kernel, former)
+
+
+def _about_windows(base: Any, config: Any) -> None:
+    """Warn that a pattern takes the place of a model's own windows. Raises ValueError where it cannot."""
+    own = own_window(config)
+    if own is None or own >= config.max_position_embeddings:
+        return
+    if chosen_keys(config) is not None:
+        raise ValueError(
+            f"{type(base).__name__} has layers that see {own} keys whatever mask they are given: a pattern cannot show "
+            "them more."
+        )
+    warnings.warn(
+        f"the pattern takes the place of the windows of {own} tokens that layers of {type(base).__name__} have.",
+        stacklevel=3,
+    )
 
 
 def _own_attention(model: Any) -> str:
     """The attention of a model, in place of ours that of transformers."""
-    base = model.base_model
+    base = decoder_of(model)
     used = base.config._attn_implementation
     return used if used not in NAMES else "sdpa" if getattr(base, "_supports_sdpa", True) else "eager"
 
 
-@torch.no_grad()
-def _runs(base: Any) -> bool:
-    """True when a forward of two tokens works: some models have attention that ours does not, and report it in no other
-    way."""
-    training = base.training
-    try:
-        base.eval()
-        base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=base.device), use_cache=False)
-    except (ValueError, TypeError, RuntimeError, AttributeError):
-        return False
-    finally:
-        base.train(training)
-    return True
-
-
 def remove_pattern(model: Any) -> Any:
     """Let a model attend fully again, and give it back."""
-    base = model.base_model
+    base = decoder_of(model)
     on = getattr(base, "sepllm_pattern", None)
     base.sepllm_pattern = None
     if on is not None:
@@ -308,6 +350,8 @@ def _attention(
         )
     if kwargs.get("s_aux") is not None or dropout:
         raise ValueError("attention sinks of the model's own and dropout do not go with implementation='kernel'.")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("the model caps the logits of its attention, which implementation='kernel' does not.")
     window = sepllm_forward.pattern.windows[module.layer_idx]
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave queries and keys in full precision.
@@ -342,7 +386,9 @@ def _apply_own_pattern(parent: Any, name: str, module: Any) -> None:
     if on is None and getattr(module.config, CONFIG_KEY, None) is not None:
         # from_pretrained makes tensors without memory here.
         with torch.device("cpu"):
-            apply_pattern(module, implementation="kernel")
+            base, pattern, _ = _checked(module, None, "kernel", strict=False)
+        # Nothing is tried out: the weights are still to come.
+        base.sepllm_pattern = PatternOnModel(pattern, True, _own_attention(module))
 
 
 for _name in NAMES:

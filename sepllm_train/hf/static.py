@@ -16,7 +16,8 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.generation.cache import check_context
 from sepllm_train.hf.caches import SepCache
 from sepllm_train.hf.guard import ATTENTION
-from sepllm_train.hf.hooks import additive, cache_argument
+from sepllm_train.hf.hooks import cache_argument, decoder_of
+from sepllm_train.hf.masks import additive
 from sepllm_train.hf.pattern import no_kernel
 from sepllm_train.hf.rotary import Rotation
 
@@ -105,9 +106,10 @@ class Decoder:
         self.model = model
         self.cache = StaticSepCache(_filled(model, cache))
         device = self.cache.slots.keys.device
-        reason = no_kernel(model.base_model)
+        base = decoder_of(model)
+        reason = no_kernel(base)
         if kernel and reason is not None:
-            raise ValueError(f"kernel=True does not suit {type(model.base_model).__name__}: {reason}.")
+            raise ValueError(f"kernel=True does not suit {type(base).__name__}: {reason}.")
         if mode == "graph" and device.type != "cuda":
             raise UserError(f"mode='graph' needs a CUDA device, the cache is on {device.type}.")
         if mode == "compile" and device.type == "cpu":
@@ -159,7 +161,7 @@ class Decoder:
             filled = torch.arange(self.cache.width, device=held.keys.device) < held.length[:, None]
             arguments["attention_mask"] = additive(filled[:, None], held.keys.dtype)
             return self._forward(**arguments).logits[:, -1]
-        config = self.model.base_model.config
+        config = decoder_of(self.model).config
         before = config._attn_implementation
         try:
             config._attn_implementation = ATTENTION
@@ -190,6 +192,8 @@ def _check(model: Any, cache: SepCache) -> None:
         raise ValueError("a Decoder goes on with a SepCache whose layers all keep the same keys.")
     if not cache.held or not min(cache.lengths):
         raise ValueError("the cache is empty: let the model take the prompt first.")
+    if decoder_of(model).sepllm_layer_masks.biases is not None:
+        raise ValueError("a Decoder knows no ALiBi biases: generate with the cache itself.")
 
 
 def _filled(model: Any, cache: SepCache) -> DecodeCache:

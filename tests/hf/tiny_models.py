@@ -113,8 +113,15 @@ class Oracle(Cache):
         self.model, self.positions, self.interval = model, positions, interval
         self.separators = set(SEPARATORS)
         base = model.base_model
-        self.apply = sys.modules[type(base).__module__].apply_rotary_pos_emb
-        self.rotary = base.rotary_emb
+        base = base if hasattr(base, "rotary_emb") else base.model
+        self.pairs = base.config.model_type in ("gptj", "codegen") or "cohere" in type(base).__module__
+        if base.config.model_type in ("gptj", "codegen"):
+            self.apply = _turn_pairs
+            features = base.config.rotary_dim
+            self.frequencies = 10000.0 ** (-torch.arange(0, features, 2).double() / features)
+        else:
+            self.apply = sys.modules[type(base).__module__].apply_rotary_pos_emb
+            self.frequencies = base.rotary_emb.inv_freq.double()
         self.scale = float(getattr(base.rotary_emb, "attention_scaling", 1.0))
         # (position in the text, id) of every key that is there.
         self.tokens: list[tuple[int, int]] = []
@@ -123,10 +130,8 @@ class Oracle(Cache):
 
     def angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions, i64 [1, W], in float64."""
-        angle = places[..., None].double() * self.rotary.inv_freq.double()
-        both = torch.cat((angle, angle), -1)
-        if "cohere" in type(self.rotary).__module__:
-            both = angle.repeat_interleave(2, -1)
+        angle = places[..., None].double() * self.frequencies
+        both = angle.repeat_interleave(2, -1) if self.pairs else torch.cat((angle, angle), -1)
         return both.cos() * self.scale, both.sin() * self.scale
 
     def step(self, token: int) -> Tensor:
@@ -157,6 +162,12 @@ class Oracle(Cache):
 
     def _separates(self, position: int, token: int) -> bool:
         return token in self.separators if self.interval is None else position % self.interval == 0
+
+
+def _turn_pairs(_: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor) -> tuple[None, Tensor]:
+    """Keys [B, G, W, D] of which two neighbouring features each are turned as one complex number."""
+    turn = torch.complex(cosine[..., ::2], sine[..., ::2])[:, None]
+    return None, torch.view_as_real(torch.view_as_complex(keys.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
 
 class _OracleLayer(CacheLayerMixin):

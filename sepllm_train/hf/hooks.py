@@ -223,7 +223,7 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 
 def _names_of(module: Any) -> tuple[str, ...]:
-    """Names of the arguments of a module's forward. Of a model they are kept, as `attach` found them: torch.compile does
+    """Names of the arguments of a module's forward. Those of a model were noted by `attach`, since torch.compile does
     not know signatures."""
     kept = getattr(module, "sepllm_arguments", None)
     return tuple(inspect.signature(module.forward).parameters) if kept is None else kept

@@ -61,7 +61,6 @@ class Pattern:
         self.windows = [_endless(window) for window in content["windows"]]
         self.initial, self.interval = content["initial_tokens"], content["interval"]
         self.end = -1 if content["end_of_document"] is None else content["end_of_document"]
-        # Models are made on the meta device, which this must not be on.
         self.reach = torch.zeros(config.vocab_size, dtype=torch.int64, device="cpu")
         for tier in content["tiers"]:
             self.reach[torch.tensor(tier["tokens"], dtype=torch.int64, device="cpu")] = _endless(tier["horizon"])
@@ -258,7 +257,9 @@ class SeparatorAttention:
         config.attn_implementation = GUARD
         super().__init__(config, *args, **kwargs)
         if self.kernels:
-            apply_pattern(self, implementation="kernel")
+            # Models are made on the meta device, where the pattern must not be.
+            with torch.device("cpu"):
+                apply_pattern(self, implementation="kernel")
             return
         self.base_model.sepllm_pattern = Pattern(config)
         self.base_model.register_forward_pre_hook(_before, with_kwargs=True)

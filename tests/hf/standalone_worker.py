@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -145,11 +144,12 @@ def refusals(folder: str, ids: Tensor, out: str) -> dict[str, str]:
         "incomplete": message(lambda: load(incomplete)),
         "without the file": message(lambda: load(without)),
     }
-    version, transformers.__version__ = transformers.__version__, "5.4.2"
+    package = sys.modules["transformers"]
+    version, package.__version__ = package.__version__, "5.4.2"
     older = Path(out) / "older"
     shutil.copytree(folder, older)
     found["older"] = message(lambda: load(older))
-    transformers.__version__ = version
+    package.__version__ = version
     return found
 
 

@@ -159,7 +159,7 @@ def _alone(folder: Path) -> Any:
     module, name = content["auto_map"]["AutoModelForCausalLM"].split(".")
     if (folder / f"{module}.py").read_bytes() != MODULE.read_bytes():
         raise RuntimeError(f"{folder} has another {module}.py than this package.")
-    masked = type(name, (getattr(modeling_sepllm, name),), {"kernels": False})
+    masked: Any = type(name, (getattr(modeling_sepllm, name),), {"kernels": False})
     return masked.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 

@@ -34,9 +34,10 @@ STANDALONE = {
 
 
 def _guarded(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a config.json with the guard, where it has a pattern."""
+    """The content of a config.json with the guard where it has a pattern, and without it where it has none any more."""
     if content.get(CONFIG_KEY) is None:
-        return content
+        stale = MODULE.stem in str(content.get("auto_map"))
+        return {key: value for key, value in content.items() if not (stale and key == "auto_map")}
     guarded = {**content, _IMPLEMENTATION: ATTENTION}
     if content.get("model_type") in STANDALONE:
         stock, ours = STANDALONE[content["model_type"]]

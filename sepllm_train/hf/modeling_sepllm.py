@@ -14,6 +14,8 @@ Shape letters: B rows of the batch, padded on the left; N new tokens; W keys in 
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,10 +32,9 @@ from transformers import AttentionInterface, GPTNeoXForCausalLM, LlamaForCausalL
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-try:
-    from sepllm_train.hf import PatternCache, apply_pattern
-except ImportError:
-    PatternCache = apply_pattern = None
+package: Any = None
+with suppress(ImportError):
+    package = import_module("sepllm_train.hf")
 
 FOREVER = 1 << 40
 # Keys that a cache may hold beyond those that are still visible: dropping costs a copy of what stays.
@@ -76,7 +77,7 @@ def _endless(tokens: int | None) -> int:
     return FOREVER if tokens is None else tokens
 
 
-class SepCache(Cache):
+class BoundedCache(Cache):
     """Keys and values that a pattern will show again; keys keep the position at which they came.
 
     Layers with the same window share the description of their keys: `held[window]`, i64 [3, B, W], has the position of
@@ -146,7 +147,7 @@ class SepCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        SepCache.__init__(self, self.pattern)
+        BoundedCache.__init__(self, self.pattern)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[i] for row i, i64 [B]: beam search."""
@@ -219,14 +220,14 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("attention_mask must have two dimensions: the pattern makes its own mask.")
     name, cache = cache_name(base), next((kwargs.pop(n) for n in CACHE_NAMES if kwargs.get(n) is not None), None)
-    if cache is not None and not isinstance(cache, SepCache):
+    if cache is not None and not isinstance(cache, BoundedCache):
         raise ValueError(f"a {type(cache).__name__} does not suit the pattern: leave it out, and the model makes one.")
     used = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if cache is None and used and not (base.training and base.is_gradient_checkpointing):
-        cache = SepCache(base.sepllm_pattern)
+        cache = BoundedCache(base.sepllm_pattern)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
     # Without a cache of the call's own, one that is thrown away makes the masks.
-    position, masks = (SepCache(base.sepllm_pattern) if cache is None else cache).append(ids, valid)
+    position, masks = (BoundedCache(base.sepllm_pattern) if cache is None else cache).append(ids, valid)
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = position
     return (), {**kwargs, name: cache, "attention_mask": None, "sepllm_masks": masks}
@@ -240,8 +241,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 def cache_name(model: Any) -> str:
     """The name under which a model's forward takes its cache."""
-    known = inspect.signature(model.forward).parameters
-    return next(name for name in CACHE_NAMES if name in known)
+    return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
 class SeparatorAttention:
@@ -249,17 +249,17 @@ class SeparatorAttention:
 
     # save_pretrained writes this file along.
     _auto_class = "AutoModelForCausalLM"
-    kernels = apply_pattern is not None
+    kernels = package is not None
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config._attn_implementation = GUARD if self.kernels else MASKED
         # transformers forgets the name when it saves a model, but not this attribute.
         config.attn_implementation = GUARD
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if self.kernels:
             # Models are made on the meta device, where the pattern must not be.
             with torch.device("cpu"):
-                apply_pattern(self, implementation="kernel")
+                package.apply_pattern(self, implementation="kernel")
             return
         self.base_model.sepllm_pattern = Pattern(config)
         self.base_model.register_forward_pre_hook(_before, with_kwargs=True)
@@ -273,7 +273,7 @@ class SeparatorAttention:
             names = ("embed_out", "lm_head")
             old, new = names if "lm_head.weight" in cls._tied_weights_keys else names[::-1]
             kwargs.setdefault("key_mapping", {rf"^{old}\.": f"{new}."})
-        model, told = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, told = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if told["missing_keys"]:
             raise ValueError(f"the files lack weights of the model: {', '.join(sorted(told['missing_keys'])[:3])}.")
         return (model, told) if output_loading_info else model
@@ -282,8 +282,9 @@ class SeparatorAttention:
         """Generate as transformers does, with a cache that drops the keys which the pattern will not show again."""
         used = kwargs.get("use_cache", (kwargs.get("generation_config") or self.generation_config).use_cache)
         if used is not False and all(kwargs.get(name) is None for name in CACHE_NAMES):
-            kwargs[cache_name(self)] = PatternCache(self) if self.kernels else SepCache(self.base_model.sepllm_pattern)
-        return super().generate(*args, **kwargs)
+            cache = package.PatternCache(self) if self.kernels else BoundedCache(self.base_model.sepllm_pattern)
+            kwargs[cache_name(self)] = cache
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 class SepGPTNeoXForCausalLM(SeparatorAttention, GPTNeoXForCausalLM):

@@ -244,7 +244,7 @@ def cache_name(model: Any) -> str:
     return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
-class SeparatorAttention:
+class PatternMixin:
     """A class of transformers that attends by its pattern; the kernels of sepllm_train take over where they are."""
 
     # save_pretrained writes this file along.
@@ -287,13 +287,13 @@ class SeparatorAttention:
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-class SepGPTNeoXForCausalLM(SeparatorAttention, GPTNeoXForCausalLM):
+class SepGPTNeoXForCausalLM(PatternMixin, GPTNeoXForCausalLM):
     """GPT-NeoX with separator attention."""
 
 
-class SepLlamaForCausalLM(SeparatorAttention, LlamaForCausalLM):
+class SepLlamaForCausalLM(PatternMixin, LlamaForCausalLM):
     """Llama with separator attention."""
 
 
-class SepQwen3ForCausalLM(SeparatorAttention, Qwen3ForCausalLM):
+class SepQwen3ForCausalLM(PatternMixin, Qwen3ForCausalLM):
     """Qwen3 with separator attention."""

@@ -44,6 +44,10 @@ def patterns(model: Any) -> dict[str, TokenPattern]:
 
 CASES = [("neox", "paper"), ("neox", "tiers"), ("qwen3", "hybrid"), *(("llama", kind) for kind in patterns(tiny("llama", 3)))]  # fmt: skip  # noqa: E501
 LONG = 380
+# Greedy tokens that do not run into a loop.
+VARIED = {"do_sample": False, "no_repeat_ngram_size": 3}
+# Beyond what a cache keeps without looking.
+EVICTED = (420, 300, 150)
 
 
 def write(folder: Path, family: str, kind: str) -> Path:
@@ -87,7 +91,12 @@ def found(tmp_path_factory: pytest.TempPathFactory, bare: Any) -> dict[str, Any]
         folder = str(write(root / f"{family}_{kind}", family, kind))
         tasks[f"{family}_{kind}"] = ("logits", {"folder": folder, "ids": ids, "mask": mask, "pieces": PIECES})
     (row,) = random_rows((20,), seed=3)
-    settings = {"ids": row[None], "max_new_tokens": LONG, "do_sample": False}
+    settings = {"ids": row[None], "max_new_tokens": LONG, **VARIED}
+    for name in ("neox_paper", "llama_tiers", "llama_hybrid", "llama_no_initial"):
+        ids_long, mask_long = left_padded(random_rows(EVICTED, seed=1))
+        pieces = [180, 1, 1, 120, *[1] * 18, 100]
+        task = {"folder": str(root / name), "ids": ids_long, "mask": mask_long, "pieces": pieces}
+        tasks[f"evicted {name}"] = ("logits", task)
     for kind in ("paper", "tiers"):
         tasks[f"long {kind}"] = ("generate", {"folder": str(root / f"llama_{kind}"), **settings})
     tasks["lookup"] = ("generate", {"folder": str(root / "llama_paper"), **settings, "prompt_lookup_num_tokens": 4})
@@ -137,12 +146,22 @@ def test_cache_drops_what_is_not_seen_again(found: dict[str, Any]) -> None:
     for kind in ("paper", "tiers"):
         model = with_package(found["root"], f"llama_{kind}")
         cache = {cache_argument(model): PatternCache(model)}
-        tokens = model.generate(row[None], max_new_tokens=LONG, do_sample=False, **cache)
+        tokens = model.generate(row[None], max_new_tokens=LONG, **VARIED, **cache)
+        assert len(set(tokens[0].tolist())) > 30
         sequences, widths = found[f"long {kind}"]
         assert torch.equal(sequences, tokens)
         # Beyond the local window of 6 there are separators and initial tokens alone, and the slack.
         kept = int((patterns(model)[kind].tier_of_token[tokens] > 0).sum()) + 9
         assert max(widths) <= kept + 128 < tokens.shape[1], (widths, kept)
+
+
+@pytest.mark.parametrize("name", ["neox_paper", "llama_tiers", "llama_hybrid", "llama_no_initial"])
+def test_logits_after_keys_were_dropped(found: dict[str, Any], name: str) -> None:
+    """Of a ragged batch, as without a cache, which the test above holds to the definition."""
+    result, (_, mask) = found[f"evicted {name}"], left_padded(random_rows(EVICTED, seed=1))
+    torch.testing.assert_close(result["pieces"][mask > 0], result["whole"][mask > 0], **TOLERANCE)
+    columns, last = EVICTED[0], result["widths"][-1]
+    assert last[1] < columns / 2 and (last[0] < columns) == (name != "llama_hybrid"), result["widths"]
 
 
 def test_other_ways_to_generate(found: dict[str, Any]) -> None:
@@ -250,7 +269,7 @@ def test_module_is_short() -> None:
 @pytest.mark.slow
 def test_two_thousand_greedy_tokens_are_those_of_the_package(bare: Any, tmp_path: Path) -> None:
     (row,) = random_rows((40,), seed=3)
-    settings = {"max_new_tokens": 2000, "do_sample": False}
+    settings = {"max_new_tokens": 2000, **VARIED}
     for family in ("neox", "llama"):
         folder = write(tmp_path / family, family, "tiers")
         model = load_model(folder)

@@ -5,44 +5,30 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sep_attention import FOREVER
 from torch import Tensor
 
 from sepllm_train.base.console import say
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import whole_folder, write_whole
+from sepllm_train.base.parsing import read_json
 from sepllm_train.config.schema import Config, one_of
 from sepllm_train.generation.pattern import TokenPattern
 from sepllm_train.hf import weights
 from sepllm_train.hf.architecture import FAMILIES, model_type, to_theirs
+from sepllm_train.hf.card import model_card
 from sepllm_train.hf.folder import altered_export, refuse_existing, write_mark
+from sepllm_train.hf.guard import MODULE
 from sepllm_train.hf.separators import CONFIG_KEY
 from sepllm_train.hf.tokenizer import save_tokenizer
 from sepllm_train.hf.verify import Sides, compare
 from sepllm_train.model.build import PRECISIONS
 from sepllm_train.runs.open import TrainedRun, refuse_not_finite
 from sepllm_train.training.checkpoint.load import StoredTensors
-
-_FRONT = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- sepllm
----
-"""
-_IMPORTS_SEPARATORS = ("from sepllm_train.hf import load_model", "from transformers import AutoTokenizer")
-_IMPORTS_DENSE = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
-_LOAD_SEPARATORS = """`load_model` lets the model attend by the pattern that it was trained with (`pip install
-'sepllm-train[hf]'`). With full attention it is another model with other losses, so transformers alone refuses to load
-it: config.json names the attention `sepllm`, which `sepllm_train.hf` brings. Copies that are saved where this package
-is imported keep that name; `load_model` finds the pattern in every copy. To look at it with full attention all the
-same: `AutoModelForCausalLM.from_pretrained("FOLDER", attn_implementation="sdpa")`.
-"""
-_LOAD_DENSE = "The model attends fully: any program that loads models of this class computes what was trained.\n"
 
 
 def in_memory(run: TrainedRun, dtype: torch.dtype | None = torch.float32) -> Any:
@@ -119,7 +105,6 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
     wrote, byte by byte. Raises UserError as `in_memory` does, for an `output` that exists, when the logits differ, and
     when a newer checkpoint was skipped because it is damaged.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -139,14 +124,10 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
         architecture, parameters = type(model).__name__, model.num_parameters()
         del model
         note = save_tokenizer(tokenizer, aside)
-        theirs, info = AutoModelForCausalLM.from_pretrained(
-            aside, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-        _check_filled(theirs, info)
         sides = Sides(
             run.config, run.vocabulary, run.checkpoint.path, run.classes, tokenizer.eod, PRECISIONS[precision]
         )
-        differences = compare(sides, theirs)
+        differences = compare(sides, _stock(aside), None if run.token_pattern.dense else partial(_alone, aside))
         card = model_card(run, architecture, differences, precision, note)
         write_whole(aside / "README.md", card.encode())
         write_mark(aside)
@@ -157,6 +138,29 @@ def export_run(run: TrainedRun, output: Path | str, *, dtype: str | None = None,
         f"{output}: {architecture} of {parameters:,} parameters in {precision}, from step {run.checkpoint.step}; "
         f"largest difference of logits {largest}"
     )
+
+
+def _stock(folder: Path) -> Any:
+    """The model in a folder in transformers' own class."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    _check_filled(model, info)
+    return model
+
+
+def _alone(folder: Path) -> Any:
+    """The model in a folder as one without this package loads it, by the module beside its weights."""
+    from sepllm_train.hf import modeling_sepllm
+
+    content = read_json(folder / "config.json", "export the run again")
+    module, name = content["auto_map"]["AutoModelForCausalLM"].split(".")
+    if (folder / f"{module}.py").read_bytes() != MODULE.read_bytes():
+        raise RuntimeError(f"{folder} has another {module}.py than this package.")
+    masked: Any = type(name, (getattr(modeling_sepllm, name),), {"kernels": False})
+    return masked.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def _refuse_older(run: TrainedRun) -> None:
@@ -185,76 +189,3 @@ def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         whole = stored.read(name)
         refuse_not_finite(checkpoint, [(name, whole)])
         yield name, whole
-
-
-def model_card(run: TrainedRun, architecture: str, differences: dict[str, float], dtype: str, note: str | None) -> str:
-    """README.md of an exported run.
-
-    differences: largest difference of logits by pattern. note: on the tokenizer, or None.
-    """
-    model, pattern = run.config.model, run.token_pattern
-    separators = not pattern.dense
-    largest = ", ".join(f"{value:.2g} under {name} attention" for name, value in differences.items())
-    origin = f"Checkpoint of step {run.checkpoint.step:,}"
-    if run.averaged:
-        origin = f"Mean of the checkpoints of steps {', '.join(f'{step:,}' for step in run.averaged)}"
-    lines = [
-        _FRONT,
-        f"# {run.config.name}",
-        "",
-        f"A `{architecture}` from sepllm-train: {model.layers} layers of {model.hidden} features, "
-        f"{model.heads} heads, {run.vocabulary:,} vocabulary entries, context of "
-        f"{run.config.data.sequence_length:,} tokens, weights in {dtype}. {origin}, after "
-        f"{run.checkpoint.tokens:,} tokens.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        *(_IMPORTS_SEPARATORS if separators else _IMPORTS_DENSE),
-        "",
-        f'model = {"load_model" if separators else "AutoModelForCausalLM.from_pretrained"}("FOLDER")',
-        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if note is None else []),
-        "```",
-        "",
-        _LOAD_SEPARATORS if separators else _LOAD_DENSE,
-        *([f"There is no tokenizer of transformers here: {note}", ""] if note is not None else []),
-        *(_pattern_lines(pattern) if separators else []),
-        "## Checked",
-        "",
-        f"The files were read again, and their logits compared in fp32 with those of the training code: the largest "
-        f"difference is {largest}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _pattern_lines(pattern: TokenPattern) -> list[str]:
-    """Lines on the keys that each token attends to."""
-    windows = sorted(set(pattern.windows))
-    of_layers = {window: [n for n, own in enumerate(pattern.windows) if own == window] for window in windows}
-    lines = [
-        "## Attention",
-        "",
-        "Key j is visible to query i when `0 <= i - j < max(n, R(j))`. `sepllm_attention` in config.json holds:",
-        "",
-        *(
-            f"- n = {_counted(window)}" + ("" if len(windows) == 1 else f" in layers {', '.join(map(str, layers))}")
-            for window, layers in of_layers.items()
-        ),
-        f"- the first {pattern.initial} tokens are visible for ever",
-    ]
-    if pattern.interval is not None:
-        lines.append(f"- so is every token at a multiple of {pattern.interval}")
-    else:
-        lines += [
-            f"- {count:,} vocabulary entries are separators with R = {_counted(horizon)}"
-            for horizon, count in zip(pattern.horizons, pattern.tier_of_token.bincount().tolist()[1:], strict=False)
-            if count
-        ]
-    if pattern.end_of_document is not None:
-        lines.append(f"- all of it starts anew after token {pattern.end_of_document}, the end of a document")
-    return [*lines, ""]
-
-
-def _counted(count: int) -> str:
-    return "without end" if count >= FOREVER else f"{count:,} tokens"

@@ -278,6 +278,8 @@ def load_model(path: str | Path, *, dense: bool = False, **options: Any) -> Any:
     options.setdefault("use_safetensors", True)
     options.setdefault("attn_implementation", "sdpa")
     options.setdefault("local_files_only", True)
+    # The code beside an exported model does what this package does.
+    options["trust_remote_code"] = False
     model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     wrong = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
     if wrong:

@@ -5,7 +5,7 @@ Shape letters: S tokens, V vocabulary entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from sepllm_train.training import checkpoint as checkpoints
 # Largest difference of two logits: absolute, and as a share of the largest logit where that is more.
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
+# Name of the difference of a model that attends by the pattern by itself.
+STANDALONE = "stand-alone"
 # Tokens compared: so many that windows end, within these bounds and the model's context.
 _LEAST, _MOST = 256, 2048
 
@@ -48,10 +50,11 @@ class Sides:
     dtype: torch.dtype
 
 
-def compare(sides: Sides, theirs: Any) -> dict[str, float]:
+def compare(sides: Sides, theirs: Any, alone: Callable[[], Any] | None = None) -> dict[str, float]:
     """Largest absolute difference of logits under dense attention, and under the run's pattern where it is another.
 
-    theirs: a model of transformers. Raises UserError when a difference is not within the tolerance.
+    theirs: a model of transformers. alone: loads a model that attends by the run's pattern by itself, which is compared
+    last. Raises UserError when a difference is not within the tolerance.
     """
     dense = resolve_pattern(AttentionConfig(pattern="dense"), sides.config.model.layers)
     own = resolve_pattern(sides.config.attention, sides.config.model.layers)
@@ -62,16 +65,25 @@ def compare(sides: Sides, theirs: Any) -> dict[str, float]:
     theirs = theirs.to(device).float().eval()
     differences = {}
     for (name, pattern), wanted in zip(patterns.items(), expected, strict=True):
-        found = logits_of(theirs, None if pattern is dense else _token_pattern(sides, pattern), ids.to(device)).cpu()
-        difference = float((found - wanted).abs().max())
-        limit = max(TOLERANCE, RELATIVE_TOLERANCE * float(wanted.abs().max()))
-        if not difference < limit:
-            raise UserError(
-                f"the two models do not compute the same: under {name} attention logits differ by up to "
-                f"{difference:.3g}, and at most {limit:.3g} is allowed; nothing was written."
-            )
-        differences[name] = difference
+        found = logits_of(theirs, None if pattern is dense else _token_pattern(sides, pattern), ids.to(device))
+        differences[name] = _difference(name, found, wanted)
+    if alone is not None:
+        del theirs
+        found = logits_of(alone().to(device).eval(), None, ids.to(device))
+        differences[STANDALONE] = _difference(STANDALONE, found, expected[-1])
     return differences
+
+
+def _difference(name: str, found: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference of logits. Raises UserError when it is not within the tolerance."""
+    difference = float((found.cpu() - wanted).abs().max())
+    limit = max(TOLERANCE, RELATIVE_TOLERANCE * float(wanted.abs().max()))
+    if not difference < limit:
+        raise UserError(
+            f"the two models do not compute the same: under {name} attention logits differ by up to "
+            f"{difference:.3g}, and at most {limit:.3g} is allowed; nothing was written."
+        )
+    return difference
 
 
 def mask_of(pattern: TokenPattern, ids: Tensor, layer: int = 0) -> Tensor:

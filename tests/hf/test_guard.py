@@ -138,11 +138,15 @@ AutoModelForCausalLM.from_pretrained({str(exported)!r}, attn_implementation="sdp
     assert not trained_pattern(load_model(str(tmp_path / "copy")).config).dense
 
 
-def test_pattern_that_is_taken_out_of_the_configuration_takes_the_guard_along(model: Any, tmp_path: Path) -> None:
+def test_pattern_that_is_taken_out_of_the_configuration_takes_the_guard_along(
+    model: Any, exported: Path, tmp_path: Path
+) -> None:
     """For a model that was trained further with full attention."""
-    del model.config.sepllm_attention
-    assert trained_pattern(model.config) is None and not hasattr(model.config, "sepllm_attention")
-    model.save_pretrained(tmp_path / "dense")
-    content = (tmp_path / "dense" / "config.json").read_text()
-    assert "sepllm" not in content
-    assert full(tmp_path / "dense").config._attn_implementation == "sdpa"
+    for number, trained in enumerate((model, load_model(exported, dense=True))):
+        folder = tmp_path / str(number)
+        del trained.config.sepllm_attention
+        assert trained_pattern(trained.config) is None and not hasattr(trained.config, "sepllm_attention")
+        trained.save_pretrained(folder)
+        assert "sepllm" not in (folder / "config.json").read_text().lower()
+        assert not (folder / "modeling_sepllm.py").exists()
+        assert full(folder).config._attn_implementation == "sdpa"

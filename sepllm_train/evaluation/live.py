@@ -82,8 +82,8 @@ class LiveTasks:
         pattern = TokenPattern.of_run(prepared.steps.base, classes, end)
         self.shape = Shape(config, prepared.facts.vocabulary, pattern, end)
         options = self.options
-        self.loaded = self._stack.enter_context(load_tasks(list(options.tasks), options.data_dir, options.shots))
         lm = SeparatorLM(self.shape.empty(), self.theirs, batch_size=options.batch_size, truncate=options.truncate)
+        self.loaded = self._stack.enter_context(load_tasks(options.tasks, options.data_dir, options.shots, lm))
         found = []
         for task in self.loaded:
             lm.check(task.name, requests(lm, task, options))

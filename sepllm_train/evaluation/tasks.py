@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.parsing import read_json_lines
-from sepllm_train.evaluation.options import nearest
+from sepllm_train.evaluation.needles import KINDS
+from sepllm_train.evaluation.options import NeedleOptions, nearest
+
+if TYPE_CHECKING:
+    from sepllm_train.evaluation.harness import SeparatorLM
 
 Record = dict[str, Any]
 # What each field of a record must be; `list` stands for a list of strings.
@@ -128,10 +132,11 @@ TASKS = {
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A task of the harness, ready to be evaluated. `tasks` is what lm_eval.evaluator.evaluate takes; `data` says
-    where the documents are from, `split` which of them are evaluated."""
+    """A task of the harness, ready to be evaluated. `harness` is its name there; `tasks` is what
+    lm_eval.evaluator.evaluate takes; `data` says where the documents are from, `split` which of them are evaluated."""
 
     name: str
+    harness: str
     tasks: Any
     shots: int
     data: dict[str, Any]
@@ -145,24 +150,51 @@ class Loaded:
 
 def check_names(names: Iterable[str]) -> None:
     """Raise UserError for a task that is not among the paper's."""
+    known = (*TASKS, *KINDS)
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(TASKS)}{nearest(name, TASKS)}.")
+        if name not in known:
+            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(known)}{nearest(name, known)}.")
 
 
 @contextmanager
-def load_tasks(names: list[str], data_dir: Path | None, shots: int | None) -> Iterator[list[Loaded]]:
+def load_tasks(
+    names: Sequence[str],
+    data_dir: Path | None,
+    shots: int | None,
+    lm: SeparatorLM | None = None,
+    needles: NeedleOptions | None = None,
+) -> Iterator[list[Loaded]]:
     """The tasks, from the hub where `data_dir` is None; what is made of local files is removed at the end.
 
-    shots: examples in each prompt, None for the task's own number. Raises UserError for an unknown task, files that are
-    missing or not in their form, and data that the hub does not give.
+    shots: examples in each prompt, None for the task's own number. lm: whose tokenizer and context needles are made
+    for. Raises UserError for an unknown task, files that are missing or not in their form, and data that the hub does
+    not give.
     """
     import datasets
 
     datasets.disable_progress_bars()
     check_names(names)
     with tempfile.TemporaryDirectory(prefix="sepllm_evaluation_") as made:
-        yield [_load(name, data_dir, Path(made) / name, shots) for name in names]
+        yield [
+            _load_needles(name, lm, needles or NeedleOptions())
+            if name in KINDS
+            else _load(name, data_dir, Path(made) / name, shots)
+            for name in names
+        ]
+
+
+def _load_needles(name: str, lm: SeparatorLM | None, options: NeedleOptions) -> Loaded:
+    from sepllm_train.evaluation.needle_tasks import needle_task
+
+    assert lm is not None, "needles are made for a tokenizer and a context"
+
+    def haystack() -> str:
+        if options.haystack is None:
+            raise UserError(f"{name} hides its needles in a text: give one with --haystack FILE.")
+        return read_text(options.haystack)
+
+    task, data = needle_task(name, lm.tok_encode, lm.max_length, options, haystack)
+    return Loaded(name, name, {"tasks": {name: task}, "groups": {}, "group_map": {}}, 0, data)
 
 
 def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> Loaded:
@@ -191,7 +223,7 @@ def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> 
         if used > pool:
             raise UserError(f"{name} has {pool} examples to show and --num-fewshot asks for {used}.")
         one.set_config(key="num_fewshot", value=used)
-    return Loaded(name, tasks, used, data)
+    return Loaded(name, task.harness, tasks, used, data)
 
 
 def _harness_tasks() -> Path:
@@ -230,6 +262,8 @@ def _write_definition(name: str, data_dir: Path, folder: Path) -> dict[str, Any]
 
 def local_files(name: str, data_dir: Path) -> dict[str, Path]:
     """The files of a task by split, in `data_dir` or its folder eval. Raises UserError when none is to be evaluated."""
+    if name in KINDS:
+        return {}
     task = TASKS[name]
     if task.convert is None:
         raise UserError(
@@ -248,7 +282,7 @@ def local_files(name: str, data_dir: Path) -> dict[str, Path]:
 def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]) -> list[Record]:
     """The records of a local file, which must have `fields`, converted. Raises UserError for a line that is not so."""
     if path.suffix == ".txt":
-        return [{"page": page} for page in articles(_read_text(path))]
+        return [{"page": page} for page in articles(read_text(path))]
     records = []
     for number, record in read_json_lines(path, f"a record of its task has {', '.join(fields)}"):
         try:
@@ -262,7 +296,7 @@ def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]
     return records
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file. Raises UserError where there is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")

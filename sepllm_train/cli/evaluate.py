@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> None:
 def _evaluate(words: Sequence[str]) -> None:
     parser = flags.parser(
         "evaluate",
-        "The paper's tasks through lm-evaluation-harness, under separator attention and baselines.\n"
+        "Tasks of lm-evaluation-harness, the paper's among them, under separator attention and baselines.\n"
         "`sepllm evaluate kv` counts the keys that prompts keep, without a model; `sepllm evaluate needles` writes\n"
         "RULER's needle tasks to a file; `sepllm evaluate report` makes a table of results.",
         "runs/pythia160m_sep --tasks lambada,piqa --data-dir data/eval --baselines paper\n"
@@ -41,8 +41,9 @@ def _evaluate(words: Sequence[str]) -> None:
     )
     flags.add_model(parser)
     add = parser.add_argument
-    add("--tasks", type=flags.names, required=True, metavar="LIST", help="arc_challenge,arc_easy,lambada,"
-        "logiqa,piqa,sciq,wikitext,gsm8k_cot,mmlu or some of them")  # fmt: skip
+    add("--tasks", type=flags.names, required=True, metavar="LIST", help="such as arc_challenge,arc_easy,"
+        "lambada,logiqa,piqa,sciq,wikitext,gsm8k_cot,mmlu (the paper's), niah_single_1 (needles), or any other task, "
+        "group or tag of lm-evaluation-harness")  # fmt: skip
     add("--data-dir", type=Path, metavar="DIR", help="local files (default: the Hugging Face hub)")
     add("--limit", type=int, metavar="N", help="only the first N documents of each task")
     add(
@@ -62,7 +63,9 @@ def _evaluate(words: Sequence[str]) -> None:
                        "pattern:classes=comma+period")  # fmt: skip
     arguments = parser.parse_args(words)
 
-    from sepllm_train.evaluation.tasks import check_names, local_files
+    from sepllm_train.evaluation.hub import offline_unless_reachable
+    from sepllm_train.evaluation.needles import KINDS
+    from sepllm_train.evaluation.tasks import check_data, check_names
 
     check_names(arguments.tasks)
     if not arguments.tasks:
@@ -83,9 +86,11 @@ def _evaluate(words: Sequence[str]) -> None:
     options.check()
     if arguments.data_dir is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        for name in arguments.tasks:
-            local_files(name, arguments.data_dir)
+        check_data(arguments.tasks, arguments.data_dir)
     flags.require_model(arguments)
+    given = options.needles.haystack is not None
+    if any(name not in KINDS or (KINDS[name].haystack == "text" and not given) for name in options.tasks):
+        offline_unless_reachable()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     device = flags.prepare_device(arguments)

@@ -62,8 +62,8 @@ class LiveTasks:
     def _load(self, prepared: Prepared) -> str:
         """Set tokenizer, model without weights and tasks; gives the tasks in words."""
         from sepllm_train.evaluation.harness import SeparatorLM
+        from sepllm_train.evaluation.loading import load_tasks
         from sepllm_train.evaluation.run import calm, requests
-        from sepllm_train.evaluation.tasks import load_tasks
         from sepllm_train.generation.pattern import TokenPattern
         from sepllm_train.hf.architecture import model_type
         from sepllm_train.hf.export import Shape

@@ -13,6 +13,7 @@ from sepllm_train.evaluation.options import NeedleOptions
 
 # The longest prompt that is made unless others are asked for: the harness's.
 LONGEST = 4096
+_METRIC = "string_match_all"
 
 
 def needle_records(
@@ -29,9 +30,9 @@ def needle_task(
 ) -> tuple[Any, dict[str, Any]]:
     """The harness's task of a kind of needles, and where its data is from.
 
-    Its metrics are RULER's string_match_all by length: the mean share of a record's answers that are in what is
-    generated, in the ANSWER tokens that it may have. context: of the model, in tokens. Raises UserError for a length
-    above it, and as make_needles does.
+    Its metric is RULER's string_match_all: the mean share of a record's answers that are in the ANSWER tokens that are
+    generated, over all records and, under its name, over those of each length. context: of the model, in tokens. Raises
+    UserError for a length above it, and as make_needles does.
     """
     import datasets
     from lm_eval.api.task import ConfigurableTask
@@ -56,7 +57,8 @@ def needle_task(
             "generation_kwargs": {"do_sample": False, "temperature": 0.0, "max_gen_toks": ANSWER, "until": []},
             "process_results": _score,
             "metric_list": [
-                {"metric": str(length), "aggregation": "mean", "higher_is_better": True} for length in lengths
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                for metric in (_METRIC, *map(str, lengths))
             ],
             "num_fewshot": 0,
             "metadata": {"version": 1.0},
@@ -68,8 +70,16 @@ def needle_task(
     return task, {"source": "needles", "made": made, "files": {"test": {"path": None, "sha256": content}}}
 
 
+def essays() -> str:
+    """The haystack of RULER's own tasks, from the hub."""
+    import datasets
+
+    return " ".join(datasets.load_dataset("baber/paul_graham_essays", split="train")["text"])
+
+
 def _score(record: Record, answers: list[str]) -> dict[str, float]:
-    """The score of one answer under its length."""
     from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
-    return {str(record["max_length"]): string_match_all(postprocess_pred(answers), [record["outputs"]])}
+    return dict.fromkeys(
+        (_METRIC, str(record["max_length"])), string_match_all(postprocess_pred(answers), [record["outputs"]])
+    )

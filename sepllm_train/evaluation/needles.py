@@ -52,8 +52,9 @@ _NOUNS = (
     "hammer harbor hat helmet hill honey horse island jacket jar kettle key kite ladder lake lamp lantern leaf lemon "
     "letter lion lock mantle maple market meadow mirror moon mountain needle nest notebook oak oar ocean onion orchard "
     "oven paddle palace paper parcel pebble pencil pepper piano pillow planet plate pocket pond puzzle quilt rabbit "
-    "ribbon river road rocket roof rope rug saddle sail salad shelf shell ship shoe shovel spoon stable stairs stone stove "
-    "table temple ticket tiger tower train tree trumpet tulip valley violin wagon wallet whistle willow window wolf"
+    "ribbon river road rocket roof rope rug saddle sail salad shelf shell ship shoe shovel spoon stable stairs stone "
+    "stove table temple ticket tiger tower train tree trumpet tulip valley violin wagon wallet whistle willow window "
+    "wolf"
 )
 _KEYS = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
 

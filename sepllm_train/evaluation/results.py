@@ -36,7 +36,7 @@ _CONTENT: dict[str, Any] = {
 
 def result_path(folder: Path, task: str, label: str) -> Path:
     """The file of a task's result under the attention `label`."""
-    return folder / f"{task}.{label.replace(':', '_')}.json"
+    return folder / f"{task}.{label}.json".replace(":", "_")
 
 
 def read_result(path: Path) -> dict[str, Any]:

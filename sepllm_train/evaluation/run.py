@@ -25,10 +25,10 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.loading import Loaded, load_tasks
 from sepllm_train.evaluation.options import EvaluationOptions
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
 from sepllm_train.evaluation.stream_model import Opened
-from sepllm_train.evaluation.tasks import Loaded, load_tasks
 from sepllm_train.hf.tokenizer import to_transformers
 from sepllm_train.training.run_folder import environment
 

@@ -103,7 +103,7 @@ def test_the_score_is_the_share_of_answers_that_are_found(models: dict[str, Path
     model = open_model(str(models["sep"]), None, "fp32", "cpu")
     tokenizer = tokenizer_for(model, None)
     lm = SeparatorLM(model.model, tokenizer, batch_size=4)
-    needles = NeedleOptions((600, 900), 2, 0, tmp_path / "book.txt")
+    needles = NeedleOptions((900, 1400), 2, 0, tmp_path / "book.txt")
     records = [make_needles(lm.tok_encode, "niah_multivalue", length, 2, 0, TEXT) for length in needles.lengths or ()]
     answers = {record["input"]: record["outputs"] for record in records[0]}
 
@@ -111,7 +111,7 @@ def test_the_score_is_the_share_of_answers_that_are_found(models: dict[str, Path
         found = []
         for request in requests:
             prompt, how = request.args
-            assert how["max_gen_toks"] == ANSWER and len(lm.tok_encode(prompt)) + ANSWER <= 900
+            assert how["max_gen_toks"] == ANSWER and len(lm.tok_encode(prompt)) + ANSWER <= 1400
             known = next((outputs for text, outputs in answers.items() if prompt.startswith(text)), [])
             found.append(" and ".join(known[:2]))
         return found
@@ -120,7 +120,8 @@ def test_the_score_is_the_share_of_answers_that_are_found(models: dict[str, Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SeparatorLM, "generate_until", generate_until)
         (result,) = evaluate(model, tokenizer, [bind(model, AttentionChoice())], options)
-    assert {name: entry["value"] for name, entry in result["metrics"].items()} == {"600": 0.5, "900": 0.0}
+    scores = {name: entry["value"] for name, entry in result["metrics"].items()}
+    assert scores == {"string_match_all": 0.25, "900": 0.5, "1400": 0.0}
     assert result["documents"] == 4 and result["data"]["made"]["haystack"] == str(tmp_path / "book.txt")
 
 
@@ -128,17 +129,19 @@ def test_needles_through_a_model(models: dict[str, Path], tmp_path: Path, capsys
     """Under the pattern, a cache and full attention; too long ones and a text that is missing end with a sentence."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     asked = [models["sep"], "--tasks", "niah_single_1", "--count", 2, "--limit", 2]
-    program("evaluate")([*asked, "--lengths", "500,600", "--output", tmp_path, "--baselines",
+    program("evaluate")([*asked, "--lengths", "600,700", "--output", tmp_path, "--baselines",
                          "dense,cache:capacity=40:separators=4"])  # fmt: skip
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert len(found) == 3 and all(result["metrics"].keys() == {"500", "600"} for result in found.values())
+    assert len(found) == 3 and all(
+        result["metrics"].keys() == {"string_match_all", "600", "700"} for result in found.values()
+    )
     pattern = found["niah_single_1.pattern"]
     assert pattern["data"]["source"] == "needles" and len(pattern["data"]["files"]["test"]["sha256"]) == 64
     assert pattern["documents"] == 2 and pattern["kv_share"] < 1
     for more, sentence in (
         (["--lengths", "5000"], "niah_single_1 of 5,000 tokens is longer than the model's context of 4,096"),
         (["--lengths", "0"], "--lengths 0 must be at least 1"),
-        (["--lengths", "500", "--haystack", "nothing.txt"], "--haystack nothing.txt is not a file"),
+        (["--lengths", "600", "--haystack", "nothing.txt"], "--haystack nothing.txt is not a file"),
         (["--tasks", "niah_single_2"], "niah_single_2 hides its needles in a text: give one with --haystack FILE"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,13 +116,14 @@ def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> 
     task = TASKS.get(name) or EvalTask(name, "")
     data: dict[str, Any] = {"source": "hub" if data_dir is None else str(data_dir)}
     if data_dir is not None and own_files(name, data_dir):
-        data, data_dir, places = write_definition(name, data_dir, folder), None, {folder}
+        data, data_dir, place = write_definition(name, data_dir, folder), None, str(folder)
     elif task.definition:
-        place = definition_of(task)
-        places = {place if place.is_dir() else place.parent}
+        path = definition_of(task)
+        place = str(path if path.is_dir() else path.parent)
     else:
-        places = {path.parent for path in needed(name).values()}
-    manager = TaskManager(include_path=[str(place) for place in sorted(places)], include_defaults=False)
+        # Not all of the harness's folder, which takes long. Of several folders a tag would have the last one's tasks.
+        place = os.path.commonpath([path.parent for path in needed(name).values()])
+    manager = TaskManager(include_path=place, include_defaults=False)
     try:
         with data_of(name, data_dir, folder / "cache") as files:
             loaded = manager.load([task.harness])

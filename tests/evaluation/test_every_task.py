@@ -49,8 +49,8 @@ CASES = {
     "hellaswag": Case(
         "Rowan/hellaswag", "validation",
         {"activity_label": "Cat", "ctx_a": "the cat went", "ctx_b": "it", "label": "1",
-         "endings": ["[title] home.", "out.", "up.", "in."]},
-        ("Cat: the cat went It", " . home."), "acc_norm",
+         "endings": ["out [title] home.", "out.", "up.", "in."]},
+        ("Cat: the cat went It", " out. home."), "acc_norm",
     ),
     "winogrande": Case(
         "allenai/winogrande/winogrande_xl", "validation",
@@ -70,7 +70,7 @@ CASES = {
     ),
     "blimp_wh_island": Case(
         "nyu-mll/blimp/wh_island", "train", {"sentence_good": "the cat went", "sentence_bad": "the went cat"},
-        ("", "the cat went"), "acc",
+        ("", " the cat went"), "acc",
     ),
     "wsc": Case(
         "aps/super_glue/wsc.fixed", "validation",
@@ -163,29 +163,14 @@ def test_a_group_has_the_score_of_its_aggregate(models: dict[str, Path], blimp: 
 
 
 def test_a_tag_becomes_its_tasks(tmp_path: Path) -> None:
-    """Which may be named beside it in one call, but not twice."""
-    for name in ("boolq", "wsc"):
-        write_lines(tmp_path / CASES[name].folder / "validation.jsonl", 2 * [CASES[name].record])
-    pair = {"premise": "the cat went", "hypothesis": "it went", "label": 0, "idx": 0}
-    others: dict[str, dict[str, Any]] = {
-        "cb": pair,
-        "copa": {"premise": "the cat went.", "choice1": "It ran.", "choice2": "It sat.", "question": "cause",
-                 "label": 0, "idx": 0},
-        "multirc": {"paragraph": "the cat", "question": "who?", "answer": "it", "label": 1,
-                    "idx": {"paragraph": 0, "question": 0, "answer": 0}},
-        "record": {"passage": "the cat\n@highlight\nit", "query": "@placeholder went", "entities": ["cat", "dog"],
-                   "answers": ["cat"], "idx": {"passage": 0, "query": 0}},
-        "rte": pair,
-        "wic": {"word": "cat", "sentence1": "the cat", "sentence2": "a cat", "start1": 4, "start2": 2, "end1": 7,
-                "end2": 5, "label": 1, "idx": 0},
-    }  # fmt: skip
-    for name, record in others.items():
-        write_lines(tmp_path / f"aps__super_glue/{name}/validation.jsonl", [record])
-    tag = "super-glue-lm-eval-v1"
-    with load_tasks([tag], tmp_path, None) as loaded:
-        assert {task.name for task in loaded} == set(needed(tag)) and len(loaded) == 8
+    """Which may not be named beside it."""
+    record = {"question": "who?", "choices": {"text": ["a dog", "it"], "label": ["A", "B"]}, "answerKey": "B"}
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        write_lines(tmp_path / "allenai__ai2_arc" / name / "test.jsonl", [record])
+    with load_tasks(["ai2_arc"], tmp_path, None) as loaded:
+        assert sorted(task.name for task in loaded) == sorted(needed("ai2_arc")) == ["arc_challenge", "arc_easy"]
         assert all(list(task.tasks["tasks"]) == [task.name] for task in loaded)
-    with pytest.raises(UserError, match="names boolq twice"), load_tasks([tag, "boolq"], tmp_path, None):
+    with pytest.raises(UserError, match="names arc_easy twice"), load_tasks(["ai2_arc", "arc_easy"], tmp_path, None):
         pass
 
 

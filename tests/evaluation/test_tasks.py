@@ -242,10 +242,9 @@ MISTAKES: dict[str, tuple[str, str | None, str]] = {
     ),
     "three choices": ("piqa", record(choices=list("abc")), r"line 1 of .*: it has 3 choices and needs 2\."),
     "empty": ("arc_easy", "", r"arc_easy_test.jsonl is empty"),
-    "no local form": ("mmlu", None, r"mmlu has no form for local files: leave --data-dir out"),
-    "unknown": ("hellaswag", None, r"the task 'hellaswag' is unknown: choose from arc_challenge, "),
-    "mistyped": ("lambda", None, r"the task 'lambda' is unknown: choose from .*, mmlu; the nearest is lambada\."),
-    "another spelling": ("gsm8k", None, r"the task 'gsm8k' is unknown: .*; the nearest is gsm8k_cot\."),
+    "no form of its own": ("mmlu", None, r"mmlu_[a-z_]+ needs .*/cais/mmlu/[a-z_]+/SPLIT.jsonl or .parquet"),
+    "unknown": ("hellswag", None, r"the task 'hellswag' is unknown: choose from arc_challenge, .*; nearest: hellaswag"),
+    "mistyped": ("lambda", None, r"the task 'lambda' is unknown: choose from .*; nearest: lambada, "),
 }
 
 

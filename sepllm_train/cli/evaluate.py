@@ -65,7 +65,7 @@ def _evaluate(words: Sequence[str]) -> None:
 
     from sepllm_train.evaluation.hub import offline_unless_reachable
     from sepllm_train.evaluation.needles import KINDS
-    from sepllm_train.evaluation.tasks import check_data, check_names
+    from sepllm_train.evaluation.tasks import PAPER, check_data, check_names
 
     check_names(arguments.tasks)
     if not arguments.tasks:
@@ -84,6 +84,9 @@ def _evaluate(words: Sequence[str]) -> None:
         _needle_options(arguments),
     )
     options.check()
+    for option in ("lengths", "haystack"):
+        if getattr(arguments, option) is not None and not KINDS.keys() & set(options.tasks):
+            raise UserError(f"--{option} is for needles, and --tasks names none of {', '.join(KINDS)}.")
     if arguments.data_dir is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         check_data(arguments.tasks, arguments.data_dir)
@@ -104,8 +107,9 @@ def _evaluate(words: Sequence[str]) -> None:
     attentions = [bind(opened, one) for one in choices]
     tokenizer = tokenizer_for(opened, arguments.tokenizer)
     results = evaluate(opened, tokenizer, attentions, options, arguments.output, arguments.overwrite)
-    if results:
-        print("\n" + table(results), end="")
+    shown = [result for result in results if result["task"] in PAPER]
+    if shown:
+        print("\n" + table(shown), end="")
 
 
 def _add_needles(group: flags.Group, lengths: str) -> None:

@@ -16,7 +16,7 @@ from sepllm_train.base.errors import UserError
 
 # Keys of a definition, each at the beginning of its line; a list may follow.
 _KEYS = b"task|group|tag|include|dataset_path|dataset_name|unsafe_code|doc_to_image|doc_to_audio"
-_KEY = re.compile(rb"^(" + _KEYS + rb"):[ \t]*([^\n]*)\n?((?:[ \t]*-[^\n]*\n?)*)", re.MULTILINE)
+_KEY = re.compile(rb"^[\"']?(" + _KEYS + rb")[\"']?:[ \t]*([^\n]*)\n?((?:[ \t]*-[^\n]*\n?)*)", re.MULTILINE)
 # Files of a split, by its name.
 SUFFIXES = (".jsonl", ".parquet")
 

@@ -105,7 +105,7 @@ def _load_needles(
             ) from None
 
     task, data = needle_task(name, lm.tok_encode, lm.max_length, options, haystack)
-    return Loaded(name, name, {"tasks": {name: task}, "groups": {}, "group_map": {}}, 0, data)
+    return Loaded(name, name, {"tasks": {name: task}}, 0, data)
 
 
 def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> list[Loaded]:

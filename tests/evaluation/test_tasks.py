@@ -17,9 +17,10 @@ from lm_eval.api.task import ConfigurableTask
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import bind
+from sepllm_train.evaluation.loading import Loaded, load_tasks
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
 from sepllm_train.evaluation.stream_model import open_model
-from sepllm_train.evaluation.tasks import EVALUATED, TASKS, Loaded, articles, load_tasks
+from sepllm_train.evaluation.tasks import EVALUATED, TASKS, articles
 from sepllm_train.generation.choice import AttentionChoice
 from tests.evaluation.conftest import choice, words
 
@@ -55,6 +56,7 @@ def hub_records(name: str, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         },
     }  # fmt: skip
     forms["arc_challenge"] = forms["arc_easy"]
+    forms["openbookqa"] = lambda r: {"question_stem": r["question"], **forms["arc_easy"](r)}
     form = forms.get(name, dict)
     return {split: [form(record) for record in records] for split, records in splits.items()}
 
@@ -76,6 +78,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
                 "EleutherAI/lambada_openai": "lambada",
                 "EleutherAI/logiqa": "logiqa",
                 "baber/piqa": "piqa",
+                "allenai/openbookqa": "openbookqa",
                 "openai/gsm8k": "gsm8k_cot",
                 "EleutherAI/wikitext_document_level": "wikitext",
             }

@@ -15,7 +15,7 @@ import yaml
 from sepllm_train.base.errors import UserError
 
 # Keys of a definition, each at the beginning of its line; a list may follow.
-_KEYS = b"task|group|tag|include|dataset_path|dataset_name|unsafe_code|doc_to_image|doc_to_audio"
+_KEYS = b"task|group|class|tag|include|dataset_path|dataset_name|unsafe_code|doc_to_image|doc_to_audio"
 _KEY = re.compile(rb"^[\"']?(" + _KEYS + rb")[\"']?:[ \t]*([^\n]*)\n?((?:[ \t]*-[^\n]*\n?)*)", re.MULTILINE)
 # Files of a split, by its name.
 SUFFIXES = (".jsonl", ".parquet")
@@ -38,10 +38,10 @@ def definitions() -> dict[str, tuple[Path, ...]]:
     tags: dict[str, tuple[Path, ...]] = {}
     for path in sorted(folder.rglob("*.yaml")) if folder is not None else ():
         keys = scalars(path)
-        name = next((keys[key][0] for key in ("group", "task") if keys.get(key)), None)
-        if name is None:
+        named = keys.get("group") or keys.get("task")
+        if not named:
             continue
-        found.setdefault(name, (path,))
+        found.setdefault(named[0], (path,))
         for tag in keys.get("tag", ()) if "group" not in keys else ():
             tags[tag] = (*tags.get(tag, ()), path)
     return tags | found
@@ -60,7 +60,11 @@ def scalars(path: Path) -> dict[str, list[str]]:
         place = path.parent / included
         if place.is_file():
             found |= scalars(place)
-    return found | own
+    merged = found | own
+    if "class" in merged:
+        # To the harness it is a task, whatever group it names.
+        merged.pop("group", None)
+    return merged
 
 
 def needed(name: str) -> dict[str, Path]:

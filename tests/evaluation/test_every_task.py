@@ -16,7 +16,7 @@ import datasets
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import bind
-from sepllm_train.evaluation.catalogue import data_sets, definitions, needed
+from sepllm_train.evaluation.catalogue import data_sets, definitions, harness_tasks, needed
 from sepllm_train.evaluation.loading import load_tasks
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
 from sepllm_train.evaluation.stream_model import open_model
@@ -252,16 +252,27 @@ def test_tasks_that_are_refused(name: str, sentence: str) -> None:
         check_names([name])
 
 
-def test_names_are_those_of_the_harness() -> None:
-    """All that its own index finds, and a group's tasks with it."""
+@pytest.mark.parametrize("part", ["super_glue", "mmlu/default", "scrolls", "arc", "blimp"])
+def test_names_are_those_of_the_harness(part: str) -> None:
+    """All that its own index finds in a folder, whose files have quoted keys, classes, tags and groups."""
     from lm_eval.tasks import TaskManager
 
-    folder = Path(definitions()["boolq"][0]).parents[1]
+    folder = harness_tasks()
+    assert folder is not None
+    folder /= part
     theirs = TaskManager(include_path=str(folder), include_defaults=False)
     own = {name for name, paths in definitions().items() if any(path.is_relative_to(folder) for path in paths)}
-    assert own == set(theirs.all_tasks)
-    assert set(needed("blimp")) - {"blimp"} == {name for name in definitions() if name.startswith("blimp_")
-                                                 and definitions()[name][0].parent.name == "blimp"}  # fmt: skip
+    assert own == set(theirs.all_tasks) and len(own) > 2
+    for tag in theirs.all_tags:
+        assert {name for name, path in needed(tag).items() if path.is_relative_to(folder)} == theirs.task_index[
+            tag
+        ].tags
+
+
+def test_a_group_stands_for_its_tasks() -> None:
+    """Also through a group and a tag in it."""
+    assert len(needed("mmlu")) == 57 + 5 and "mmlu_anatomy" in needed("mmlu") and "mmlu_stem" in needed("mmlu")
+    assert data_sets("mmlu")["mmlu_anatomy"] == ("cais/mmlu", "anatomy") and len(data_sets("mmlu")) == 57
 
 
 def test_data_that_the_hub_does_not_give() -> None:

@@ -162,8 +162,8 @@ def _set_shots(name: str, task: Any, wanted: int | None) -> None:
 
 
 def _scored(part: Any) -> dict[str, dict[str, Any]]:
-    """What the harness's evaluation takes, by the name of the score: a task, a group that has a score, or what a group
-    without one consists of."""
+    """Input of the harness's evaluation by the name of the score: a task, a group that has a score, or the parts of a
+    group without one."""
     from lm_eval.api.group import Group
 
     if not isinstance(part, Group):

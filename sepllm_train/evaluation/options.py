@@ -88,7 +88,6 @@ _KEYS = {
     "--num-fewshot": "evaluation.shots",
     "--truncate": "evaluation.truncate=true",
     "--tasks": "evaluation.tasks",
-    "--lengths": "a larger data.sequence_length",
     "--haystack FILE": "evaluation.data_dir=DIR as DIR/baber/paul_graham_essays/train.jsonl",
 }
 

@@ -59,9 +59,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from sepllm_train.evaluation.attention import bind
     from sepllm_train.evaluation.harness import SeparatorLM
+    from sepllm_train.evaluation.loading import load_tasks
     from sepllm_train.evaluation.run import EvaluationOptions, calm, evaluate_task, tokenizer_for
     from sepllm_train.evaluation.stream_model import open_model
-    from sepllm_train.evaluation.tasks import load_tasks
     from sepllm_train.training.run_folder import environment
 
     if arguments.threads is not None:

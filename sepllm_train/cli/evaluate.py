@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.cli import flags
-from sepllm_train.evaluation.options import PAPER_INTERVAL, EvaluationOptions, with_baselines
+from sepllm_train.evaluation.options import PAPER_INTERVAL, EvaluationOptions, NeedleOptions, with_baselines
 from sepllm_train.generation.choice import ATTENTIONS, CLASSES, INITIAL, WINDOW, check_used
 
 _KEPT = """Counted: a prompt is eight examples, `Q: question`, newline, `A: answer`, blank line each (those of
@@ -21,8 +22,8 @@ own share is told beside it. Separators are the tokenizer's entries of --classes
 
 
 def main(words: Sequence[str]) -> None:
-    """Evaluate a model, or run the sub-command `kv` or `report`. Raises UserError."""
-    other = {"kv": _kv, "report": _report}.get(words[0]) if words else None
+    """Evaluate a model, or run the sub-command `kv`, `needles` or `report`. Raises UserError."""
+    other = {"kv": _kv, "needles": _needles, "report": _report}.get(words[0]) if words else None
     if other is not None:
         other(words[1:])
     else:
@@ -32,16 +33,17 @@ def main(words: Sequence[str]) -> None:
 def _evaluate(words: Sequence[str]) -> None:
     parser = flags.parser(
         "evaluate",
-        "The paper's tasks through lm-evaluation-harness, under separator attention and baselines.\n"
-        "`sepllm evaluate kv` counts the keys that prompts keep, without a model; `sepllm evaluate report` makes a\n"
-        "table of results.",
+        "Tasks of lm-evaluation-harness, the paper's among them, under separator attention and baselines.\n"
+        "`sepllm evaluate kv` counts the keys that prompts keep, without a model; `sepllm evaluate needles` writes\n"
+        "RULER's needle tasks to a file; `sepllm evaluate report` makes a table of results.",
         "runs/pythia160m_sep --tasks lambada,piqa --data-dir data/eval --baselines paper\n"
         "models/pythia-160m --tasks gsm8k_cot --attention cache --window 256 --capacity 800",
     )
     flags.add_model(parser)
     add = parser.add_argument
-    add("--tasks", type=flags.names, required=True, metavar="LIST", help="arc_challenge,arc_easy,lambada,"
-        "logiqa,piqa,sciq,wikitext,gsm8k_cot,mmlu or some of them")  # fmt: skip
+    add("--tasks", type=flags.names, required=True, metavar="LIST", help="such as arc_challenge,arc_easy,"
+        "lambada,logiqa,piqa,sciq,wikitext,gsm8k_cot,mmlu (the paper's), niah_single_1 (needles), or any other task, "
+        "group or tag of lm-evaluation-harness")  # fmt: skip
     add("--data-dir", type=Path, metavar="DIR", help="local files (default: the Hugging Face hub)")
     add("--limit", type=int, metavar="N", help="only the first N documents of each task")
     add(
@@ -52,6 +54,7 @@ def _evaluate(words: Sequence[str]) -> None:
     add("--overwrite", action="store_true", help="replace results in --output that are of another model,"
         " attention or other conditions")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="N", help="sequences in a forward (8)")
+    _add_needles(parser.add_argument_group("needles (tasks niah_...)"), "the model's context, at most 4096")
     group = parser.add_argument_group("attention")
     flags.add_attention(group, "attention", "pattern")
     group.add_argument("--baselines", type=flags.names, default=[], metavar="LIST", help="others to evaluate, each at"
@@ -60,7 +63,9 @@ def _evaluate(words: Sequence[str]) -> None:
                        "pattern:classes=comma+period")  # fmt: skip
     arguments = parser.parse_args(words)
 
-    from sepllm_train.evaluation.tasks import check_names, local_files
+    from sepllm_train.evaluation.hub import offline_unless_reachable
+    from sepllm_train.evaluation.needles import KINDS
+    from sepllm_train.evaluation.tasks import PAPER, check_data, check_names
 
     check_names(arguments.tasks)
     if not arguments.tasks:
@@ -76,13 +81,19 @@ def _evaluate(words: Sequence[str]) -> None:
         arguments.num_fewshot,
         arguments.batch_size,
         arguments.truncate,
+        _needle_options(arguments),
     )
     options.check()
+    for option in ("lengths", "haystack"):
+        if getattr(arguments, option) is not None and not KINDS.keys() & set(options.tasks):
+            raise UserError(f"--{option} is for needles, and --tasks names none of {', '.join(KINDS)}.")
     if arguments.data_dir is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        for name in arguments.tasks:
-            local_files(name, arguments.data_dir)
+        check_data(arguments.tasks, arguments.data_dir)
     flags.require_model(arguments)
+    given = options.needles.haystack is not None
+    if any(name not in KINDS or (KINDS[name].haystack == "text" and not given) for name in options.tasks):
+        offline_unless_reachable()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     device = flags.prepare_device(arguments)
@@ -96,8 +107,67 @@ def _evaluate(words: Sequence[str]) -> None:
     attentions = [bind(opened, one) for one in choices]
     tokenizer = tokenizer_for(opened, arguments.tokenizer)
     results = evaluate(opened, tokenizer, attentions, options, arguments.output, arguments.overwrite)
-    if results:
-        print("\n" + table(results), end="")
+    shown = [result for result in results if result["task"] in PAPER]
+    if shown:
+        print("\n" + table(shown), end="")
+
+
+def _add_needles(group: flags.Group, lengths: str) -> None:
+    """--lengths, --count, --seed, --haystack."""
+    add = group.add_argument
+    add(
+        "--lengths", type=flags.numbers, metavar="LIST", help=f"tokens of a prompt with its answer (default: {lengths})"
+    )
+    add("--count", type=int, default=NeedleOptions.count, metavar="N", help="records of each length (%(default)s)")
+    add("--seed", type=int, default=NeedleOptions.seed, help="the same seed makes the same records (%(default)s)")
+    add("--haystack", type=Path, metavar="FILE", help="text that needles are hidden in, where the task has none")
+
+
+def _needle_options(arguments: argparse.Namespace) -> NeedleOptions:
+    lengths = None if arguments.lengths is None else tuple(arguments.lengths)
+    return NeedleOptions(lengths, arguments.count, arguments.seed, arguments.haystack)
+
+
+def _needles(words: Sequence[str]) -> None:
+    """Write records of RULER's needle tasks."""
+    from sepllm_train.evaluation.needles import KINDS
+
+    parser = flags.parser(
+        "evaluate needles",
+        "RULER's needle tasks for a tokenizer, a JSON record on each line, made without a network. `sepllm evaluate\n"
+        "MODEL --tasks niah_single_1,...` makes and scores the same records.",
+        "--tokenizer tokenizer.json --lengths 1024,4096 --kinds niah_single_1,niah_single_2 --haystack book.txt "
+        "--output needles.jsonl",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json or .model")
+    parser.add_argument("--kinds", type=flags.names, default=["niah_single_1"], metavar="LIST", help=", ".join(KINDS))
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a .jsonl file, which must not be there"
+    )
+    _add_needles(parser, "4096")
+    arguments = parser.parse_args(words)
+    options = _needle_options(arguments)
+    options.check()
+    flags.require_new(arguments.output)
+
+    import json
+
+    from data_prep.tokenizers import load_tokenizer
+    from sepllm_train.base.files import write_whole
+    from sepllm_train.evaluation.needle_tasks import LONGEST, needle_records
+    from sepllm_train.evaluation.tasks import read_text
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    text = None if options.haystack is None else read_text(options.haystack)
+    lines = [
+        json.dumps({"task": kind, **record})
+        for kind in arguments.kinds
+        for record in needle_records(
+            lambda prompt: tokenizer.encode_batch([prompt])[0], kind, options.lengths or (LONGEST,), options, text
+        )
+    ]
+    write_whole(arguments.output, ("\n".join(lines) + "\n").encode())
+    print(f"{len(lines):,} records: {arguments.output}")
 
 
 def _kv(words: Sequence[str]) -> None:

@@ -60,7 +60,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Use a model": {
         "generate": Command("generate", "continue prompts with a run"),
         "stream": Command("stream", "score or continue text without end in a cache of bounded size"),
-        "evaluate": Command("evaluate", "run the paper's tasks; KV retention; result tables"),
+        "evaluate": Command("evaluate", "run tasks of lm-evaluation-harness; needles; KV retention; tables"),
         "export": Command("export", "write a run as a Hugging Face model"),
         "import": Command("importing", "make a checkpoint of a Hugging Face model"),
         "average": Command("average", "make a run of the mean of several checkpoints of a run", _NOTHING),

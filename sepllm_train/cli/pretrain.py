@@ -169,14 +169,17 @@ def _require_tasks(config: Config, processes: int) -> None:
     asked = config.evaluation
     if not asked.tasks:
         return
+    from sepllm_train.evaluation.hub import offline_unless_reachable
     from sepllm_train.evaluation.options import in_keys
-    from sepllm_train.evaluation.tasks import check_names, local_files
+    from sepllm_train.evaluation.tasks import check_data, check_names
 
     with in_keys():
         check_names(asked.tasks)
         # Under torchrun the ranks look together, later: one of them alone may not see a file.
-        for name in asked.tasks if asked.data_dir is not None and "RANK" not in os.environ else ():
-            local_files(name, Path(asked.data_dir or ""))
+        if asked.data_dir is not None and "RANK" not in os.environ:
+            check_data(asked.tasks, Path(asked.data_dir))
+        elif asked.data_dir is None:
+            offline_unless_reachable()
     for package in ("lm_eval", "transformers", *(("accelerate",) if processes > 1 else ())):
         if importlib.util.find_spec(package) is None:
             raise UserError(

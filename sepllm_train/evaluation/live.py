@@ -62,8 +62,8 @@ class LiveTasks:
     def _load(self, prepared: Prepared) -> str:
         """Set tokenizer, model without weights and tasks; gives the tasks in words."""
         from sepllm_train.evaluation.harness import SeparatorLM
+        from sepllm_train.evaluation.loading import load_tasks
         from sepllm_train.evaluation.run import calm, requests
-        from sepllm_train.evaluation.tasks import load_tasks
         from sepllm_train.generation.pattern import TokenPattern
         from sepllm_train.hf.architecture import model_type
         from sepllm_train.hf.export import Shape
@@ -82,8 +82,8 @@ class LiveTasks:
         pattern = TokenPattern.of_run(prepared.steps.base, classes, end)
         self.shape = Shape(config, prepared.facts.vocabulary, pattern, end)
         options = self.options
-        self.loaded = self._stack.enter_context(load_tasks(list(options.tasks), options.data_dir, options.shots))
         lm = SeparatorLM(self.shape.empty(), self.theirs, batch_size=options.batch_size, truncate=options.truncate)
+        self.loaded = self._stack.enter_context(load_tasks(options.tasks, options.data_dir, options.shots, lm))
         found = []
         for task in self.loaded:
             lm.check(task.name, requests(lm, task, options))

@@ -88,6 +88,7 @@ _KEYS = {
     "--num-fewshot": "evaluation.shots",
     "--truncate": "evaluation.truncate=true",
     "--tasks": "evaluation.tasks",
+    "--haystack FILE": "evaluation.data_dir=DIR as DIR/baber/paul_graham_essays/train.jsonl",
 }
 
 
@@ -101,9 +102,32 @@ def in_keys() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class NeedleOptions:
+    """Needle tasks that are made. lengths: tokens of a prompt with its answer, None for the model's context, at most
+    4,096. count: records of each length. haystack: a text file, None for the essays that RULER takes from the hub."""
+
+    lengths: tuple[int, ...] | None = None
+    count: int = 100
+    seed: int = 0
+    haystack: Path | None = None
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense, and a haystack that is not there."""
+        lengths = self.lengths or ()
+        for name, least in (("--lengths", min(lengths, default=1)), ("--count", self.count)):
+            if least < 1:
+                raise UserError(f"{name} {least} must be at least 1.")
+        if self.lengths == () or len(set(lengths)) < len(lengths):
+            raise UserError("--lengths names none, or one twice.")
+        if self.haystack is not None and not self.haystack.is_file():
+            raise UserError(f"--haystack {self.haystack} is not a file.")
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
-    """tasks: names of TASKS. data_dir: None for the hub. limit: the first documents of each task only. shots: examples
-    in a prompt, None for each task's own number. batch_size: sequences in a forward, which changes no result."""
+    """tasks: names as `sepllm evaluate` takes them. data_dir: None for the hub. limit: the first documents of each task
+    only. shots: examples in a prompt, None for each task's own number. batch_size: sequences in a forward, which
+    changes no result."""
 
     tasks: tuple[str, ...]
     data_dir: Path | None = None
@@ -111,6 +135,7 @@ class EvaluationOptions:
     shots: int | None = None
     batch_size: int = 8
     truncate: bool = False
+    needles: NeedleOptions = NeedleOptions()
 
     def check(self) -> None:
         """Raise UserError for numbers that make no sense."""
@@ -123,6 +148,7 @@ class EvaluationOptions:
                 raise UserError(f"{name} {value} must be at least {least}.")
         if len(set(self.tasks)) < len(self.tasks):
             raise UserError("--tasks names a task twice.")
+        self.needles.check()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.parsing import read_json
-from sepllm_train.evaluation.tasks import TASKS
 from sepllm_train.generation.choice import ATTENTIONS
 
 FORMAT = 1
@@ -37,7 +36,7 @@ _CONTENT: dict[str, Any] = {
 
 def result_path(folder: Path, task: str, label: str) -> Path:
     """The file of a task's result under the attention `label`."""
-    return folder / f"{task}.{label.replace(':', '_')}.json"
+    return folder / f"{task}.{label}.json".replace(":", "_")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a whole result of `sepllm evaluate`: its {wrong} is missing or of another type."
         )
-    if result["task"] not in TASKS or result["attention"]["name"] not in ATTENTIONS:
+    if not printable(result["task"]) or result["attention"]["name"] not in ATTENTIONS:
         raise UserError(f"{path} is of a task or an attention that this version does not know.")
     if not result["metrics"]:
         raise UserError(f"{path} holds no metrics: evaluate {result['task']} again.")

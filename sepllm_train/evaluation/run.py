@@ -25,10 +25,10 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.loading import Loaded, load_tasks
 from sepllm_train.evaluation.options import EvaluationOptions
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
 from sepllm_train.evaluation.stream_model import Opened
-from sepllm_train.evaluation.tasks import TASKS, Loaded, load_tasks
 from sepllm_train.hf.tokenizer import to_transformers
 from sepllm_train.training.run_folder import environment
 
@@ -81,7 +81,7 @@ def evaluate(
     for attention in attentions:
         say(str(attention) + "".join(f" | training-free: {told}" for told in attention.differences))
     identity = _identity(opened, opened.tokenizer)
-    with load_tasks(list(options.tasks), options.data_dir, options.shots) as loaded:
+    with load_tasks(options.tasks, options.data_dir, options.shots, lm, options.needles) as loaded:
         if output is not None and not overwrite:
             for task, attention in product(loaded, attentions):
                 planned = identity | _planned(task, attention, options, lm.world_size)
@@ -122,7 +122,7 @@ def evaluate_task(
     shares, truncated = lm.gathered()
     if found is None:
         return None
-    harness = TASKS[task.name].harness
+    harness = task.harness
     return {
         "format": FORMAT,
         "task": task.name,

@@ -1,17 +1,17 @@
-"""The paper's tasks: their data from the hub, or from local files in the form of lm-evaluation-harness's own tasks.
+"""Tasks of lm-evaluation-harness by name, with data from the hub or from local files, and needles that are made.
 
-A local file is rewritten record by record to the fields that the harness's task reads; prompts, targets and metrics are
-those of the task's own YAML file, which the definition made here includes.
+The paper's tasks have a local form of their own: a file is rewritten record by record to the fields that the harness's
+task reads; prompts, targets and metrics are those of the task's own YAML file, which the definition made here includes.
+All tasks have the general one of local_data.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import yaml
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import hash_file
 from sepllm_train.base.parsing import read_json_lines
-from sepllm_train.evaluation.options import nearest
+from sepllm_train.evaluation.catalogue import data_folder, data_sets, definitions, harness_tasks, refuse, wanted
+from sepllm_train.evaluation.needles import KINDS
 
 Record = dict[str, Any]
 # What each field of a record must be; `list` stands for a list of strings.
@@ -60,6 +61,11 @@ def _arc(record: Record) -> Record:
         "choices": {"text": choices, "label": list(labels[: len(choices)])},
         "answerKey": labels[answer],
     }
+
+
+def _openbookqa(record: Record) -> Record:
+    made = _arc(record)
+    return {"question_stem": made.pop("question"), **made}
 
 
 def _piqa(record: Record) -> Record:
@@ -123,96 +129,59 @@ TASKS = {
         "gsm8k_cot", "gsm8k/gsm8k-cot.yaml", same, {"question": str, "answer": str}, {"test": "gsm8k/test.jsonl"}
     ),
     "mmlu": EvalTask("mmlu", "mmlu/default", shots=5),
+    "openbookqa": EvalTask(
+        "openbookqa", "openbookqa/openbookqa.yaml", _openbookqa, _CHOICE,
+        {"train": "openbookqa_train.jsonl", "test": "openbookqa_test.jsonl"},
+    ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A task of the harness, ready to be evaluated. `tasks` is what lm_eval.evaluator.evaluate takes; `data` says
-    where the documents are from, `split` which of them are evaluated."""
-
-    name: str
-    tasks: Any
-    shots: int
-    data: dict[str, Any]
-
-    @property
-    def split(self) -> str:
-        """The split of the documents that are evaluated."""
-        task = next(iter(self.tasks["tasks"].values()))
-        return task.config.test_split or task.config.validation_split
+# Those that the tables of the report have.
+PAPER = tuple(name for name in TASKS if name != "openbookqa")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise UserError for a task that is not among the paper's."""
+    """Raise UserError for a name that neither the tasks here nor lm-evaluation-harness have, and for a task that cannot
+    be evaluated here. Imports nothing large."""
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"the task {name!r} is unknown: choose from {', '.join(TASKS)}{nearest(name, TASKS)}.")
-
-
-@contextmanager
-def load_tasks(names: list[str], data_dir: Path | None, shots: int | None) -> Iterator[list[Loaded]]:
-    """The tasks, from the hub where `data_dir` is None; what is made of local files is removed at the end.
-
-    shots: examples in each prompt, None for the task's own number. Raises UserError for an unknown task, files that are
-    missing or not in their form, and data that the hub does not give.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    check_names(names)
-    with tempfile.TemporaryDirectory(prefix="sepllm_evaluation_") as made:
-        yield [_load(name, data_dir, Path(made) / name, shots) for name in names]
-
-
-def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> Loaded:
-    import datasets
-    from lm_eval.tasks import TaskManager
-
-    task = TASKS[name]
-    if data_dir is None:
-        place = _harness_tasks() / task.definition
-        manager = TaskManager(include_path=str(place if place.is_dir() else place.parent), include_defaults=False)
-        data: dict[str, Any] = {"source": "hub"}
-    else:
-        data = _write_definition(name, data_dir, folder)
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-    try:
-        tasks = manager.load([task.harness])
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        if name in TASKS or name in KINDS:
+            continue
+        if name in definitions():
+            refuse(name)
+            continue
+        known = {**TASKS, **KINDS, **definitions()}
+        near = get_close_matches(name, known, 3) or get_close_matches(name, known, 1, cutoff=0)
         raise UserError(
-            f"the data of {name} cannot be loaded ({first_line(error)}): give local files with --data-dir, or see that "
-            "the Hugging Face hub can be reached."
-        ) from None
-    wanted = task.shots if shots is None else shots
-    for one in tasks["tasks"].values():
-        used = wanted if wanted is not None else one.config.num_fewshot or 0
-        pool = len(one.sampler.df) - (one.config.fewshot_config.split == one.config.test_split)
-        if used > pool:
-            raise UserError(f"{name} has {pool} examples to show and --num-fewshot asks for {used}.")
-        one.set_config(key="num_fewshot", value=used)
-    return Loaded(name, tasks, used, data)
+            f"the task {name!r} is unknown: choose from {', '.join((*TASKS, *KINDS))}, or any of "
+            f"lm-evaluation-harness; nearest: {', '.join(near)}."
+        )
 
 
-def _harness_tasks() -> Path:
-    import lm_eval.tasks
+def check_data(names: Iterable[str], data_dir: Path) -> None:
+    """Raise UserError for a task without its files in `data_dir`, as far as definitions name their data sets."""
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a folder.")
+    for name in names:
+        if name in KINDS or own_files(name, data_dir):
+            continue
+        sets = data_sets(TASKS[name].harness if name in TASKS else name)
+        missing = [(task, found) for task, found in sets.items() if data_folder(data_dir, *found) is None]
+        if name in TASKS and TASKS[name].files and (missing or not sets):
+            local_files(name, data_dir)
+        for task, found in missing:
+            raise UserError(f"{task} needs {wanted(data_dir, *found)}, and the folder is not there.")
 
-    return Path(lm_eval.tasks.__file__).parent
 
-
-def _write_definition(name: str, data_dir: Path, folder: Path) -> dict[str, Any]:
+def write_definition(name: str, data_dir: Path, folder: Path) -> dict[str, Any]:
     """Write the records and a YAML definition of a task to `folder`; gives where the data is from."""
     task = TASKS[name]
     found = local_files(name, data_dir)
     assert task.convert is not None
-    folder.mkdir()
     files = {}
     for split, path in found.items():
         files[split] = str(folder / f"{split}.jsonl")
         lines = [json.dumps(record) for record in read_records(path, task.fields, task.convert)]
         Path(files[split]).write_text("\n".join(lines) + "\n", encoding="utf8")
     definition = {
-        "include": str(_harness_tasks() / task.definition),
+        "include": str(definition_of(task)),
         "task": task.harness,
         "dataset_path": "json",
         "dataset_name": None,
@@ -228,19 +197,30 @@ def _write_definition(name: str, data_dir: Path, folder: Path) -> dict[str, Any]
     }
 
 
+def definition_of(task: EvalTask) -> Path:
+    """The harness's own definition of a task."""
+    folder = harness_tasks()
+    assert folder is not None
+    return folder / task.definition
+
+
+def own_files(name: str, data_dir: Path) -> dict[str, Path]:
+    """The files of a task in a form of its own by split, in `data_dir` or its folder eval; {} when none is to be
+    evaluated."""
+    files = TASKS[name].files if name in TASKS else {}
+    places = {split: [data_dir / path, data_dir / "eval" / path] for split, path in files.items()}
+    found = {split: place for split, both in places.items() for place in both[::-1] if place.is_file()}
+    return found if any(split in found for split in EVALUATED) else {}
+
+
 def local_files(name: str, data_dir: Path) -> dict[str, Path]:
-    """The files of a task by split, in `data_dir` or its folder eval. Raises UserError when none is to be evaluated."""
-    task = TASKS[name]
-    if task.convert is None:
-        raise UserError(
-            f"{name} has no form for local files: leave --data-dir out to take it from the Hugging Face hub."
-        )
+    """`own_files`; raises UserError when there are none."""
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder.")
-    places = {split: [data_dir / path, data_dir / "eval" / path] for split, path in task.files.items()}
-    found = {split: place for split, both in places.items() for place in both[::-1] if place.is_file()}
-    if not any(split in found for split in EVALUATED):
-        wanted = " or ".join(str(places[split][0]) for split in EVALUATED if split in places)
+    found = own_files(name, data_dir)
+    if not found:
+        files = TASKS[name].files
+        wanted = " or ".join(str(data_dir / files[split]) for split in EVALUATED if split in files)
         raise UserError(f"{name} needs {wanted}, and it is not there.")
     return found
 
@@ -248,7 +228,7 @@ def local_files(name: str, data_dir: Path) -> dict[str, Path]:
 def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]) -> list[Record]:
     """The records of a local file, which must have `fields`, converted. Raises UserError for a line that is not so."""
     if path.suffix == ".txt":
-        return [{"page": page} for page in articles(_read_text(path))]
+        return [{"page": page} for page in articles(read_text(path))]
     records = []
     for number, record in read_json_lines(path, f"a record of its task has {', '.join(fields)}"):
         try:
@@ -262,7 +242,7 @@ def read_records(path: Path, fields: Fields, convert: Callable[[Record], Record]
     return records
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file. Raises UserError where there is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -27,8 +27,8 @@ print(json.dumps([code, sorted(sys.modules)]))
 """
 HELP = [(command, "--help") for command in COMMANDS] + [
     ("--help",), ("--version",), ("pretrain", "--keys"), ("analyze", "loss", "--help"), ("evaluate", "kv", "--help"),
-    ("evaluate", "report", "--help"), ("match", "interval", "--help"), ("prepare", "tokenize", "--help"),
-    ("probe", "ask", "--help"), ("stream", "score", "--help"),
+    ("evaluate", "needles", "--help"), ("evaluate", "report", "--help"), ("match", "interval", "--help"),
+    ("prepare", "tokenize", "--help"), ("probe", "ask", "--help"), ("stream", "score", "--help"),
 ]  # fmt: skip
 DATA = ("data=prefixes", "data.prefixes=[nowhere]")
 SCORE = ("--text", "page.txt", "--output", "out")
@@ -41,7 +41,7 @@ MISTAKES = {
     ("generate", "nowhere", "--prompt", "x", "--top-p", "2"): "--top-p 2.0 must be",
     ("stream", "score", "nowhere", *SCORE, "--every", "5"): "--every=5 must be a multiple",
     ("stream", "chat", "nowhere", "--cache", "fixed"): "fixed needs --interval",
-    ("evaluate", "nowhere", "--tasks", "hellaswag"): "the task 'hellaswag' is unknown",
+    ("evaluate", "nowhere", "--tasks", "hellswag"): "the task 'hellswag' is unknown",
     ("evaluate", "nowhere", "--tasks", "piqa", "--interval", "4"): "--interval does not apply to pattern",
     ("evaluate", "nowhere", "--tasks", "piqa", "--limit", "0"): "--limit 0 must be at least 1",
     ("match", "interval", "--samples", "0"): "--samples 0 must be at least 1",

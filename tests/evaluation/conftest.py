@@ -49,6 +49,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "lambada_openai_test.jsonl", [{"text": words(n, 12 + 7 * n) + " home"} for n in range(7)])
     write_lines(folder / "logiqa/test.jsonl", [{"context": words(n, 9), **choice(n)} for n in range(5)])
     write_lines(folder / "piqa_validation.jsonl", [choice(number, 2) for number in range(6)])
+    write_lines(folder / "openbookqa_test.jsonl", [choice(number) for number in range(5)])
     answers = [{"question": words(n, 9 + n), "answer": f"{words(n, 4)}\n#### {n}"} for n in range(3)]
     write_lines(folder / "gsm8k/test.jsonl", answers)
     pages = "".join(f" = {title} = \n \n {words(7 * n, 90)} \n = = {title} = = \n {words(n, 50)} \n"

@@ -123,10 +123,12 @@ def test_two_ranks_give_the_results_of_one(
 
 
 MISTAKES = {
-    "--tasks hellaswag": "the task 'hellaswag' is unknown: choose from arc_challenge, arc_easy, lambada",
+    "--tasks hellswag": "the task 'hellswag' is unknown: choose from arc_challenge, arc_easy, lambada",
+    "--tasks hellaswag": "/Rowan/hellaswag/SPLIT.jsonl or .parquet (SPLIT: train, validation, test)",
     "--tasks ,": "--tasks names no task",
     "--tasks piqa,piqa": "--tasks names a task twice",
-    "--tasks sciq": "sciq has no form for local files",
+    "--tasks sciq": "/allenai/sciq/SPLIT.jsonl or .parquet (SPLIT: train, validation, test)",
+    "--tasks piqa --lengths 600": "--lengths is for needles, and --tasks names none of niah_single_1, niah_single_2",
     "--tasks piqa --limit 0": "--limit 0 must be at least 1",
     "--tasks piqa --batch-size 0": "--batch-size 0 must be at least 1",
     "--tasks piqa --num-fewshot -1": "--num-fewshot -1 must be at least 0",

@@ -20,9 +20,9 @@ from torch import Tensor
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import Attention, bind
 from sepllm_train.evaluation.harness import SeparatorLM
+from sepllm_train.evaluation.loading import load_tasks
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, line, tokenizer_for
 from sepllm_train.evaluation.stream_model import Opened, open_model
-from sepllm_train.evaluation.tasks import load_tasks
 from sepllm_train.generation.choice import AttentionChoice
 from sepllm_train.hf import apply_pattern, cache_argument, load_model
 from tests.evaluation.conftest import CONTEXT, words

@@ -223,9 +223,9 @@ def test_the_keys_of_filters_have_no_comma() -> None:
 
 
 MISTAKES = {
-    "evaluation.tasks=[piqa,hellaswag]": "the task 'hellaswag' is unknown: choose from arc_challenge",
+    "evaluation.tasks=[piqa,hellswag]": "the task 'hellswag' is unknown: choose from arc_challenge",
     "evaluation.tasks=[piqa,piqa]": "evaluation.tasks=['piqa', 'piqa'] names a task twice",
-    "evaluation.tasks=[sciq]": "sciq has no form for local files: leave evaluation.data_dir out",
+    "evaluation.tasks=[sciq]": "/allenai/sciq/SPLIT.jsonl or .parquet",
     "evaluation.data_dir=nowhere": "evaluation.data_dir nowhere is not a folder",
     "evaluation.interval=-1": "evaluation.interval=-1 must be 0 or more",
     "evaluation.limit=0": "evaluation.limit=0 must be at least 1",

@@ -158,7 +158,7 @@ NOT_WHOLE: dict[str, tuple[dict[str, Any], str]] = {
         "its data.files.'test' has no sha256",
     ),
     "digits": ({**WHOLE, "documents": 10**400}, "x.json is not JSON of this kind (a number of 401 digits)"),
-    "task": ({**WHOLE, "task": "hellaswag"}, "x.json is of a task or an attention that this version does not know"),
+    "task": ({**WHOLE, "task": "piqa\n"}, "x.json is of a task or an attention that this version does not know"),
 }
 
 

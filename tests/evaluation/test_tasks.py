@@ -17,9 +17,10 @@ from lm_eval.api.task import ConfigurableTask
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import bind
+from sepllm_train.evaluation.loading import Loaded, load_tasks
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
 from sepllm_train.evaluation.stream_model import open_model
-from sepllm_train.evaluation.tasks import EVALUATED, TASKS, Loaded, articles, load_tasks
+from sepllm_train.evaluation.tasks import EVALUATED, TASKS, articles
 from sepllm_train.generation.choice import AttentionChoice
 from tests.evaluation.conftest import choice, words
 
@@ -55,6 +56,7 @@ def hub_records(name: str, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         },
     }  # fmt: skip
     forms["arc_challenge"] = forms["arc_easy"]
+    forms["openbookqa"] = lambda r: {"question_stem": r["question"], **forms["arc_easy"](r)}
     form = forms.get(name, dict)
     return {split: [form(record) for record in records] for split, records in splits.items()}
 
@@ -76,6 +78,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
                 "EleutherAI/lambada_openai": "lambada",
                 "EleutherAI/logiqa": "logiqa",
                 "baber/piqa": "piqa",
+                "allenai/openbookqa": "openbookqa",
                 "openai/gsm8k": "gsm8k_cot",
                 "EleutherAI/wikitext_document_level": "wikitext",
             }
@@ -242,10 +245,9 @@ MISTAKES: dict[str, tuple[str, str | None, str]] = {
     ),
     "three choices": ("piqa", record(choices=list("abc")), r"line 1 of .*: it has 3 choices and needs 2\."),
     "empty": ("arc_easy", "", r"arc_easy_test.jsonl is empty"),
-    "no local form": ("mmlu", None, r"mmlu has no form for local files: leave --data-dir out"),
-    "unknown": ("hellaswag", None, r"the task 'hellaswag' is unknown: choose from arc_challenge, "),
-    "mistyped": ("lambda", None, r"the task 'lambda' is unknown: choose from .*, mmlu; the nearest is lambada\."),
-    "another spelling": ("gsm8k", None, r"the task 'gsm8k' is unknown: .*; the nearest is gsm8k_cot\."),
+    "no form of its own": ("mmlu", None, r"mmlu_[a-z_]+ needs .*/cais/mmlu/[a-z_]+/SPLIT.jsonl or .parquet"),
+    "unknown": ("hellswag", None, r"the task 'hellswag' is unknown: choose from arc_challenge, .*; nearest: hellaswag"),
+    "mistyped": ("lambda", None, r"the task 'lambda' is unknown: choose from .*; nearest: lambada, "),
 }
 
 

@@ -62,7 +62,9 @@ def _open(folder: Path) -> Any:
     """A dense model. Raises UserError for others, and for those that KVPress or transformers cannot handle."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = read_json(folder / "config.json", "give a folder that `sepllm export` wrote")
     if config.get("model_type") not in _TYPES:
         raise UserError(

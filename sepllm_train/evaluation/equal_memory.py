@@ -129,7 +129,7 @@ def continuation_losses(memory: KeptKeys, windows: Tensor, prompt: int, batch: i
 
 
 @dataclass(frozen=True)
-class Needles:
+class NeedlePrompt:
     """A needle task: ids of the text in which needles lie, ids of the question with the beginning of its answer, and
     what the answer must name."""
 
@@ -138,7 +138,7 @@ class Needles:
     outputs: list[str]
 
     @classmethod
-    def of(cls, record: dict[str, Any], tokenizer: Tokenizer) -> Needles:
+    def of(cls, record: dict[str, Any], tokenizer: Tokenizer) -> NeedlePrompt:
         """The task of a record in RULER's fields, whose question is the last line of its input."""
         context = record["input"].rpartition("\n")[0]
         # Encoded as one text: a tokenizer may begin every text with a space.
@@ -148,7 +148,7 @@ class Needles:
 
 
 @torch.inference_mode()
-def needle_scores(memory: KeptKeys, tokenizer: Tokenizer, tasks: Sequence[Needles], tokens: int) -> Measured:
+def needle_scores(memory: KeptKeys, tokenizer: Tokenizer, tasks: Sequence[NeedlePrompt], tokens: int) -> Measured:
     """Share of each task's needles that greedy generation of `tokens` tokens names (RULER's string_match_all).
 
     The question comes after keys were dropped, as in KVPress's pipeline: what is kept does not depend on it.
@@ -313,7 +313,7 @@ def _measurements(
             _result(memory, measured, "loss", options.prompt, {**data, "sequences_sha256": sha256}, begin),
         )
     for (task, length), records in needles.items():
-        tasks = [Needles.of(record, tokenizer) for record in records]
+        tasks = [NeedlePrompt.of(record, tokenizer) for record in records]
         longest = max(len(one.context) + len(one.question) for one in tasks)
         _check_context(memory.model, longest + options.answer_tokens, "--needles and --answer-tokens")
         begin = time.perf_counter()

@@ -19,7 +19,7 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.equal_memory import (
     KeptKeys,
-    Needles,
+    NeedlePrompt,
     book_windows,
     continuation_losses,
     needle_scores,
@@ -176,10 +176,10 @@ def test_needles_in_the_answer(opened: tuple[Any, Tokenizer], folders: dict[str,
         generated = model.generate(torch.tensor(ids), max_new_tokens=12, do_sample=False, use_cache=False)
     answer = tokenizer.decode(generated[0, len(ids[0]) :].tolist())
     part = answer[3:7].upper()
-    task = Needles.of({**record, "outputs": [part, "no such words"]}, tokenizer)
+    task = NeedlePrompt.of({**record, "outputs": [part, "no such words"]}, tokenizer)
     assert task.context + task.question == ids[0]
     assert tokenizer.decode(task.context) == record["input"].rpartition("\n")[0]
-    measured = needle_scores(full, tokenizer, [task, Needles.of({**record, "outputs": [part]}, tokenizer)], 12)
+    measured = needle_scores(full, tokenizer, [task, NeedlePrompt.of({**record, "outputs": [part]}, tokenizer)], 12)
     assert measured.values.tolist() == [[0.5], [1.0]]
     assert measured.keys_at_prompt_end == len(task.context)
     assert measured.mean_keys == pytest.approx((len(task.context) + 1 + len(ids[0]) + 12) / 2)

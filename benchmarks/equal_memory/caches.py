@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import exit_with
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.equal_memory import (
-    KeptKeys,
+    PromptMemory,
     add_options,
     check_options,
     local_window,
@@ -75,12 +75,12 @@ def _choices(name: str, options: argparse.Namespace) -> Iterator[AttentionChoice
         )
 
 
-def _memory(opened: Opened, choice: AttentionChoice) -> KeptKeys:
+def _memory(opened: Opened, choice: AttentionChoice) -> PromptMemory:
     with warnings.catch_warnings():
         # That a dense model was not trained with a cache is what is measured here.
         warnings.simplefilter("ignore")
         cache = make_cache(opened, choice)
-    return KeptKeys(
+    return PromptMemory(
         name=choice.name,
         source="sepllm-train",
         budget=choice.capacity,

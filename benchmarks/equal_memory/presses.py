@@ -102,7 +102,7 @@ def _memories(model: Any, tokenizer: Any, options: argparse.Namespace) -> Iterat
     from transformers import DynamicCache
 
     from data_prep.separators import class_numbers, classify
-    from sepllm_train.evaluation.equal_memory import KeptKeys, local_window
+    from sepllm_train.evaluation.equal_memory import PromptMemory, local_window
 
     wanted = set(class_numbers(options.classes))
     separators = [number for number, kind in enumerate(classify(tokenizer.token_bytes()).tolist()) if kind in wanted]
@@ -127,7 +127,7 @@ def _memories(model: Any, tokenizer: Any, options: argparse.Namespace) -> Iterat
     common = {"source": "kvpress", "model": model, "new_cache": DynamicCache, "count": _kept}
     for name in options.memories:
         if name == "full":
-            yield KeptKeys(name=name, budget=None, settings={}, **common)
+            yield PromptMemory(name=name, budget=None, settings={}, **common)
             continue
         for keys in options.keys:
             press = presses[name](keys)
@@ -135,7 +135,7 @@ def _memories(model: Any, tokenizer: Any, options: argparse.Namespace) -> Iterat
             if "separator_ids" in settings:
                 settings |= {"separator_ids": len(separators), "classes": options.classes}
             reading = partial(_compressing, model, press, keys, "eager" if name == "h2o" else "sdpa")
-            yield KeptKeys(name=name, budget=keys, settings=settings, reading=reading, **common)
+            yield PromptMemory(name=name, budget=keys, settings=settings, reading=reading, **common)
 
 
 def _kept(cache: Any) -> float:

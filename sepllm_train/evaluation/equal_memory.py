@@ -41,7 +41,7 @@ _CHARACTERS = 16
 
 
 @dataclass
-class KeptKeys:
+class PromptMemory:
     """A causal model of transformers that reads a prompt, keeps some of its keys, and continues from these.
 
     Attributes:
@@ -110,7 +110,7 @@ class Measured:
 
 
 @torch.inference_mode()
-def continuation_losses(memory: KeptKeys, windows: Tensor, prompt: int, batch: int) -> Measured:
+def continuation_losses(memory: PromptMemory, windows: Tensor, prompt: int, batch: int) -> Measured:
     """Losses of tokens after prompts of `prompt` tokens, each given before the next one is predicted.
 
     windows: i64 [N, L + T + 1]. The token after the prompt is given first: a method that drops keys when it has read
@@ -148,7 +148,7 @@ class NeedlePrompt:
 
 
 @torch.inference_mode()
-def needle_scores(memory: KeptKeys, tokenizer: Tokenizer, tasks: Sequence[NeedlePrompt], tokens: int) -> Measured:
+def needle_scores(memory: PromptMemory, tokenizer: Tokenizer, tasks: Sequence[NeedlePrompt], tokens: int) -> Measured:
     """Share of each task's needles that greedy generation of `tokens` tokens names (RULER's string_match_all).
 
     The question comes after keys were dropped, as in KVPress's pipeline: what is kept does not depend on it.
@@ -264,7 +264,7 @@ def separators_kept(options: argparse.Namespace, keys: int) -> int:
     return max(1, round(options.separator_share * keys))
 
 
-def measure(memories: Iterable[KeptKeys], tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+def measure(memories: Iterable[PromptMemory], tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     """Measure each method on what the options name, print a line for each result and write it to --output.
 
     Raises UserError for texts and tasks that cannot be read, or that pass the model's context.
@@ -294,7 +294,7 @@ def measure(memories: Iterable[KeptKeys], tokenizer: Tokenizer, options: argpars
 
 
 def _measurements(
-    memory: KeptKeys,
+    memory: PromptMemory,
     tokenizer: Tokenizer,
     options: argparse.Namespace,
     texts: tuple[Tensor, str] | None,
@@ -324,7 +324,7 @@ def _measurements(
 
 
 def _result(
-    memory: KeptKeys, measured: Measured, measure: str, prompt: int, data: dict[str, Any], begin: float
+    memory: PromptMemory, measured: Measured, measure: str, prompt: int, data: dict[str, Any], begin: float
 ) -> dict[str, Any]:
     """A result for a file, which is also printed."""
     value, error = token_mean(measured.values)

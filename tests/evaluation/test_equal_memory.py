@@ -18,8 +18,8 @@ from torch import Tensor
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.equal_memory import (
-    KeptKeys,
     NeedlePrompt,
+    PromptMemory,
     book_windows,
     continuation_losses,
     needle_scores,
@@ -87,7 +87,7 @@ def length_of(cache: Any) -> float:
     return float(cache.layers[0].keys.shape[2])
 
 
-def pruned(model: Any, tokenizer: Tokenizer) -> KeptKeys:
+def pruned(model: Any, tokenizer: Tokenizer) -> PromptMemory:
     """What KVPress with SepLLM's press is to do, in a few lines: keys of the prompt that the scores name stay."""
     caches: list[Any] = []
 
@@ -95,7 +95,7 @@ def pruned(model: Any, tokenizer: Tokenizer) -> KeptKeys:
         caches.append(transformers.DynamicCache())
         return caches[-1]
 
-    memory = KeptKeys("pruned", "test", KEYS, {}, model, new_cache, length_of, argument=cache_argument(model))
+    memory = PromptMemory("pruned", "test", KEYS, {}, model, new_cache, length_of, argument=cache_argument(model))
 
     @contextmanager
     def reading(length: int) -> Iterator[None]:
@@ -168,7 +168,7 @@ def test_needles_in_the_answer(opened: tuple[Any, Tokenizer], folders: dict[str,
     """The answer is the model's own greedy one; what it names counts as found."""
     model, tokenizer = opened
     (group,) = read_needles(folders["root"] / "needles.jsonl", None).values()
-    full = KeptKeys("full", "test", None, {}, model, transformers.DynamicCache, length_of)
+    full = PromptMemory("full", "test", None, {}, model, transformers.DynamicCache, length_of)
     full.argument = cache_argument(model)
     record = group[0]
     ids = tokenizer.encode_batch([f"{record['input']} {record['gen_prefix']}"])

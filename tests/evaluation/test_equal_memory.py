@@ -152,16 +152,18 @@ def test_losses_are_those_of_a_mask(opened: tuple[Any, Tokenizer], folders: dict
     assert float((whole - losses).abs().max()) > 1e-2
 
 
-def test_windows_are_the_middles_of_documents(opened: tuple[Any, Tokenizer], folders: dict[str, Path]) -> None:
+def test_windows_are_the_middles_of_documents(opened: tuple[Any, Tokenizer], tmp_path: Path) -> None:
     _, tokenizer = opened
-    windows, digest = book_windows([folders["text"]], tokenizer, 50, 2, unwrap=False)
-    other, other_digest = book_windows([folders["text"]], tokenizer, 50, 9, unwrap=False)
+    path = tmp_path / "books.jsonl"
+    texts = ["\n".join(f"line {start + number}" for number in range(100)) for start in (1000, 3000, 5000)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["too short", *texts]))
+    windows, digest = book_windows([path], tokenizer, 50, 2, unwrap=False)
+    other, other_digest = book_windows([path], tokenizer, 50, 9, unwrap=False)
     assert windows.shape == (2, 50) and other.shape == (3, 50) and torch.equal(windows, other[:2])
     assert digest != other_digest
-    text = [json.loads(line)["text"] for line in folders["text"].read_text().splitlines()][1]
-    assert tokenizer.decode(windows[1].tolist()) in text[len(text) // 2 :]
+    assert tokenizer.decode(other[2].tolist()).startswith("line 5050\nline 5051\n")
     with pytest.raises(UserError, match="books.jsonl: 0 documents have 100,000 tokens in their second half"):
-        book_windows([folders["text"]], tokenizer, 100_000, 2, unwrap=False)
+        book_windows([path], tokenizer, 100_000, 2, unwrap=False)
 
 
 def test_needles_in_the_answer(opened: tuple[Any, Tokenizer], folders: dict[str, Path]) -> None:

@@ -124,6 +124,8 @@ def memory_figure(results: Sequence[dict[str, Any]]) -> Figure:
             dressed(plot, f"prompts of {prompt:,} tokens", "keys per layer and head, mean", _quantity(measure))
             plot.set_xscale("log", base=2)
             plot.xaxis.set_major_formatter(lambda keys, _: f"{keys:,.0f}")
+            if measure != "loss":
+                plot.set_ylim(-0.05, 1.05)
             _draw(plot, group, styles)
         for plot in plots[len(groups) :]:
             plot.set_visible(False)

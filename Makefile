@@ -7,7 +7,7 @@ TEXT ?=
 MATRIX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install matrix test test-slow test-all lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check clean
+.PHONY: help install matrix test test-slow test-all lint types golden demo bench-cpu bench-training chaos sm90 sanitize bench-kernels tune gpu-check multi-gpu-check kvpress-env clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,5 +92,13 @@ MULTI_GPU ?=
 multi-gpu-check: install  ## Layouts, resume, kill, overlap, scaling and throughput on 2 or more GPUs in 20 minutes; results to multi_gpu_check/results.json
 	$(BIN)/python -m benchmarks.multi_gpu --output multi_gpu_check $(MULTI_GPU)
 
+KVPRESS := .venv-kvpress
+EQUAL_MEMORY := benchmarks/equal_memory
+
+kvpress-env:  ## Make the environment of KVPress, .venv-kvpress, for benchmarks/equal_memory
+	@python=$$(sh scripts/find_python.sh "$(PYTHON)" 11) && $$python -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet -r $(EQUAL_MEMORY)/requirements.txt
+	@echo "Done. Next: $(KVPRESS)/bin/python $(EQUAL_MEMORY)/presses.py --help"
+
 clean:  ## Remove the environment, caches and build products (runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KVPRESS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -206,10 +206,11 @@ def _kv(words: Sequence[str]) -> None:
 
 
 def _report(words: Sequence[str]) -> None:
-    """Print the paper's tables from results."""
+    """Print the paper's tables from results, or a table of results at equal memory."""
     parser = flags.parser(
         "evaluate report",
-        "The paper's tables from results of `sepllm evaluate`.",
+        "The paper's tables from results of `sepllm evaluate`; or, from those of benchmarks/equal_memory, loss and\n"
+        "needles by the keys that are kept, with a figure beside --output.",
         "evaluation/dense evaluation/sep --output evaluation/table.md",
     )
     parser.add_argument(
@@ -219,9 +220,18 @@ def _report(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
 
     from sepllm_train.base.files import write_whole
+    from sepllm_train.evaluation.memory_report import holds_memories, memory_figure, memory_table, read_memories
     from sepllm_train.evaluation.report import read_results, table
 
-    made = table([result for folder in arguments.folders for result in read_results(folder)])
+    if any(map(holds_memories, arguments.folders)):
+        memories = read_memories(arguments.folders)
+        made = memory_table(memories)
+        if arguments.output is not None:
+            from sepllm_train.base.figures import svg
+
+            write_whole(arguments.output.with_suffix(".svg"), svg(memory_figure(memories)).encode())
+    else:
+        made = table([result for folder in arguments.folders for result in read_results(folder)])
     if arguments.output is None:
         print(made, end="")
     else:

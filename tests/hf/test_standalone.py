@@ -121,10 +121,28 @@ def found(tmp_path_factory: pytest.TempPathFactory, bare: Any) -> dict[str, Any]
     return {**bare(root, tasks), "root": root}
 
 
+def test_in_short(bare: Any, tmp_path: Path) -> None:
+    """Two patterns at once and in pieces, without this package."""
+    rows = random_rows(LENGTHS)
+    ids, mask = left_padded(rows)
+    cases = {"neox": "tiers", "llama": "hybrid"}
+    inputs = {"ids": ids, "mask": mask, "pieces": PIECES}
+    folders = {family: str(write(tmp_path / family, family, kind)) for family, kind in cases.items()}
+    results = bare(tmp_path, {family: ("logits", {"folder": folders[family], **inputs}) for family in cases})
+    for family, kind in cases.items():
+        result = results[family]
+        for number, row in enumerate(rows):
+            known = expected(family, patterns(tiny(family, 3))[kind], row)
+            for logits in (result["whole"], result["pieces"]):
+                torch.testing.assert_close(logits[number, LENGTHS[0] - len(row) :], known, **TOLERANCE)
+        assert torch.equal(result["greedy"], result["uncached"])
+
+
 def with_package(root: Path, name: str) -> Any:
     return load_model(root / name, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), CASES, ids=lambda name: name)
 def test_logits_are_those_of_the_definition_and_of_the_package(found: dict[str, Any], family: str, kind: str) -> None:
     """Of a ragged batch, at once, in pieces with a cache, and token by token."""
@@ -140,6 +158,7 @@ def test_logits_are_those_of_the_definition_and_of_the_package(found: dict[str, 
     assert result["class"].startswith("Sep") and torch.equal(result["greedy"], result["uncached"])
 
 
+@pytest.mark.slow
 def test_cache_drops_what_is_not_seen_again(found: dict[str, Any]) -> None:
     """In pieces that pass its slack; and greedy tokens are those of the package's cache."""
     (row,) = random_rows((20,), seed=3)
@@ -155,6 +174,7 @@ def test_cache_drops_what_is_not_seen_again(found: dict[str, Any]) -> None:
         assert max(widths) <= kept + 128 < tokens.shape[1], (widths, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["neox_paper", "llama_tiers", "llama_hybrid", "llama_no_initial"])
 def test_logits_after_keys_were_dropped(found: dict[str, Any], name: str) -> None:
     """Of a ragged batch, as without a cache, which the test above holds to the definition."""
@@ -164,6 +184,7 @@ def test_logits_after_keys_were_dropped(found: dict[str, Any], name: str) -> Non
     assert last[1] < columns / 2 and (last[0] < columns) == (name != "llama_hybrid"), result["widths"]
 
 
+@pytest.mark.slow
 def test_other_ways_to_generate(found: dict[str, Any]) -> None:
     """Drafts that are taken back, and beams."""
     assert torch.equal(found["lookup"][0], found["long paper"][0])
@@ -173,6 +194,7 @@ def test_other_ways_to_generate(found: dict[str, Any]) -> None:
     assert torch.equal(found["beams"][0], tokens)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_package(found: dict[str, Any]) -> None:
     ids, _ = left_padded(random_rows(LENGTHS))
     model = with_package(found["root"], "neox_paper").train()
@@ -184,6 +206,7 @@ def test_gradients_are_those_of_the_package(found: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["neox", "llama"])
 def test_copies_keep_the_pattern_or_are_refused(found: dict[str, Any], family: str) -> None:
     results, known = found[f"copies {family}"], found[f"{family}_paper"]["whole"][:1]
@@ -206,6 +229,7 @@ def test_copies_keep_the_pattern_or_are_refused(found: dict[str, Any], family: s
         assert torch.equal(results["adapter generated"], found[f"{family}_paper"]["greedy"][:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["neox", "llama"])
 def test_refusals_are_one_sentence(found: dict[str, Any], family: str) -> None:
     words = {
@@ -225,16 +249,20 @@ def test_refusals_are_one_sentence(found: dict[str, Any], family: str) -> None:
         assert expected_words in found[f"refused {family}"][name], (name, found[f"refused {family}"][name])
 
 
-def test_package_takes_over_where_it_is_installed(found: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
+def test_package_takes_over_where_it_is_installed(monkeypatch: Any, tmp_path: Path) -> None:
     """Its kernels compute the attention, its cache holds the keys, and copies have the module again."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(found["root"] / "neox_tiers", trust_remote_code=True)
-    ids, mask = left_padded(random_rows(LENGTHS))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        write(tmp_path / "neox", "neox", "tiers"), trust_remote_code=True
+    )
+    rows = random_rows(LENGTHS[:2])
+    ids, mask = left_padded(rows)
     assert model.base_model.sepllm_pattern.kernel and type(model).__name__ == "SepGPTNeoXForCausalLM"
     logits = model.eval()(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(logits[mask > 0], found["neox_tiers"]["whole"][mask > 0], **TOLERANCE)
+    for row, own in zip(rows, logits, strict=True):
+        known = expected("neox", tiers(tiny("neox", 3)), row)
+        torch.testing.assert_close(own[len(ids[0]) - len(row) :], known, **TOLERANCE)
     output = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, found["neox_tiers"]["greedy"])
     assert isinstance(output[cache_argument(model)], PatternCache)
     model.save_pretrained(tmp_path / "remote")
     load_model(tmp_path / "remote", trust_remote_code=True).save_pretrained(tmp_path / "stock")
@@ -248,6 +276,7 @@ def test_package_takes_over_where_it_is_installed(found: dict[str, Any], monkeyp
     assert (dense(input_ids=ids).logits[:1] - logits[:1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_exported_run(exported: Path, bare: Any, tmp_path: Path) -> None:
     """A run that was trained here: bf16 weights, documents, two layers with all keys."""
     ids = torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))

@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a block")
     parser.add_argument("--window", type=int, default=256, help="newest tokens in sight, the token itself included")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -53,7 +52,6 @@ def main(arguments: list[str] | None = None) -> list[float]:
             logging_steps=max(1, options.steps // 10),
             save_strategy="no",
             report_to="none",
-            torch_compile=options.compile,
         ),
         train_dataset=blocks_of(options.files, tokenizer, options.length),
     )

@@ -38,7 +38,7 @@ from sepllm_train.hf.hooks import (
     takes_cache,
     tokens_of,
 )
-from sepllm_train.hf.probe import Trial
+from sepllm_train.hf.probe import ModelTrial
 from sepllm_train.hf.separators import CONFIG_KEY, trained_pattern
 
 IMPLEMENTATIONS = ("auto", "kernel", "mask")
@@ -178,7 +178,7 @@ def apply_pattern(
     _about_windows(base, config)
     former = _own_attention(remove_pattern(model))
     model.set_attn_implementation(former)
-    trial = Trial(model)
+    trial = ModelTrial(model)
     wrong = trial.look()
     for kernel in ways if wrong is None else ():
         model.set_attn_implementation(SEP if kernel else former)

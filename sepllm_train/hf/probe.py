@@ -46,7 +46,7 @@ class _Seen:
         return {**kwargs, "attention_mask": masks} | position_argument(base, place.clamp(min=0))
 
 
-class Trial:
+class ModelTrial:
     """A few tokens, and what a model makes of them as it is.
 
     Rows: a text, the same with another first token, and its beginning behind padding.
@@ -167,7 +167,7 @@ def check_cache(base: Any, make: Callable[[Any, int, int], Any]) -> None:
         return
     # The cache of the trial is not tried out itself.
     shared.tried = True
-    reason = Trial(base).cache_reason(make)
+    reason = ModelTrial(base).cache_reason(make)
     if reason is not None:
         shared.tried = False
         raise ValueError(f"{type(base).__name__} does not suit this cache: {reason}.")

@@ -36,7 +36,7 @@ class TokenCache(SeparatorCache, Cache):
 
 
 class LayerMasks:
-    """What the hooks of a model know.
+    """State that the hooks of a model share.
 
     Attributes:
         given: arguments for each layer in the forward that is running; None while all layers share the model's mask.

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 20 == 0:
             print(f"step {step}: loss {losses[-1]:.3f}")
     return losses

@@ -181,4 +181,5 @@ def _dataset(name: str, entry: Any) -> str:
 def _program(command: list[str]) -> list[str]:
     """The words of a command without the place where the program is installed."""
     name = Path(command[0]).name
-    return [*(["python", "-m", "sepllm_train"] if name == "__main__.py" else [name]), *command[1:]]
+    # The name may have its command with it: `sepllm pretrain`.
+    return [*(["python", "-m", "sepllm_train"] if name == "__main__.py" else name.split()), *command[1:]]

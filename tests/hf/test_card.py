@@ -57,7 +57,7 @@ def test_facts_are_those_of_the_records_until_the_checkpoint(recorded: Path, ste
 def test_what_is_not_on_record_is_left_out(recorded: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(recorded, run)
-    (run / "environment.json").write_text(json.dumps({"command": ["/home/me/bin/sepllm", "pretrain", "name=a b"]}))
+    (run / "environment.json").write_text(json.dumps({"command": ["sepllm pretrain", "name=a b"]}))
     assert "```bash\nsepllm pretrain 'name=a b'\n```" in card_of(run)
     (run / "environment.json").unlink()
     (run / "metrics.jsonl").unlink()

@@ -220,10 +220,12 @@ def _report(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
 
     from sepllm_train.base.files import write_whole
-    from sepllm_train.evaluation.memory_report import holds_memories, memory_figure, memory_table, read_memories
     from sepllm_train.evaluation.report import read_results, table
+    from sepllm_train.evaluation.results import holds_memories
 
     if any(map(holds_memories, arguments.folders)):
+        from sepllm_train.evaluation.memory_report import memory_figure, memory_table, read_memories
+
         memories = read_memories(arguments.folders)
         made = memory_table(memories)
         if arguments.output is not None:

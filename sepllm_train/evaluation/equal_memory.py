@@ -1,6 +1,6 @@
 """Loss and needles after a prompt of which a bounded number of keys is kept: one measurement for every way of keeping.
 
-It imports torch, data_prep and the base alone, and so runs beside any version of transformers: KVPress needs an older
+It imports torch and nothing that imports transformers, and so runs beside any version of it: KVPress needs an older
 one than `sepllm_train.hf`. The two programs are in benchmarks/equal_memory.
 
 Shape letters: B windows, L tokens of the prompt, T tokens that are predicted after it, V vocabulary.
@@ -32,9 +32,9 @@ from sepllm_train.base.errors import UserError
 from sepllm_train.base.files import hash_file, write_json
 from sepllm_train.base.parsing import read_json_lines
 from sepllm_train.base.statistics import token_mean
+from sepllm_train.evaluation.results import EQUAL_MEMORY
 
 FORMAT = 1
-KIND = "equal memory"
 _PACKAGES = ("torch", "transformers", "kvpress", "tokenizers")
 # Characters of which the first L + T + 1 tokens of a text surely are.
 _CHARACTERS = 16
@@ -280,7 +280,7 @@ def measure(memories: Iterable[PromptMemory], tokenizer: Tokenizer, options: arg
         raise UserError(f"--output {options.output} cannot be made ({error.strerror}): choose another.") from None
     common = {
         "format": FORMAT,
-        "kind": KIND,
+        "kind": EQUAL_MEMORY,
         "model": {"name": options.model.name, "fingerprint": fingerprint(options.model)},
         "tokenizer_sha256": tokenizer.sha256,
         "command": sys.argv,

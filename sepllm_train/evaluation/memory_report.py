@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.base.figures import COLOURS, DASHES, INK, MARKERS, dressed, legend_below, picture
-from sepllm_train.base.parsing import read_json, read_json_if_any
+from sepllm_train.base.parsing import read_json
 from sepllm_train.base.statistics import Estimate, token_mean
-from sepllm_train.evaluation.equal_memory import FORMAT, KIND
-from sepllm_train.evaluation.results import missing, printable
+from sepllm_train.evaluation.equal_memory import FORMAT
+from sepllm_train.evaluation.results import EQUAL_MEMORY, missing, printable
 
 _SHORT = {
     "full": "all keys",
@@ -52,11 +52,6 @@ _CONTENT: dict[str, Any] = {
 _ACROSS, _PANEL = 2, (4.8, 3.4)
 
 
-def holds_memories(folder: Path) -> bool:
-    """True for a folder with results of this kind."""
-    return any(read_json_if_any(path).get("kind") == KIND for path in folder.glob("*.json"))
-
-
 def read_memories(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """The results in folders. Raises UserError for a file that is not a whole result, and for results that are not of
     the same texts, tokens and tokenizer."""
@@ -64,7 +59,7 @@ def read_memories(folders: Iterable[Path]) -> list[dict[str, Any]]:
     results = []
     for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
         result = read_json(path, remedy, nan=True)
-        wrong = "kind" if result.get("kind") != KIND else missing(result, _CONTENT)
+        wrong = "kind" if result.get("kind") != EQUAL_MEMORY else missing(result, _CONTENT)
         if wrong is None and not (result["format"] == FORMAT and _whole(result)):
             wrong = "content"
         if wrong is not None:

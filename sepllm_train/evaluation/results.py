@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sepllm_train.base.errors import UserError
-from sepllm_train.base.parsing import read_json
+from sepllm_train.base.parsing import read_json, read_json_if_any
 from sepllm_train.generation.choice import ATTENTIONS
 
 FORMAT = 1
+# Kind of the results of benchmarks/equal_memory.
+EQUAL_MEMORY = "equal memory"
 # What the report reads of a result, and of what type it is.
 _SHARE = float | int | None
 _ABSENT = object()
@@ -151,3 +153,8 @@ def refuse_other(path: Path, planned: dict[str, Any]) -> None:
 
 def _identity(result: dict[str, Any]) -> dict[str, Any]:
     return model_of(result) | attention_of(result) | conditions(result)
+
+
+def holds_memories(folder: Path) -> bool:
+    """True for a folder with results of benchmarks/equal_memory."""
+    return any(read_json_if_any(path).get("kind") == EQUAL_MEMORY for path in folder.glob("*.json"))

@@ -184,7 +184,7 @@ def test_a_literal_is_taken_as_it_is(text: str) -> None:
         "parallel.timeout_seconds=1e300",
         "attention.window=1000000000000000000000",
         "attention.window=[1000000000000000000000]",
-        f"logging.profile_ranks=[{','.join('1' * 10_001)}]",
+        pytest.param(f"logging.profile_ranks=[{','.join('1' * 10_001)}]", marks=pytest.mark.slow),
     ],
 )
 def test_giant_values_are_refused_before_anything_is_made_of_them(override: str) -> None:

@@ -76,6 +76,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_rank_that_never_comes(launcher: Launcher) -> None:
     with launcher.ranks("waiting", LONG, "parallel.timeout_seconds=2", started=1) as run:
         assert run.code() == EXIT_LOST_RANK

@@ -172,6 +172,7 @@ sys.exit(main(["pretrain", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address-space limits are enforced on Linux")
 def test_out_of_memory_names_what_to_change(trainer: Any, tmp_path: Path) -> None:
     """A run in an address space too small for it; then with the first change that it was told."""

@@ -195,6 +195,7 @@ def test_rows_are_timed_in_every_phase_and_with_every_window(alone: dict[str, An
     assert min(seconds) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_layouts_agree_with_one_process(alone: dict[str, Any], check_layouts: Callable[..., None]) -> None:
     layouts = [

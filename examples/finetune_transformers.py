@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(options.model, config=config, attn_implementation="sep")
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
+    blocks = blocks_of(options.files, tokenizer, options.length)
+    if not blocks:
+        parser.error(f"the files have fewer than {options.length} tokens: give more text, or a smaller --length")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
             save_strategy="no",
             report_to="none",
         ),
-        train_dataset=blocks_of(options.files, tokenizer, options.length),
+        train_dataset=blocks,
     )
     trainer.train()
     model.merge_and_unload().save_pretrained(options.output)

@@ -65,7 +65,7 @@ def _evaluate(words: Sequence[str]) -> None:
 
     from sepllm_train.evaluation.hub import offline_unless_reachable
     from sepllm_train.evaluation.needles import KINDS
-    from sepllm_train.evaluation.tasks import PAPER, check_data, check_names
+    from sepllm_train.evaluation.tasks import check_data, check_names
 
     check_names(arguments.tasks)
     if not arguments.tasks:
@@ -107,9 +107,8 @@ def _evaluate(words: Sequence[str]) -> None:
     attentions = [bind(opened, one) for one in choices]
     tokenizer = tokenizer_for(opened, arguments.tokenizer)
     results = evaluate(opened, tokenizer, attentions, options, arguments.output, arguments.overwrite)
-    shown = [result for result in results if result["task"] in PAPER]
-    if shown:
-        print("\n" + table(shown), end="")
+    if results:
+        print("\n" + table(results), end="")
 
 
 def _add_needles(group: flags.Group, lengths: str) -> None:
@@ -146,6 +145,8 @@ def _needles(words: Sequence[str]) -> None:
     )
     _add_needles(parser, "4096")
     arguments = parser.parse_args(words)
+    if not arguments.kinds or len(set(arguments.kinds)) < len(arguments.kinds):
+        raise UserError("--kinds must name at least one task, and each once.")
     options = _needle_options(arguments)
     options.check()
     flags.require_new(arguments.output)
@@ -218,6 +219,9 @@ def _report(words: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there (default: print it)")
     arguments = parser.parse_args(words)
+
+    if arguments.output is not None and arguments.output.suffix == ".svg":
+        raise UserError(f"--output {arguments.output} is the table's: name it .md, and a figure goes beside it.")
 
     from sepllm_train.base.files import write_whole
     from sepllm_train.evaluation.report import read_results, table

@@ -241,6 +241,9 @@ def check_options(options: argparse.Namespace, memories: Sequence[str]) -> None:
     wrong = [name for name in options.memories if name not in memories]
     if wrong:
         raise UserError(f"--memories {wrong[0]}: choose from {', '.join(memories)}.")
+    for name, values in (("memories", options.memories), ("keys", options.keys)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--{name} must name at least one, and each once.")
     if options.text is None and options.needles is None:
         raise UserError("nothing to measure: give --text FILE, --needles FILE, or both.")
     for name in ("prompt", "tokens", "windows", "batch", "limit", "answer_tokens"):

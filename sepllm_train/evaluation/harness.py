@@ -165,9 +165,15 @@ class SeparatorLM(HFLM):
         return min(len(answer), bisect_left(range(len(answer) + 1), True, key=stopped))
 
     def _with_answer(self, request: Instance) -> int:
-        """Tokens of a prompt and the longest answer that it may have."""
+        """Tokens of a prompt and the longest answer that it may have. Raises UserError where that alone is too long."""
         prompt, how = request.args
-        return len(self.tok_encode(prompt)) + how.get("max_gen_toks", self.max_gen_toks)
+        answer = how.get("max_gen_toks", self.max_gen_toks)
+        if answer >= self.max_length:
+            raise self._refused(
+                f"answers of {request.task_name} may have {answer:,} tokens, which leaves no room for a prompt in the "
+                f"model's context of {self.max_length:,}: leave the task out."
+            )
+        return len(self.tok_encode(prompt)) + answer
 
     def _check_choice(self, request: Instance) -> None:
         """Raise a UserError for a continuation whose tokens, after those of its context, are not those of the whole:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.evaluation.catalogue import needed
 from sepllm_train.evaluation.needles import KINDS
@@ -27,6 +29,10 @@ from sepllm_train.evaluation.tasks import (
 
 if TYPE_CHECKING:
     from sepllm_train.evaluation.harness import SeparatorLM
+
+
+# What the harness's tasks raise for records that do not have what they read.
+RECORD_ERRORS = (LookupError, TypeError, AttributeError, ValueError, TemplateError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +136,11 @@ def _load(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> 
     except UserError:
         raise
     except IndexError:
-        raise UserError(f"{name} has no documents in the split that it is evaluated on: {data['source']}.") from None
-    except (ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{name} has no documents in the split that it is evaluated on, or one whose label is none of its choices: "
+            f"see {data['source']}."
+        ) from None
+    except (ImportError, OSError, RuntimeError, *RECORD_ERRORS) as error:
         raise UserError(f"the task {name} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from None
     data |= {"files": files} if files else {}
     for one in loaded["tasks"].values():
@@ -155,7 +164,11 @@ def _set_shots(name: str, task: Any, wanted: int | None) -> None:
     """Set the number of examples of a task; one whose own number is 0 keeps it, as in the harness."""
     own = task.config.num_fewshot
     used = own or 0 if wanted is None or own == 0 else wanted
-    pool = max(0, len(task.sampler.df) - (task.config.fewshot_config.split == task.config.test_split))
+    evaluated = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    how = task.config.fewshot_config
+    # Of the documents that are evaluated the one that is asked is not shown.
+    asked = how.split == evaluated if how.split else how.samples is None and not task.has_training_docs()
+    pool = max(0, len(task.sampler.df) - asked)
     if used > pool:
         raise UserError(f"{name} has {pool} examples to show and --num-fewshot asks for {used}.")
     task.set_config(key="num_fewshot", value=used)

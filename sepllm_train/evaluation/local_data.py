@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,21 +68,33 @@ def _load(
     split = more.get("split")
     if (folder / "README.md").is_file():
         with _read(folder):
-            return hub(str(folder), name, split=split, cache_dir=str(cache))
+            found = hub(str(folder), name, split=split, cache_dir=str(cache))
+        read |= _hashes(data_dir, sorted(one for one in folder.rglob("*") if one.suffix in SUFFIXES))
+        return Splits(found) if split is None else found
     files = sorted(one for one in folder.iterdir() if one.suffix in SUFFIXES)
     splits = Splits({file.stem: _read_split(file, cache) for file in files})
     if not files or (split is not None and str(split) not in splits):
         missing = f"{folder}/{split or 'test'}{' or '.join(SUFFIXES)}"
         raise UserError(f"{task} needs {missing}, and it is not there.")
-    read |= {str(file.relative_to(data_dir)): {"path": str(file), "sha256": hash_file(file).sha256} for file in files}
+    read |= _hashes(data_dir, files)
     return splits if split is None else splits[str(split)]
+
+
+def _hashes(data_dir: Path, files: Iterable[Path]) -> dict[str, Any]:
+    return {str(file.relative_to(data_dir)): {"path": str(file), "sha256": hash_file(file).sha256} for file in files}
 
 
 def _read_split(file: Path, cache: Path) -> datasets.Dataset:
     with _read(file):
         if file.suffix == ".parquet":
             return datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
-        records = [record for _, record in read_json_lines(file, "a record is a JSON object on a line of its own")]
+        records: list[dict[str, Any]] = []
+        for number, record in read_json_lines(file, "a record is a JSON object on a line of its own"):
+            # The library fills in what is missing.
+            other = records[0].keys() ^ record.keys() if records else set()
+            if other:
+                raise UserError(f"line {number} of {file} and its first line do not both have {sorted(other)[0]!r}.")
+            records.append(record)
         if not records:
             raise UserError(f"{file} is empty.")
         return datasets.Dataset.from_list(records)

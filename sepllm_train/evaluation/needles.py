@@ -114,7 +114,7 @@ def make_needles(
 
         if index == 0:
             units = max(1, bisect_right(range(most + 1), length, key=tokens) - 1)
-            if chosen.haystack == "text" and units == len(words):
+            if chosen.haystack == "text" and units == len(words) and tokens(units) <= length:
                 raise UserError(
                     f"the haystack of {units:,} words is too short for {kind} of {length:,} tokens: with all of it a "
                     f"prompt has {tokens(units):,}; give a longer text."
@@ -181,7 +181,12 @@ class _Drawn:
             return [_NOISE] * units
         rng = random.Random(f"{self.seed} others")
         drawn = [(_draw(rng, self.kind.key), _draw(rng, self.kind.value)) for _ in range(units)]
-        return [_NEEDLE.format(values=self.kind.value, key=key, value=value) for key, value in drawn]
+        # Keys are few enough to be drawn again, and what is asked for has one answer: such a line is left out.
+        return [
+            _NEEDLE.format(values=self.kind.value, key=key, value=value)
+            for key, value in drawn
+            if key not in self.queries
+        ]
 
 
 def _draw(rng: random.Random, what: str) -> str:

@@ -44,9 +44,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows = _rows(results)
     measured = {result["task"] for result in results}
     _check(results)
-    columns = [column for column in _COLUMNS if column[1] in measured]
+    tasks = dict.fromkeys((*_TASKS, *(result["task"] for result in results)))
+    others = dict.fromkeys((result["task"], metric) for result in results for metric in result["metrics"])
+    columns: list[tuple[str, str, str, int | None]] = [column for column in _COLUMNS if column[1] in measured]
+    columns += [(f"{task} {metric}", task, metric, None) for task, metric in others if task not in _TASKS]
     # Shares depend on the texts: only tasks that all rows have can be compared.
-    common = [task for task in _TASKS if all(task in row for row in rows.values())]
+    common = [task for task in tasks if all(task in row for row in rows.values())]
     several = len({name for name, _ in rows}) > 1
     heads = [*(("model",) if several else ()), "attention", *(head for head, *_ in columns), "attended", "KV kept"]
     lines = [heads, ["---", *(["---"] if several else []), *["---:"] * (len(columns) + 2)]]
@@ -56,11 +59,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         lines.append([*((name,) if several else ()), label, *cells, *shares])
     missing = [head for head, task, *_ in _COLUMNS if task not in measured]
     notes = [
-        "Accuracies in %. Attended and KV kept: keys seen over all keys, over all tokens, and over those whose "
+        "Accuracies of the paper's tasks in %, other tasks' figures as the harness has them. Attended and KV kept: "
+        "keys seen over all keys, over all tokens, and over those whose "
         f"successors were scored or generated; means over {', '.join(common) or 'no task, as none is in all rows'}."
     ]
-    notes += [_scope(task, results) for task in _TASKS if task in measured]
-    if missing:
+    notes += [_scope(task, results) for task in tasks if task in measured]
+    if missing and measured & set(_TASKS):
         notes.append(f"Not measured: {', '.join(missing)}.")
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([body, "", *(f"- {note}" for note in notes)]) + "\n"
@@ -124,11 +128,14 @@ def _basis(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell(result: dict[str, Any] | None, metric: str, factor: int) -> str:
+def _cell(result: dict[str, Any] | None, metric: str, factor: int | None) -> str:
+    """A figure times `factor`, or as it is where that is None."""
     if result is None or metric not in result["metrics"]:
         return "-"
-    value = factor * result["metrics"][metric]["value"]
-    return f"{value:,.2f}"
+    value = result["metrics"][metric]["value"]
+    if factor is None:
+        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{factor * value:,.2f}"
 
 
 def _mean(row: dict[str, dict[str, Any]], tasks: Sequence[str], key: str) -> str:

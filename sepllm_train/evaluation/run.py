@@ -21,11 +21,11 @@ from lm_eval.api.instance import Instance
 
 from data_prep.tokenizers import Tokenizer
 from sepllm_train.base.console import duration, say
-from sepllm_train.base.errors import UserError
+from sepllm_train.base.errors import UserError, first_line
 from sepllm_train.base.files import write_json
 from sepllm_train.evaluation.attention import Attention
 from sepllm_train.evaluation.harness import SeparatorLM
-from sepllm_train.evaluation.loading import Loaded, load_tasks
+from sepllm_train.evaluation.loading import RECORD_ERRORS, Loaded, load_tasks
 from sepllm_train.evaluation.options import EvaluationOptions
 from sepllm_train.evaluation.results import FORMAT, refuse_other, result_path
 from sepllm_train.evaluation.stream_model import Opened
@@ -86,10 +86,14 @@ def evaluate(
             for task, attention in product(loaded, attentions):
                 planned = identity | _planned(task, attention, options, lm.world_size)
                 refuse_other(result_path(output, task.name, attention.label), planned)
-        if not options.truncate:
-            # The first task's own evaluation begins with this check; to make requests twice takes time.
-            for task in loaded[1:]:
-                lm.check(task.name, requests(lm, task, options))
+        for number, task in enumerate(loaded):
+            found = requests(lm, task, options)
+            # The first task's own evaluation begins with the check of its requests, which takes time.
+            if number and not options.truncate:
+                lm.check(task.name, found)
+            else:
+                for _ in found:
+                    pass
         if output is not None:
             _make_folder(output)
         for task, attention in product(loaded, attentions):
@@ -153,11 +157,30 @@ def _planned(task: Loaded, attention: Attention, options: EvaluationOptions, ran
 
 
 def requests(lm: SeparatorLM, task: Loaded, options: EvaluationOptions) -> Iterator[Instance]:
-    """The requests of this rank, as the harness will make them."""
+    """The requests of this rank, as the harness will make them. Raises UserError for records that it cannot read."""
     _seed(task)
-    for one in task.tasks["tasks"].values():
-        one.build_all_requests(limit=options.limit, rank=lm.rank, world_size=lm.world_size)
+    for name, one in task.tasks["tasks"].items():
+        try:
+            one.build_all_requests(limit=options.limit, rank=lm.rank, world_size=lm.world_size)
+            wrong = None if task.data["source"] == "hub" else _wrong_label(one)
+        except RECORD_ERRORS as error:
+            wrong = f"it has not what the task reads ({type(error).__name__}: {first_line(error)})"
+        if wrong is not None:
+            raise UserError(f"a record of {name} cannot be used, {wrong}: see {task.data['source']}.")
         yield from one.instances
+
+
+def _wrong_label(task: Any) -> str | None:
+    """Words on a label that is none of the choices of its record, which the harness scores as a wrong answer; None
+    where there is none."""
+    if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "multiple_input", 0):
+        return None
+    for request in task.instances:
+        choices, target = task.doc_to_choice(request.doc), task.doc_to_target(request.doc)
+        for one in target if isinstance(target, list) else [target]:
+            if not (one in choices if isinstance(one, str) else 0 <= one < len(choices)):
+                return f"its label {one!r} is none of its {len(choices)} choices"
+    return None
 
 
 def _seed(task: Loaded) -> None:

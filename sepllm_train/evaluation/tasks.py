@@ -134,8 +134,6 @@ TASKS = {
         {"train": "openbookqa_train.jsonl", "test": "openbookqa_test.jsonl"},
     ),
 }  # fmt: skip
-# Those that the tables of the report have.
-PAPER = tuple(name for name in TASKS if name != "openbookqa")
 
 
 def check_names(names: Iterable[str]) -> None:

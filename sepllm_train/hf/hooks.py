@@ -106,7 +106,8 @@ def decoder_of(model: Any) -> Any:
     """The part of a model that takes ids and has the layers: its base model; or what that one has inside as `decoder`,
     which the heads of OPT and of decoders of translation models call in its place; or as `model`, where the base model
     goes by another name (Llama 4)."""
-    base = model.base_model
+    # What PEFT calls the base model is its adapter.
+    base = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     for name in ("model", "decoder"):
         inner = getattr(base, name, None)
         if isinstance(inner, torch.nn.Module) and _takes(inner, "input_ids"):

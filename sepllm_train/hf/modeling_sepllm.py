@@ -23,10 +23,7 @@ import transformers
 from torch import Tensor
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 5):
-    raise ImportError(
-        f"this model needs transformers 5.5 or newer and {transformers.__version__} is installed: "
-        "pip install --upgrade transformers"
-    )
+    raise ImportError(f"it needs transformers 5.5 or newer and {transformers.__version__} is installed: upgrade it.")
 
 from transformers import AttentionInterface, GPTNeoXForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
@@ -59,22 +56,20 @@ class Pattern:
             raise ValueError("config.json has no sepllm_attention: load the model without trust_remote_code.")
         if content["format"] != 1 or len(content["windows"]) != config.num_hidden_layers:
             raise ValueError("sepllm_attention in config.json is not of this model and module: export it again.")
-        self.windows = [_endless(window) for window in content["windows"]]
+        self.windows = [FOREVER if window is None else window for window in content["windows"]]
         self.initial, self.interval = content["initial_tokens"], content["interval"]
         self.end = -1 if content["end_of_document"] is None else content["end_of_document"]
         self.reach = torch.zeros(config.vocab_size, dtype=torch.int64, device="cpu")
         for tier in content["tiers"]:
-            self.reach[torch.tensor(tier["tokens"], dtype=torch.int64, device="cpu")] = _endless(tier["horizon"])
+            horizon = FOREVER if tier["horizon"] is None else tier["horizon"]
+            self.reach[torch.tensor(tier["tokens"], dtype=torch.int64, device="cpu")] = horizon
 
     def reach_of(self, ids: Tensor, position: Tensor, start: Tensor) -> Tensor:
         """i64 [B, N]: reach of tokens; position: i64 [B, N] in the row; start: where each token's document began."""
         self.reach = self.reach.to(ids.device)
-        reach = torch.where(position % self.interval == 0, FOREVER, 0) if self.interval else self.reach[ids]
+        known = self.reach[ids.clamp(max=len(self.reach) - 1)] * (ids < len(self.reach))
+        reach = torch.where(position % self.interval == 0, FOREVER, 0) if self.interval else known
         return torch.where(position - start < self.initial, FOREVER, reach)
-
-
-def _endless(tokens: int | None) -> int:
-    return FOREVER if tokens is None else tokens
 
 
 class BoundedCache(Cache):
@@ -156,6 +151,12 @@ class BoundedCache(Cache):
         self.seen, self.start = self.seen[beam_idx], self.start[beam_idx]
         self.held = {window: held[:, beam_idx] for window, held in self.held.items()}
 
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Take each row `repeats` times."""
+        self.reorder_cache(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
     def activate_past_recording(self) -> None:
         """Drop keys in `crop` alone from now on; assisted decoding calls this."""
         self.recording = True
@@ -219,6 +220,9 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         raise ValueError("the call has no input_ids: separators are found by the tokens' ids, not by embeddings.")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("attention_mask must have two dimensions: the pattern makes its own mask.")
+    given = kwargs.get("position_ids")
+    if given is not None and mask is None and bool((given.diff() < 0).any()):
+        raise ValueError("position_ids that begin anew stand for several documents in a row: give each a row.")
     name, cache = cache_name(base), next((kwargs.pop(n) for n in CACHE_NAMES if kwargs.get(n) is not None), None)
     if cache is not None and not isinstance(cache, BoundedCache):
         raise ValueError(f"a {type(cache).__name__} does not suit the pattern: leave it out, and the model makes one.")
@@ -228,8 +232,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
     # Without a cache of the call's own, one that is thrown away makes the masks.
     position, masks = (BoundedCache(base.sepllm_pattern) if cache is None else cache).append(ids, valid)
-    if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = position
+    kwargs["position_ids"] = position if given is None else given
     return (), {**kwargs, name: cache, "attention_mask": None, "sepllm_masks": masks}
 
 
@@ -257,8 +260,7 @@ class PatternMixin:
         config.attn_implementation = GUARD
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if self.kernels:
-            # The package has put the pattern on every model of this attention.
-            return
+            return  # The package has put the pattern on every model of this attention.
         self.base_model.sepllm_pattern = Pattern(config)
         self.base_model.register_forward_pre_hook(_before, with_kwargs=True)
         self.base_model.register_forward_hook(_after, with_kwargs=True)

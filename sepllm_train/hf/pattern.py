@@ -86,6 +86,8 @@ class PatternOnModel:
         ids, valid = tokens_of(kwargs)
         kwargs, history = self._history(base, kwargs)
         given = kwargs.get("attention_mask")
+        if given is None and kwargs.get("position_ids") is not None:
+            _one_document(kwargs["position_ids"])
         if history is None:
             plan = self.pattern.plan(ids, None if given is None else _one_block(valid))
         else:
@@ -93,7 +95,11 @@ class PatternOnModel:
                 raise ValueError("a row of the batch has padding after its first token: pad on the left.")
             ids = history.append(ids)
             valid = torch.ones_like(ids, dtype=torch.bool)
-            if given is not None and given.shape == ids.shape:
+            if given is not None:
+                if given.shape != ids.shape:
+                    raise ValueError(
+                        f"attention_mask has {given.shape[1]} columns, and cache and call have {ids.shape[1]} tokens."
+                    )
                 valid = given.bool()
             plan = self.pattern.plan(ids, None if bool(valid.all()) else valid)
         new = kwargs["input_ids"].shape[1]
@@ -117,7 +123,10 @@ class PatternOnModel:
         cache = cache_of(kwargs)
         if cache is None:
             used = kwargs.get("use_cache")
-            default = getattr(base.config, "use_cache", False) and not base.training
+            mask = kwargs.get("attention_mask")
+            # Nobody asked for a cache, which does not take padding behind the tokens.
+            behind = mask is not None and not is_traced(mask) and not bool(mask[:, -1].all())
+            default = getattr(base.config, "use_cache", False) and not base.training and not behind
             if not takes_cache(base) or not (default if used is None else used):
                 kwargs["use_cache"] = False
                 return kwargs, None
@@ -140,6 +149,19 @@ def _one_block(valid: Tensor) -> Tensor | None:
     elif not bool(good):
         raise ValueError(sentence)
     return valid
+
+
+def _one_document(positions: Tensor) -> None:
+    """Refuse positions, i64 [B, N], that begin anew within a row: there transformers takes several documents apart.
+
+    Raises ValueError, or as `_one_block` does what a device or a graph can.
+    """
+    good = (positions.diff() >= 0).all()
+    sentence = "position_ids that begin anew stand for several documents in a row: give each a row of its own."
+    if positions.device.type != "cpu" or is_traced(positions):
+        torch._assert_async(good, sentence)
+    elif not bool(good):
+        raise ValueError(sentence)
 
 
 class _Ids(DynamicLayer):
@@ -351,7 +373,10 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if kwargs.get("s_aux") is not None or dropout:
-        raise ValueError("attention sinks of the model's own and dropout do not go with implementation='kernel'.")
+        raise ValueError(
+            "attention sinks of the model's own and dropout do not go with implementation='kernel': use 'mask', or set "
+            "the dropout of the model's attention to 0."
+        )
     if kwargs.get("softcap") is not None:
         raise ValueError("the model caps the logits of its attention, which implementation='kernel' does not.")
     window = sepllm_forward.pattern.windows[module.layer_idx]

@@ -141,14 +141,15 @@ class ModelTrial:
     @torch.no_grad()
     def _run(self, pattern: Any, arguments: dict[str, Any]) -> Tensor:
         """First output of a forward in evaluation with a pattern put on for it."""
-        base, training = self.base, self.model.training
+        base, modes = self.base, {module: module.training for module in self.model.modules()}
         before, base.sepllm_pattern = getattr(base, "sepllm_pattern", None), pattern
         try:
             self.model.eval()
             output = self.model(**{"use_cache": False, **arguments})[0]
             return output if output.dtype == torch.float64 else output.float()
         finally:
-            self.model.train(training)
+            for module, training in modes.items():
+                module.training = training
             base.sepllm_pattern = before
 
 

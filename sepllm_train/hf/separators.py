@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ def trained_pattern(config: Any) -> TokenPattern | None:
     Raises ValueError when it is there and cannot be read.
     """
     content = getattr(config, CONFIG_KEY, None)
-    return None if content is None else TokenPattern.from_dict(content)
+    if content is None:
+        return None
+    pattern = TokenPattern.from_dict(content)
+    # Tokens that were added to the model since are no separators.
+    added = max(0, config.get_text_config().vocab_size - len(pattern.tier_of_token))
+    return replace(pattern, tier_of_token=torch.nn.functional.pad(pattern.tier_of_token, (0, added)))
 
 
 def make_pattern(

@@ -98,7 +98,12 @@ def _wrap(definition: dict[str, Any], tokenizer: Tokenizer) -> Any:
         raise UserError(f"{tokenizer.path} cannot be written as tokenizer.json ({first_line(error)}).") from None
     eos = backend.id_to_token(tokenizer.eod)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False, split_special_tokens=True
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token=eos,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )
 
 

@@ -13,10 +13,12 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 import datasets
+from lm_eval.api.instance import Instance
 
 from sepllm_train.base.errors import UserError
 from sepllm_train.evaluation.attention import bind
 from sepllm_train.evaluation.catalogue import data_sets, definitions, harness_tasks, needed
+from sepllm_train.evaluation.harness import SeparatorLM
 from sepllm_train.evaluation.loading import load_tasks
 from sepllm_train.evaluation.run import EvaluationOptions, evaluate, tokenizer_for
 from sepllm_train.evaluation.stream_model import open_model
@@ -190,6 +192,8 @@ def test_parquet_and_a_copy_of_a_repository(tmp_path: Path) -> None:
         with load_tasks(["openbookqa"], tmp_path / place, None) as (task,):
             (one,) = task.tasks["tasks"].values()
             assert len(one.eval_docs) == 3 and one.eval_docs[0]["question_stem"] == "the cat went"
+            (file,) = task.data["files"].values()
+            assert Path(file["path"]).suffix == ".parquet" and len(file["sha256"]) == 64
 
 
 GOOD = json.dumps(CASES["hellaswag"].record)
@@ -214,6 +218,10 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str]] = {
     "mixed": (
         "hellaswag", {"Rowan/hellaswag/validation.jsonl": '{"a": 1}\n{"a": "b"}'}, "cannot be read as a data set"
     ),
+    "field of some": (
+        "hellaswag", {"Rowan/hellaswag/validation.jsonl": GOOD + '\n{"ctx": "a"}'},
+        "line 2 of .*validation.jsonl and its first line do not both have 'activity_label'",
+    ),
     "not Parquet": ("hellaswag", {"Rowan/hellaswag/validation.parquet": "x"}, "cannot be read as a data set"),
     "split of its own": (
         "babilong_qa1", {"RMT-team/babilong-1k-samples/0k/qa2.jsonl": "{}"}, "0k/qa1.jsonl or .parquet, and it is not"
@@ -235,6 +243,35 @@ def test_mistakes_in_local_files(mistake: str, tmp_path: Path) -> None:
     shots = 2 if mistake == "examples" else None
     with pytest.raises(UserError, match=sentence), load_tasks([name], tmp_path, shots):
         pass
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([1, 7], "a record of boolq cannot be used, its label 7 is none of its 2 choices"),
+        (["yes", "maybe"], "a record of boolq cannot be used, its label 'maybe' is none of its 2 choices"),
+        ([1, None], "a record of boolq cannot be used"),
+    ],
+)
+def test_records_that_would_be_scored_wrongly(
+    labels: list[Any], sentence: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    case = CASES["boolq"]
+    write_lines(tmp_path / case.folder / "validation.jsonl", [case.record | {"label": label} for label in labels])
+    model = open_model(str(models["sep"]), None, "fp32", "cpu")
+    for truncate in (False, True):
+        options = EvaluationOptions(("boolq",), tmp_path, truncate=truncate)
+        with pytest.raises(UserError, match=sentence):
+            evaluate(model, tokenizer_for(model, None), [bind(model, AttentionChoice())], options, tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+
+
+def test_answers_that_leave_no_room(models: dict[str, Path]) -> None:
+    model = open_model(str(models["sep"]), None, "fp32", "cpu")
+    lm = SeparatorLM(model.model, tokenizer_for(model, None), batch_size=1, truncate=True)
+    request = Instance("generate_until", {}, ("the cat", {"max_gen_toks": lm.max_length}), 0, ("gsm8k", 0, 1))
+    with pytest.raises(UserError, match="answers of gsm8k may have .* tokens, which leaves no room"):
+        lm.check("gsm8k", [request])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,22 @@ def write(folder: Path, *results: dict[str, Any]) -> str:
     return str(folder)
 
 
+def test_other_tasks_have_columns_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(
+        tmp_path / "made",
+        result("hellaswag", "pattern", {"acc": 0.25, "acc_norm": 0.31}),
+        result("hellaswag", "dense", {"acc": 0.26, "acc_norm": 0.33}, attended_share=1.0, kv_share=1.0),
+    )
+    main([folder])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| attention | hellaswag acc | hellaswag acc_norm | attended | KV kept |"
+    assert lines[2:4] == [
+        "| dense | 0.2600 | 0.3300 | 100.00 | 100.00 |",
+        "| pattern | 0.2500 | 0.3100 | 25.00 | 12.50 |",
+    ]
+    assert "means over hellaswag." in lines[5] and not any("Not measured" in line for line in lines)
+
+
 def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write(
         tmp_path / "first",

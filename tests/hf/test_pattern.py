@@ -350,4 +350,4 @@ def test_bad_calls() -> None:
     mask = torch.ones(1, 20, dtype=torch.int64)
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="pad on the left"):
-        model(input_ids=row[None], attention_mask=mask)
+        model(input_ids=row[None], attention_mask=mask, use_cache=True)

@@ -307,3 +307,46 @@ def test_two_thousand_greedy_tokens_are_those_of_the_package(bare: Any, tmp_path
         sequences, widths = bare(tmp_path, {"long": ("generate", task)})["long"]
         assert torch.equal(sequences, tokens) and tokens.shape[1] == 2040
         assert max(widths) < 1500, widths
+
+
+def test_rows_of_a_cache_are_chosen_and_repeated() -> None:
+    model = alone("llama", "paper")
+    first, second = random_rows((40, 40))
+    rows = torch.stack((first, second))
+    name = cache_argument(model)
+    for change, order in (
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), [1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    ):
+        cache = model(input_ids=rows[:, :30], use_cache=True)[name]
+        change(cache)
+        found = model(input_ids=rows[order, 30:], **{name: cache}).logits
+        known = model(input_ids=rows[order], use_cache=False).logits[:, 30:]
+        torch.testing.assert_close(found, known, **TOLERANCE)
+
+
+def test_several_documents_in_a_row_are_refused() -> None:
+    (row,) = random_rows((20,))
+    with pytest.raises(ValueError, match="several documents in a row"):
+        alone("llama", "paper")(input_ids=row[None], position_ids=torch.arange(10).repeat(2)[None], use_cache=False)
+
+
+def test_tokens_that_were_added_are_no_separators() -> None:
+    model = alone("llama", "paper")
+    model.resize_token_embeddings(VOCABULARY + 8)
+    (row,) = random_rows((20,))
+    row[4] = VOCABULARY + 3
+    assert model(input_ids=row[None]).logits.isfinite().all()
+
+
+def alone(family: str, kind: str) -> Any:
+    """A model as a program without this package has it, in this process."""
+    from sepllm_train.hf import modeling_sepllm
+
+    model = tiny(family, layers=3)
+    config = model.config
+    config.sepllm_attention = patterns(model)[kind].to_dict()
+    names = {"llama": "SepLlamaForCausalLM", "neox": "SepGPTNeoXForCausalLM"}
+    made = type(names[family], (getattr(modeling_sepllm, names[family]),), {"kernels": False})(config)
+    made.load_state_dict(model.state_dict())
+    return made.eval()

@@ -207,3 +207,65 @@ def test_separators_of_a_tokenizer_in_one_call(tokenizer: Path, models: Callable
         separator_ids(tokenizer, vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match="Cannot read the tokenizer"):
         separator_ids(tokenizer.with_name("gone"))
+
+
+@pytest.mark.parametrize("attention", ["sep", "mask"])
+def test_several_documents_in_a_row_are_refused(attention: str) -> None:
+    model = made("llama") if attention == "sep" else masked("llama")
+    (row,) = random_rows((20,))
+    positions = torch.arange(10).repeat(2)[None]
+    with pytest.raises(ValueError, match="several documents in a row"):
+        model(input_ids=row[None], position_ids=positions, use_cache=False)
+    model(input_ids=row[None], position_ids=torch.arange(5, 25)[None], use_cache=False)
+
+
+@torch.no_grad()
+def test_padding_behind_the_tokens_needs_no_cache_in_evaluation_either() -> None:
+    model = made("llama")
+    (row,) = random_rows((20,))
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[:, 15:] = 0
+    found = model(input_ids=row[None], attention_mask=mask).logits[:, :15]
+    torch.testing.assert_close(found, model(input_ids=row[None, :15]).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_mask_of_the_new_tokens_alone_is_refused() -> None:
+    model = made("llama")
+    (row,) = random_rows((20,))
+    cache = model(input_ids=row[None, :15], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask has 5 columns"):
+        model(input_ids=row[None, 15:], attention_mask=torch.ones(1, 5, dtype=torch.int64), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_added_tokens_are_no_separators(tmp_path: Path) -> None:
+    model = made("llama")
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model.save_pretrained(tmp_path)
+    (row,) = random_rows((20,))
+    row[4] = VOCABULARY + 3
+    plan = load_model(tmp_path).model.sepllm_pattern.pattern.plan(row[None])
+    assert plan.tier[0, 4] == 0
+    assert load_model(tmp_path)(input_ids=row[None]).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_pattern_on_a_model_of_peft() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    (row,) = random_rows((60,))
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules="all-linear", r=2)).eval()
+    full = model(input_ids=row[None]).logits
+    apply_pattern(model, make_pattern(tiny("llama"), window=6, initial=3, separators=SEPARATORS))
+    torch.testing.assert_close(
+        model(input_ids=row[None]).logits, masked("llama")(input_ids=row[None]).logits, **TOLERANCE
+    )
+    remove_pattern(model)
+    torch.testing.assert_close(model(input_ids=row[None]).logits, full, **TOLERANCE)
+
+
+def test_frozen_parts_stay_as_they_are() -> None:
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    apply_pattern(model, make_pattern(model, window=6, initial=3, separators=SEPARATORS))
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training

@@ -87,13 +87,10 @@ def evaluate(
                 planned = identity | _planned(task, attention, options, lm.world_size)
                 refuse_other(result_path(output, task.name, attention.label), planned)
         for number, task in enumerate(loaded):
-            found = requests(lm, task, options)
-            # The first task's own evaluation begins with the check of its requests, which takes time.
+            made = list(requests(lm, task, options))
+            # The first task's own evaluation begins with this check, which takes time.
             if number and not options.truncate:
-                lm.check(task.name, found)
-            else:
-                for _ in found:
-                    pass
+                lm.check(task.name, made)
         if output is not None:
             _make_folder(output)
         for task, attention in product(loaded, attentions):

@@ -293,6 +293,8 @@ def test_what_the_report_refuses(measured: Path, tmp_path: Path, capsys: pytest.
     ("more", "message"),
     [
         (["--memories", "snapkv"], "--memories snapkv: choose from full, pattern"),
+        (["--memories", "full,full"], "--memories must name at least one, and each once"),
+        (["--memories", ""], "--memories must name at least one, and each once"),
         (["--keys", "5"], "--keys 5 leaves no local window"),
         (["--tokens", "300"], "pass the model's context of 256"),
         (["--windows", "0"], "--windows 0 must be at least 1"),

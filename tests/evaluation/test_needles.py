@@ -90,6 +90,23 @@ def test_a_file_of_records(models: dict[str, Path], tmp_path: Path, capsys: pyte
     assert ended.value.code == 2 and "made.jsonl exists already" in capsys.readouterr().err
 
 
+def test_kinds_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kinds in ("", "niah_single_1,niah_single_1"):
+        with pytest.raises(SystemExit) as ended:
+            program("evaluate needles")(
+                ["--tokenizer", "none.json", "--kinds", kinds, "--output", tmp_path / "made.jsonl"]
+            )
+        assert ended.value.code == 2 and "--kinds must name at least one task" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_hidden_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are few words to make keys of."""
+    monkeypatch.setattr("sepllm_train.evaluation.needles._KEYS", ("red-cat", "blue-dog"))
+    (record,) = make_needles(lambda text: text.split(), "niah_multikey_2", 600, 1, 0, None)
+    key = "red-cat" if "red-cat" in record["gen_prefix"] else "blue-dog"
+    assert record["input"].count(f"for {key} is") == 1
+
+
 def test_the_score_is_the_share_of_answers_that_are_found(models: dict[str, Path], tmp_path: Path) -> None:
     """By a model that is told what to answer: of four values half are right at one length, none at the other."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")

@@ -196,3 +196,11 @@ def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "x.json does not hold a JSON object: give a result of `sepllm evaluate`" in capsys.readouterr().err
+
+
+def test_a_figure_is_not_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "made", result("lambada", "pattern", {"acc": 0.25}))
+    with pytest.raises(SystemExit) as ended:
+        main([folder, "--output", str(tmp_path / "table.svg")])
+    assert ended.value.code == 2 and "is the table's: name it .md" in capsys.readouterr().err
+    assert not (tmp_path / "table.svg").exists()

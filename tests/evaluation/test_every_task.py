@@ -196,6 +196,13 @@ def test_parquet_and_a_copy_of_a_repository(tmp_path: Path) -> None:
             assert Path(file["path"]).suffix == ".parquet" and len(file["sha256"]) == 64
 
 
+def test_all_examples_of_another_split_may_be_shown(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_lines(tmp_path / f"Rowan/hellaswag/{split}.jsonl", [CASES["hellaswag"].record] * 2)
+    with load_tasks(["hellaswag"], tmp_path, 2) as (task,):
+        assert task.shots == 2
+
+
 GOOD = json.dumps(CASES["hellaswag"].record)
 MISTAKES: dict[str, tuple[str, dict[str, str], str]] = {
     "no folder": (
